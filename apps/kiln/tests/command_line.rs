@@ -1,0 +1,110 @@
+//! The built binary as a user meets it.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Output, Stdio};
+
+fn kiln(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kiln")).args(arguments).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn list_names_every_system_for_people_and_machines() {
+    let human = kiln(&["list"]);
+    assert!(human.status.success() && stdout(&human).contains("gla"));
+    let json = kiln(&["list", "--json"]);
+    let cards: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let cards = cards.as_array().unwrap();
+    assert!(!cards.is_empty());
+    for card in cards {
+        for field in ["slug", "family", "title", "paper", "claim", "purpose"] {
+            assert!(card[field].as_str().is_some_and(|text| !text.is_empty()), "{field} of {card}");
+        }
+    }
+}
+
+#[test]
+fn show_gives_the_card_and_the_verbs() {
+    let json = kiln(&["--json", "show", "gla"]);
+    let shown: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(shown["slug"], "gla");
+    assert!(shown["verbs"].as_array().unwrap().iter().any(|verb| verb["name"] == "train"), "{shown}");
+    assert!(stdout(&kiln(&["show", "gla"])).contains("kiln gla train"));
+}
+
+#[test]
+fn a_misspelt_system_or_verb_is_a_usage_error_that_suggests_the_right_one() {
+    for arguments in [&["show", "glaa"][..], &["glaa"], &["run", "glaa"], &["lisst"]] {
+        let output = kiln(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let text = stderr(&output);
+        assert!(text.starts_with("error: "), "{text}");
+        assert!(text.contains("gla'") || text.contains("list'"), "{text}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn impossible_options_are_usage_errors() {
+    for arguments in [
+        &["list", "--threads", "0"][..],
+        &["list", "--json", "--quiet"],
+        &["list", "--seed", "-1"],
+        &["run", "gla", "--scale", "huge"],
+        &["list", "--device", "abacus"],
+    ] {
+        assert_eq!(kiln(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_missing_model_is_an_error_with_a_hint_and_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("none"), dir.path().join("graph"));
+    let output = kiln(&["export", "--model", model.to_str().unwrap(), "--out", out.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.starts_with("error: cannot read ") && text.contains("\nhint: "), "{text}");
+    assert!(!out.exists() && output.stdout.is_empty());
+}
+
+#[test]
+fn completions_exist_for_every_shell_and_know_the_systems() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = kiln(&["completions", shell]);
+        assert!(output.status.success() && stdout(&output).contains("gla"), "{shell}");
+    }
+    assert_eq!(kiln(&["completions", "tcsh"]).status.code(), Some(2));
+}
+
+#[test]
+fn help_has_examples_everywhere() {
+    for verb in [&[][..], &["list"], &["show"], &["run"], &["tour"], &["export"], &["completions"]] {
+        let arguments = [verb, &["--help"]].concat();
+        let output = kiln(&arguments);
+        assert!(output.status.success());
+        assert!(stdout(&output).contains("Example"), "{verb:?}");
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_early_ends_the_program_quietly() {
+    // The completion script is longer than a pipe holds, so writing it must fail.
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kiln"))
+        .args(["completions", "zsh"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::with_capacity(1, child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+}

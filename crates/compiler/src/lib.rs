@@ -1,0 +1,12 @@
+//! A network's computation as data.
+//!
+//! [`capture`] runs a network's forward function on Burn's capture device, which records operations
+//! instead of computing them, and returns a [`Graph`]: operations of Burn's own intermediate
+//! representation ([`burn::backend::ir`]) in execution order, with the parameters apart as constants.
+
+mod capture;
+mod disk;
+mod graph;
+
+pub use capture::capture;
+pub use graph::{Boundary, Graph};

@@ -1,0 +1,148 @@
+//! Reports and tables as plain text for the terminal.
+
+use std::fmt::Write;
+
+use crate::{Claim, Report, Table, Threshold};
+
+/// A measured figure with four significant digits.
+pub(crate) fn figure(value: f64) -> String {
+    if !value.is_finite() {
+        return "not a number".into();
+    }
+    let magnitude = value.abs();
+    if magnitude != 0.0 && !(1e-4..1e7).contains(&magnitude) {
+        return format!("{value:.3e}");
+    }
+    let leading_digit = if magnitude == 0.0 { 0.0 } else { magnitude.log10().floor() };
+    let text = format!("{value:.*}", (3.0 - leading_digit).max(0.0) as usize);
+    match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').into(),
+        false => text,
+    }
+}
+
+impl Claim {
+    /// The measured figure with its unit.
+    pub fn measured_text(&self) -> String {
+        with_unit(figure(self.measured), &self.unit)
+    }
+
+    /// What the figure must satisfy, with its unit.
+    pub fn threshold_text(&self) -> String {
+        let (bound, limit) = match self.threshold {
+            Threshold::AtLeast(limit) => ("≥", limit),
+            Threshold::AtMost(limit) => ("≤", limit),
+        };
+        with_unit(format!("{bound} {}", figure(limit)), &self.unit)
+    }
+
+    /// `held` or `not held`.
+    pub fn verdict(&self) -> &'static str {
+        if self.held() { "held" } else { "not held" }
+    }
+}
+
+fn with_unit(figure: String, unit: &str) -> String {
+    if unit.is_empty() { figure } else { format!("{figure} {unit}") }
+}
+
+impl Table {
+    /// Columns aligned with spaces; numbers to the right, words to the left.
+    pub fn to_text(&self) -> String {
+        let width = |column: usize| {
+            let cells = self.rows.iter().map(|row| row[column].chars().count());
+            cells.chain([self.columns[column].chars().count()]).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
+        let to_right: Vec<bool> = (0..self.columns.len()).map(|column| self.is_numeric(column)).collect();
+        let line = |cells: &[String]| {
+            let padded =
+                cells.iter().zip(&widths).zip(&to_right).map(|((cell, &width), &right)| match right {
+                    true => format!("{cell:>width$}"),
+                    false => format!("{cell:<width$}"),
+                });
+            padded.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
+        };
+        let rule: Vec<String> = widths.iter().map(|&width| "─".repeat(width)).collect();
+        let rows: String = self.rows.iter().map(|row| line(row)).collect();
+        line(&self.columns) + &line(&rule) + &rows
+    }
+
+    /// Whether every cell of a column begins like a number (or is empty or a dash).
+    pub(crate) fn is_numeric(&self, column: usize) -> bool {
+        let numeric = |cell: &String| {
+            let cell = cell.trim_start_matches(['-', '−', '+', '–', '—', '±', '≤', '≥', '<', '>', '×', ' ']);
+            cell.is_empty() || cell.starts_with(|c: char| c.is_ascii_digit())
+        };
+        !self.rows.is_empty() && self.rows.iter().all(|row| numeric(&row[column]))
+    }
+}
+
+impl Report {
+    /// Claims first, then tables and notes, in plain text.
+    pub fn to_text(&self) -> String {
+        let mut text = format!("{}\n{}\n", self.system.title, self.system.paper);
+        let plural = if self.claims.len() == 1 { "" } else { "s" };
+        let held = self.claims.iter().filter(|claim| claim.held()).count();
+        let _ = writeln!(
+            text,
+            "{} scale, seed {}, {} s, {held} of {} claim{plural} held\n",
+            self.scale.name(),
+            self.seed,
+            figure(self.seconds),
+            self.claims.len()
+        );
+        if !self.claims.is_empty() {
+            text += &self.claims_table().to_text();
+        }
+        for table in &self.tables {
+            let _ = write!(text, "\n{}\n{}", table.title, table.to_text());
+        }
+        if !self.notes.is_empty() {
+            text.push('\n');
+        }
+        for note in &self.notes {
+            let _ = writeln!(text, "note: {note}");
+        }
+        text
+    }
+
+    /// One row a claim.
+    pub fn claims_table(&self) -> Table {
+        let mut table = Table::new("Claims", &["result", "measured", "must be", "paper", "claim"]);
+        for claim in &self.claims {
+            let (measured, threshold) = (claim.measured_text(), claim.threshold_text());
+            table.row([claim.verdict().into(), measured, threshold, claim.paper.clone(), claim.name.clone()]);
+        }
+        table
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_keep_four_digits() {
+        let cases = [
+            (0.0, "0"),
+            (0.12346, "0.1235"),
+            (0.001234, "0.001234"),
+            (-2.5, "-2.5"),
+            (1234.56, "1235"),
+            (98765.4, "98765"),
+            (0.00001234, "1.234e-5"),
+            (f64::NAN, "not a number"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(figure(value), text);
+        }
+    }
+
+    #[test]
+    fn numbers_align_to_the_right_and_words_to_the_left() {
+        let mut table = Table::new("t", &["model", "loss"]);
+        table.row(["gla", "2.38"]).row(["linear", "12.5"]);
+        assert_eq!(table.to_text(), "model   loss\n──────  ────\ngla     2.38\nlinear  12.5\n");
+    }
+}

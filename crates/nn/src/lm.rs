@@ -1,0 +1,52 @@
+//! What every network over token ids has in common.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use kiln_core::{Error, Result};
+
+/// An autoregressive network over token ids.
+///
+/// Feeding a text in pieces, each with the state that the piece before returned, gives the same logits
+/// as feeding it whole.
+pub trait LanguageModel: Module {
+    /// What the network remembers of the tokens it has read.
+    type State: Clone + Send;
+
+    /// The number of token ids.
+    fn vocab_size(&self) -> usize;
+
+    /// Logits of the next token at every position.
+    ///
+    /// # Shapes
+    /// - ids: `[batch, time]`
+    /// - output: `[batch, time, vocab]`
+    fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3>;
+
+    /// The state before the first token.
+    fn initial_state(&self, batch: usize, device: &Device) -> Self::State;
+
+    /// As [`forward`](Self::forward), continuing from `state`; any `time` of at least one token.
+    fn forward_with_state(&self, ids: Tensor<2, Int>, state: Self::State) -> (Tensor<3>, Self::State);
+}
+
+/// Token ids as one row `[1, time]` on `device`.
+pub fn ids_to_tensor(ids: &[u32], device: &Device) -> Tensor<2, Int> {
+    let values: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
+    Tensor::from_data(TensorData::new(values, [1, ids.len()]), device)
+}
+
+/// Where the model's parameters live.
+pub(crate) fn model_device<M: LanguageModel>(model: &M) -> Device {
+    model.devices().into_iter().next().expect("a language model has parameters")
+}
+
+/// Makes sure that every id is in the vocabulary; `place` says where the ids come from.
+pub(crate) fn check_ids(ids: &[u32], vocab_size: usize, place: &str) -> Result<()> {
+    match ids.iter().position(|&id| id as usize >= vocab_size) {
+        Some(at) => {
+            let found = format!("token id {} at {at} is outside the vocabulary of {vocab_size}", ids[at]);
+            Err(Error::input(place, found).hint("was the text cut by another tokenizer than the model's?"))
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,3 @@
+//! Gated linear attention. (In progress.)
+mod kernel;
+pub mod op;
