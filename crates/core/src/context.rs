@@ -37,7 +37,8 @@ pub struct Context {
     pub out: PathBuf,
     /// How results are printed.
     pub output: OutputMode,
-    interrupted: Arc<AtomicBool>,
+    /// Set when the user asks to stop.
+    pub interrupted: Arc<AtomicBool>,
 }
 
 impl Context {

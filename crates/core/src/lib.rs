@@ -8,6 +8,7 @@
 mod context;
 mod error;
 pub mod html;
+mod memory;
 mod model;
 mod network;
 pub mod plot;
@@ -19,8 +20,10 @@ mod text;
 
 pub use context::{Context, OutputMode, random_stream};
 pub use error::{Error, ErrorKind, Result};
+pub use memory::MemoryGauge;
 pub use model::{ModelFolder, write_atomic};
 pub use network::{Network, Port, PortKind};
+pub use plot::Plot;
 pub use progress::Progress;
 pub use report::{Claim, Report, Table, Threshold};
 pub use system::{Card, Scale, System};

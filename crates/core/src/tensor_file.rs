@@ -406,6 +406,8 @@ struct ModulePath {
 
 impl ModulePath {
     fn enter(&mut self, name: &str, container: &str) {
+        // Which variant of an enum a network is says its configuration, not the names of its parameters.
+        let name = if container.starts_with("Enum:") { "" } else { name };
         self.names.push(name.into());
         self.containers.push(container.into());
     }
@@ -431,6 +433,7 @@ impl ModulePath {
                 _ => {}
             }
         }
+        names.retain(|name| !name.is_empty());
         names.join(".")
     }
 

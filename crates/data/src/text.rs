@@ -33,7 +33,13 @@ impl Corpus {
         let mut corpus = Self { ids: Vec::new(), documents: Vec::new() };
         for file in files {
             let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
-            let ids = tokenizer.encode(&bytes).map_err(|e| Error::input(file.display(), e))?;
+            let ids = tokenizer.encode(&bytes).map_err(|e| {
+                let named = Error::input(file.display(), &e);
+                match e.hint_text() {
+                    Some(hint) => named.hint(hint),
+                    None => named,
+                }
+            })?;
             if !ids.is_empty() {
                 corpus.documents.push(corpus.ids.len());
                 corpus.ids.extend(ids);

@@ -166,9 +166,9 @@ impl LanguageModel for Llama {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids_to_tensor;
+    use crate::{Task, TrainConfig, ids_to_tensor, next_token_loss, train};
     use burn::tensor::Tolerance;
-    use kiln_core::TensorFile;
+    use kiln_core::{Context, Result, TensorFile};
 
     fn tiny() -> Llama {
         let config = LlamaConfig::new(11, 8, 2, 2).with_intermediate_size(Some(12));
@@ -190,6 +190,31 @@ mod tests {
         }
         let pieces = Tensor::cat(pieces, 1);
         whole.into_data().assert_approx_eq::<f32>(&pieces.into_data(), Tolerance::absolute(1e-4));
+    }
+
+    /// Predicts the next digit of 0 1 2 0 1 2 ...
+    struct Count;
+
+    impl Task<Llama> for Count {
+        fn loss(&mut self, model: &Llama, step: usize) -> Result<(Tensor<1>, usize)> {
+            let text: Vec<u32> = (0..9).map(|at| ((step + at) % 3) as u32).collect();
+            let device = Device::flex();
+            let logits = model.forward(ids_to_tensor(&text[..8], &device));
+            Ok((next_token_loss(logits, ids_to_tensor(&text[1..], &device)), 8))
+        }
+
+        fn validate(&mut self, model: &Llama) -> Result<f64> {
+            Ok(self.loss(model, 0)?.0.into_scalar::<f32>().into())
+        }
+    }
+
+    #[test]
+    fn it_learns_to_count() {
+        let config = TrainConfig { steps: 60, lr: 0.02, warmup: 3, ..TrainConfig::default() };
+        let trained = train(tiny(), &mut Count, &config, None, false, &Context::for_tests("unused")).unwrap();
+        let first = trained.log[0].loss;
+        assert!((first - 11f64.ln()).abs() < 0.1, "untrained, every token is as likely: {first}");
+        assert!(trained.best_loss < 0.1, "{}", trained.best_loss);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The GLA layer (paper §4.4): projections, the low-rank gate, the operator, a norm per head, an output gate.
 
-use burn::module::{Ignored, Module};
+use burn::module::Module;
 use burn::nn::{Initializer, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::activation::{log_sigmoid, relu, silu};
 use burn::tensor::{Bool, Device, Tensor};
@@ -153,7 +153,9 @@ impl GatedLinearAttentionConfig {
                 .with_initializer(Initializer::XavierUniform { gain: PROJECTION_GAIN })
                 .init(device)
         };
-        let conv = |channels| self.short_conv.map(|kernel| ShortConvConfig::new(channels, kernel).init(device));
+        let conv = |channels| {
+            self.short_conv.map(|kernel| ShortConvConfig::new(channels, kernel).with_bias(false).init(device))
+        };
         let gate = || {
             let mut up = LinearConfig::new(GATE_RANK, key / groups)
                 .with_initializer(Initializer::XavierUniform { gain: PROJECTION_GAIN })
@@ -170,9 +172,11 @@ impl GatedLinearAttentionConfig {
             v_conv1d: conv(value / groups),
             gk_proj: (self.gate == Gate::Data).then(gate),
             g_proj: self.output_gate.then(|| projection(self.d_model, value)),
-            g_norm_swish_gate: RmsNormConfig::new(value / self.heads).with_epsilon(self.norm_eps).init(device),
+            g_norm_swish_gate: RmsNormConfig::new(value / self.heads)
+                .with_epsilon(self.norm_eps)
+                .init(device),
             o_proj: projection(value, self.d_model),
-            config: Ignored(self.clone()),
+            config: self.clone(),
         }
     }
 }
@@ -209,7 +213,8 @@ pub struct GatedLinearAttention {
     pub g_norm_swish_gate: RmsNorm,
     /// The output, dv → d.
     pub o_proj: Linear,
-    config: Ignored<GatedLinearAttentionConfig>,
+    #[module(skip)]
+    config: GatedLinearAttentionConfig,
 }
 
 /// q, k, v and log decays, `[batch, heads, time, key or value]`.
@@ -224,18 +229,18 @@ struct Projected {
 impl GatedLinearAttention {
     /// The configuration it was made with.
     pub fn config(&self) -> &GatedLinearAttentionConfig {
-        &self.config.0
+        &self.config
     }
 
     /// Cuts the sequence otherwise from now on; the result differs only by rounding.
     pub fn set_op(&mut self, op: GlaOpConfig) {
-        self.config.0.op = op;
+        self.config.op = op;
     }
 
     /// x `[batch, time, d]` → `[batch, time, d]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let Projected { q, k, v, g, .. } = self.project(x.clone(), None);
-        self.finish(x, gla_chunk(q, k, v, g, None, self.config.0.op))
+        self.finish(x, gla_chunk(q, k, v, g, None, self.config.op))
     }
 
     /// As [`forward`](Self::forward) for padded rows: `mask [batch, time]` is true where a token is kept.
@@ -249,7 +254,7 @@ impl GatedLinearAttention {
         let Projected { q, k, v, g, .. } = self.project(x.clone(), None);
         let g_dims = g.dims();
         let g = g.mask_fill(padding.unsqueeze_dim::<4>(1).expand(g_dims), 0.0);
-        self.finish(x, gla_chunk(q, k, v, g, None, self.config.0.op))
+        self.finish(x, gla_chunk(q, k, v, g, None, self.config.op))
     }
 
     /// As [`forward`](Self::forward) for documents packed into one row: each starts from an empty state.
@@ -258,19 +263,19 @@ impl GatedLinearAttention {
     /// across the seams.
     pub fn forward_packed(&self, x: Tensor<3>, offsets: &[usize]) -> Tensor<3> {
         let Projected { q, k, v, g, .. } = self.project(x.clone(), None);
-        self.finish(x, gla_chunk_packed(q, k, v, g, offsets, self.config.0.op))
+        self.finish(x, gla_chunk_packed(q, k, v, g, offsets, self.config.op))
     }
 
     /// The next `time ≥ 1` rows after `state`, and the state after them.
     pub fn forward_with_state(&self, x: Tensor<3>, state: GlaLayerState) -> (Tensor<3>, GlaLayerState) {
         let Projected { q, k, v, g, tails } = self.project(x.clone(), state.tails);
-        let (o, state) = gla_chunk_with_state(q, k, v, g, Some(state.state), self.config.0.op);
+        let (o, state) = gla_chunk_with_state(q, k, v, g, Some(state.state), self.config.op);
         (self.finish(x, o), GlaLayerState { state, tails })
     }
 
     /// The state before the first token.
     pub fn initial_state(&self, batch: usize, device: &Device) -> GlaLayerState {
-        let config = &self.config.0;
+        let config = &self.config;
         let (key, value) = (config.key_width() / config.heads, config.value_width() / config.heads);
         let groups = config.heads / config.kv_heads;
         let tails = config.short_conv.map(|kernel| {
@@ -286,7 +291,7 @@ impl GatedLinearAttention {
     }
 
     fn project(&self, x: Tensor<3>, tails: Option<[Tensor<3>; 3]>) -> Projected {
-        let config = &self.config.0;
+        let config = &self.config;
         let [batch, time, _] = x.dims();
         let device = x.device();
         let [q_tail, k_tail, v_tail] = tails.map_or([None, None, None], |tails| tails.map(Some));

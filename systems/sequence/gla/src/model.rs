@@ -7,7 +7,7 @@ use kiln_core::{Error, Result};
 use kiln_nn::{LanguageModel, SwiGlu, SwiGluConfig, swiglu_hidden};
 use serde::{Deserialize, Serialize};
 
-use crate::layer::{FeatureMap, GatedLinearAttention, GatedLinearAttentionConfig, Gate, GlaLayerState};
+use crate::layer::{FeatureMap, Gate, GatedLinearAttention, GatedLinearAttentionConfig, GlaLayerState};
 use crate::op::GlaOpConfig;
 
 /// Standard deviation of embeddings, as in the reference implementation.
@@ -214,7 +214,11 @@ pub struct GlaBlock {
 }
 
 impl GlaBlock {
-    fn forward(&self, x: Tensor<3>, attend: impl FnOnce(&GatedLinearAttention, Tensor<3>) -> Tensor<3>) -> Tensor<3> {
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        attend: impl FnOnce(&GatedLinearAttention, Tensor<3>) -> Tensor<3>,
+    ) -> Tensor<3> {
         let x = x.clone() + attend(&self.attn, self.attn_norm.forward(x));
         x.clone() + self.mlp.forward(self.mlp_norm.forward(x))
     }

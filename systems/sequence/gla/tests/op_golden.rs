@@ -22,7 +22,8 @@ fn difference(found: Tensor<4>, reference: Tensor<4>) -> f32 {
 }
 
 fn check(case: &str, label: &str, form: Form<'_>) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case).with_extension("safetensors");
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(case).with_extension("safetensors");
     let mut golden = TensorFile::read(&path).unwrap();
     let device = Device::flex().autodiff();
     let inputs = INPUTS.map(|name| golden.take_float::<4>(name, &device).unwrap().require_grad());
