@@ -84,7 +84,8 @@ pub fn run(system: &dyn System, scale: Scale, out: Option<PathBuf>, cx: &Context
 
 /// Runs and times an experiment that writes under `out`.
 fn experiment(system: &dyn System, scale: Scale, out: &Path, cx: &Context) -> Result<Report> {
-    let cx = Context { out: out.into(), ..cx.clone() };
+    let mut cx = cx.clone();
+    cx.out = out.into();
     let start = Instant::now();
     let mut report = system.experiment(scale, &cx)?;
     report.seconds = start.elapsed().as_secs_f64();
@@ -142,10 +143,7 @@ pub fn tour(systems: Systems, scale: Scale, out: &Path, cx: &Context) -> Result<
 }
 
 fn summary(report: &Report) -> String {
-    let mut text = format!("{}\n", report.system.title);
-    if !report.claims.is_empty() {
-        text += &report.claims_table().to_text();
-    }
+    let mut text = format!("{}\n{}", report.system.title, report.claims_text());
     for note in &report.notes {
         text += &format!("note: {note}\n");
     }

@@ -63,7 +63,7 @@ impl Graph {
             operations,
         };
         write_atomic(&folder.join(CONSTANTS), &bytes)?;
-        write_atomic(&folder.join(GRAPH), &serde_json::to_vec_pretty(&document).map_err(json)?)
+        write_atomic(&folder.join(GRAPH), &serde_json::to_vec(&document).map_err(json)?)
     }
 
     /// Reads a graph that [`save`](Self::save) wrote.

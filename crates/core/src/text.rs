@@ -24,26 +24,22 @@ pub(crate) fn figure(value: f64) -> String {
 impl Claim {
     /// The measured figure with its unit.
     pub fn measured_text(&self) -> String {
-        with_unit(figure(self.measured), &self.unit)
+        format!("{} {}", figure(self.measured), self.unit).trim_end().into()
     }
 
-    /// What the figure must satisfy, with its unit.
+    /// What the figure must satisfy, in the same unit.
     pub fn threshold_text(&self) -> String {
         let (bound, limit) = match self.threshold {
             Threshold::AtLeast(limit) => ("≥", limit),
             Threshold::AtMost(limit) => ("≤", limit),
         };
-        with_unit(format!("{bound} {}", figure(limit)), &self.unit)
+        format!("{bound} {}", figure(limit))
     }
 
     /// `held` or `not held`.
     pub fn verdict(&self) -> &'static str {
         if self.held() { "held" } else { "not held" }
     }
-}
-
-fn with_unit(figure: String, unit: &str) -> String {
-    if unit.is_empty() { figure } else { format!("{figure} {unit}") }
 }
 
 impl Table {
@@ -92,9 +88,7 @@ impl Report {
             figure(self.seconds),
             self.claims.len()
         );
-        if !self.claims.is_empty() {
-            text += &self.claims_table().to_text();
-        }
+        text += &self.claims_text();
         for table in &self.tables {
             let _ = write!(text, "\n{}\n{}", table.title, table.to_text());
         }
@@ -107,14 +101,16 @@ impl Report {
         text
     }
 
-    /// One row a claim.
-    pub fn claims_table(&self) -> Table {
-        let mut table = Table::new("Claims", &["result", "measured", "must be", "paper", "claim"]);
+    /// Two lines a claim: whether it holds, and the figures behind it.
+    pub fn claims_text(&self) -> String {
+        let mut text = String::new();
         for claim in &self.claims {
-            let (measured, threshold) = (claim.measured_text(), claim.threshold_text());
-            table.row([claim.verdict().into(), measured, threshold, claim.paper.clone(), claim.name.clone()]);
+            let (verdict, measured, threshold) =
+                (claim.verdict(), claim.measured_text(), claim.threshold_text());
+            let _ = writeln!(text, "{verdict:<8}  {}", claim.name);
+            let _ = writeln!(text, "{:8}  {measured}, must be {threshold}; paper: {}", "", claim.paper);
         }
-        table
+        text
     }
 }
 
@@ -137,6 +133,27 @@ mod tests {
         for (value, text) in cases {
             assert_eq!(figure(value), text);
         }
+    }
+
+    #[test]
+    fn a_claim_is_printed_with_verdict_figure_threshold_and_the_papers_figure() {
+        let card = crate::Card {
+            slug: "a",
+            family: "b",
+            title: "c",
+            paper: "d",
+            year: 2020,
+            claim: "e",
+            purpose: "f",
+        };
+        let mut report = Report::new(card, crate::Scale::Quick, 0);
+        report.claims.push(Claim::new("ahead", "2 %", 1.5, "%", Threshold::AtLeast(1.0)));
+        report.claims.push(Claim::new("defined", "yes", f64::NAN, "", Threshold::AtMost(1.0)));
+        assert_eq!(
+            report.claims_text(),
+            "held      ahead\n          1.5 %, must be ≥ 1; paper: 2 %\n\
+             not held  defined\n          not a number, must be ≤ 1; paper: yes\n"
+        );
     }
 
     #[test]

@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::lm::{check_ids, model_device};
 use crate::{LanguageModel, ids_to_tensor};
 
+/// A prompt is read in pieces of so many tokens, which bounds the memory of its logits.
+const PIECE: usize = 1024;
+
 /// How the next token is drawn from the logits.
 ///
 /// In this order: the repetition penalty, the temperature, the `top_k` cut, the `top_p` cut.
@@ -110,7 +113,7 @@ impl Sampling {
     }
 }
 
-/// Continues `prompt`: reads it at once, then draws up to `max_tokens` tokens, each shown to `on_token`, which
+/// Continues `prompt`: reads it, then draws up to `max_tokens` tokens, each shown to `on_token`, which
 /// may end the generation.
 ///
 /// Returns the new tokens and the state, which has read every token of prompt and output except the very
@@ -130,21 +133,21 @@ pub fn generate<M: LanguageModel>(
 ) -> Result<(Vec<u32>, M::State)> {
     sampling.check()?;
     check_ids(prompt, model.vocab_size(), "prompt")?;
-    let Some((_, all_but_last)) = prompt.split_last() else {
+    let Some((last, all_but_last)) = prompt.split_last() else {
         return Err(Error::usage("the prompt is empty").hint("begin with the tokenizer's start token"));
     };
     let device = model_device(model);
     let mut seen: BTreeSet<u32> = prompt.iter().copied().collect();
     let mut output = Vec::new();
+    for piece in all_but_last.chunks(PIECE) {
+        state = model.forward_with_state(ids_to_tensor(piece, &device), state).1;
+    }
     if max_tokens == 0 {
-        if !all_but_last.is_empty() {
-            state = model.forward_with_state(ids_to_tensor(all_but_last, &device), state).1;
-        }
         return Ok((output, state));
     }
-    let mut unread = prompt.to_vec();
+    let mut unread = *last;
     loop {
-        let (logits, next) = model.forward_with_state(ids_to_tensor(&unread, &device), state);
+        let (logits, next) = model.forward_with_state(ids_to_tensor(&[unread], &device), state);
         state = next;
         let token = sampling.draw(&last_logits(logits), &seen, rng)?;
         seen.insert(token);
@@ -152,7 +155,7 @@ pub fn generate<M: LanguageModel>(
         if on_token(token).is_break() || output.len() == max_tokens {
             return Ok((output, state));
         }
-        unread = vec![token];
+        unread = token;
     }
 }
 

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_core::{
     Context, Error, HostTensor, ModelFolder, OutputMode, Plot, Result, TensorFile, write_atomic,
 };
-use kiln_data::{Corpus, TokenStream, Tokenizer};
+use kiln_data::{Corpus, Tokenizer};
 use kiln_nn::{
     LanguageModel, Outcome, Sampling, Score, TrainConfig, generate, score_carried, score_context_lengths,
     score_windows, train,
@@ -24,6 +24,7 @@ use crate::lm::{Arch, LmConfig, LmState};
 use crate::model::GlaLmConfig;
 use crate::op::{self, GlaOpConfig};
 use crate::server;
+use crate::stopped_text::StoppedText;
 use crate::training::{self, LanguageTask};
 
 /// A text is read in pieces of so many tokens when the state is carried along.
@@ -660,14 +661,15 @@ fn run_generate(args: &GenerateArgs, cx: &Context) -> Result<()> {
             failure = Some(error);
             return ControlFlow::Break(());
         }
-        if output.stopped || cx.interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if output.stopped() || cx.interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let mut rng = cx.rng("generate", 0);
     let (ids, state) = generate(&model, &prompt, state, &sampling, args.max_tokens, &mut rng, on_token)?;
     if let Some(error) = failure {
         return Err(error);
     }
-    let (text, rest) = output.finish();
+    let rest = output.finish();
+    let text = output.text();
     if let Some(path) = &args.state_out {
         let last = ids.last().or(prompt.last()).copied().unwrap_or_else(|| tokenizer.start_token());
         checkpoint::save_state(path, &state, last)?;
@@ -686,62 +688,6 @@ fn read_prompt(path: &Path) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     std::io::stdin().read_to_end(&mut text).map_err(Error::io("read", "standard input"))?;
     Ok(text)
-}
-
-/// Text that comes token by token and ends before a stop text, of which no part is shown.
-pub(crate) struct StoppedText<'a> {
-    stream: TokenStream<'a>,
-    stop: Option<&'a str>,
-    /// Everything decoded, cut where the stop text began.
-    text: String,
-    /// Bytes of `text` already given out.
-    given: usize,
-    /// Whether the stop text came.
-    pub stopped: bool,
-}
-
-impl<'a> StoppedText<'a> {
-    pub fn new(tokenizer: &'a Tokenizer, stop: Option<&'a str>) -> Self {
-        let stop = stop.filter(|stop| !stop.is_empty());
-        Self { stream: TokenStream::new(tokenizer), stop, text: String::new(), given: 0, stopped: false }
-    }
-
-    /// What can be shown now that `id` is known.
-    pub fn push(&mut self, id: u32) -> String {
-        let piece = self.stream.push(id);
-        self.text.push_str(&piece);
-        self.release(false)
-    }
-
-    /// The whole text and what had not been shown of it.
-    pub fn finish(mut self) -> (String, String) {
-        let stream = std::mem::replace(&mut self.stream, TokenStream::new(&Tokenizer::Byte));
-        if !self.stopped {
-            self.text.push_str(&stream.finish());
-        }
-        let rest = self.release(true);
-        (self.text, rest)
-    }
-
-    fn release(&mut self, all: bool) -> String {
-        let mut end = self.text.len();
-        if let Some(stop) = self.stop {
-            if let Some(at) = self.text.find(stop) {
-                self.text.truncate(at);
-                self.stopped = true;
-                end = at;
-            } else if !all {
-                // What may be the beginning of the stop text is held back.
-                let held = (1..stop.len().min(end + 1))
-                    .rev()
-                    .find(|&n| stop.is_char_boundary(n) && self.text.ends_with(&stop[..n]));
-                end -= held.unwrap_or(0);
-            }
-        }
-        let piece = self.text.get(self.given..end).unwrap_or("").to_string();
-        self.given = self.given.max(end);
-        piece
-    }
 }
 
 fn run_op(args: &OpArgs, cx: &Context) -> Result<()> {

@@ -24,8 +24,9 @@ pub mod model;
 mod network;
 pub mod op;
 pub mod selective_scan;
-mod server;
+pub mod server;
 pub mod short_conv;
+mod stopped_text;
 pub mod training;
 
 use std::path::Path;
