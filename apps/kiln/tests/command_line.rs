@@ -3,15 +3,15 @@
 use std::process::{Command, Output, Stdio};
 
 fn kiln(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_kiln")).args(arguments).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_kiln")).args(arguments).output().expect("the binary starts")
 }
 
 fn stdout(output: &Output) -> String {
-    String::from_utf8(output.stdout.clone()).unwrap()
+    String::from_utf8(output.stdout.clone()).expect("output is UTF-8")
 }
 
 fn stderr(output: &Output) -> String {
-    String::from_utf8(output.stderr.clone()).unwrap()
+    String::from_utf8(output.stderr.clone()).expect("output is UTF-8")
 }
 
 #[test]

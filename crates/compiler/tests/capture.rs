@@ -101,8 +101,8 @@ fn printing_shows_shapes_operands_and_attributes() {
 }
 
 fn last_number(text: &str) -> &str {
-    let line = text.lines().rfind(|line| line.starts_with('%')).unwrap();
-    line.trim_start_matches('%').split(':').next().unwrap()
+    let line = text.lines().rfind(|line| line.starts_with('%')).expect("a graph has operations");
+    line.trim_start_matches('%').split(':').next().expect("split gives at least one part")
 }
 
 #[test]

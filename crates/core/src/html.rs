@@ -41,8 +41,8 @@ fn summary(reports: &[Report]) -> String {
         figure(seconds),
     );
     html += "<nav class=\"scroll\" aria-label=\"Contents\"><table>\n\
-             <thead><tr><th>System</th><th>Claim</th><th class=\"number\">Measured</th>\
-             <th class=\"number\">Must be</th><th>Result</th></tr></thead>\n<tbody>\n";
+             <thead><tr><th>System</th><th>Result</th><th>Claim</th><th class=\"number\">Measured</th>\
+             <th class=\"number\">Must be</th></tr></thead>\n<tbody>\n";
     for report in reports {
         let link = format!("<a href=\"#{}\">{}</a>", escape(report.system.slug), escape(report.system.title));
         if report.claims.is_empty() {
@@ -51,12 +51,9 @@ fn summary(reports: &[Report]) -> String {
         for (number, claim) in report.claims.iter().enumerate() {
             let _ = writeln!(
                 html,
-                "<tr><td>{}</td><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td><td>{}</td></tr>",
+                "<tr><td class=\"words\">{}</td>{}</tr>",
                 if number == 0 { &link } else { "" },
-                escape(&claim.name),
-                escape(&claim.measured_text()),
-                escape(&claim.threshold_text()),
-                verdict(claim)
+                claim_cells(claim)
             );
         }
     }
@@ -106,21 +103,29 @@ fn section(html: &mut String, report: &Report, level: usize) -> Result<()> {
 fn claims(html: &mut String, claims: &[Claim], level: usize) {
     let _ = write!(
         html,
-        "<h{level}>Claims</h{level}>\n<div class=\"scroll\"><table>\n<thead><tr><th>Claim</th><th>Paper</th>\
-         <th class=\"number\">Measured</th><th class=\"number\">Must be</th><th>Result</th></tr></thead>\n<tbody>\n"
+        "<h{level}>Claims</h{level}>\n<div class=\"scroll\"><table>\n<thead><tr><th>Result</th><th>Claim</th>\
+         <th class=\"number\">Measured</th><th class=\"number\">Must be</th><th>Paper</th></tr></thead>\n<tbody>\n"
     );
     for claim in claims {
         let _ = writeln!(
             html,
-            "<tr><td>{}</td><td>{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td><td>{}</td></tr>",
-            escape(&claim.name),
-            escape(&claim.paper),
-            escape(&claim.measured_text()),
-            escape(&claim.threshold_text()),
-            verdict(claim)
+            "<tr>{}<td class=\"words\">{}</td></tr>",
+            claim_cells(claim),
+            escape(&claim.paper)
         );
     }
     html.push_str("</tbody></table></div>\n");
+}
+
+/// Result, claim, measured, must be.
+fn claim_cells(claim: &Claim) -> String {
+    format!(
+        "<td>{}</td><td class=\"words\">{}</td><td class=\"number\">{}</td><td class=\"number\">{}</td>",
+        verdict(claim),
+        escape(&claim.name),
+        escape(&claim.measured_text()),
+        escape(&claim.threshold_text())
+    )
 }
 
 /// A mark, a word and a colour, so that none of the three has to be seen.

@@ -146,7 +146,7 @@ impl Report {
             plot.save(&folder.join(&stem).with_extension("png"))?;
         }
         let page = folder.join("report.html");
-        write_atomic(&page, crate::html::page(&self.system.title, std::slice::from_ref(self))?.as_bytes())?;
+        write_atomic(&page, crate::html::page(self.system.title, std::slice::from_ref(self))?.as_bytes())?;
         Ok(page)
     }
 }

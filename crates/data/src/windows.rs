@@ -14,23 +14,32 @@ pub struct Windows<'a> {
 }
 
 impl Windows<'_> {
-    /// Inputs and the tokens that follow them, each `[batch, seq_len]` in row-major order.
+    /// Where the windows of a batch begin, each anywhere in the corpus.
     ///
     /// # Panics
     /// When the corpus has fewer than `seq_len + 1` tokens; [`Corpus::require`](crate::Corpus::require)
     /// turns that into an error for the user.
-    pub fn batch(&self, rng: &mut impl Rng) -> (Vec<i64>, Vec<i64>) {
-        let starts = self.corpus.len().checked_sub(self.seq_len).filter(|&n| n > 0);
-        let starts = starts.expect("a corpus must be longer than its windows");
+    pub fn starts(&self, rng: &mut impl Rng) -> Vec<usize> {
+        let count = self.corpus.len().checked_sub(self.seq_len).filter(|&n| n > 0);
+        let count = count.expect("a corpus must be longer than its windows");
+        (0..self.batch).map(|_| rng.random_range(0..count)).collect()
+    }
+
+    /// The windows' inputs and the tokens that follow them, each `[batch, seq_len]` in row-major order.
+    pub fn read(&self, starts: &[usize]) -> (Vec<i64>, Vec<i64>) {
         let mut inputs = Vec::with_capacity(self.batch * self.seq_len);
         let mut targets = Vec::with_capacity(self.batch * self.seq_len);
-        for _ in 0..self.batch {
-            let start = rng.random_range(0..starts);
+        for &start in starts {
             let window = &self.corpus[start..=start + self.seq_len];
             inputs.extend(window[..self.seq_len].iter().map(|&id| i64::from(id)));
             targets.extend(window[1..].iter().map(|&id| i64::from(id)));
         }
         (inputs, targets)
+    }
+
+    /// A random batch: [`read`](Self::read) at random [`starts`](Self::starts).
+    pub fn batch(&self, rng: &mut impl Rng) -> (Vec<i64>, Vec<i64>) {
+        self.read(&self.starts(rng))
     }
 }
 

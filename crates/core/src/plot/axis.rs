@@ -82,10 +82,10 @@ impl Span {
             .collect()
     }
 
-    /// Whole decades; with few of them also 2 and 5 between.
+    /// Whole decades; with few of them also 2 and 5 between, and within one decade even steps.
     fn log_ticks(&self, count: usize) -> Vec<Tick> {
         let decades = self.high - self.low;
-        if decades < 0.5 {
+        if decades < 1.0 {
             let (low, high) = (10f64.powf(self.low), 10f64.powf(self.high));
             return Span { low, high, log: false }.linear_ticks(count);
         }
@@ -121,7 +121,7 @@ fn linear_label(value: f64, step: f64) -> String {
 
 fn log_label(value: f64) -> String {
     match value {
-        v if v >= 1e5 || v < 1e-3 => scientific(v),
+        v if !(1e-3..1e5).contains(&v) => scientific(v),
         v if v >= 1.0 => grouped(&format!("{v:.0}")),
         v => format!("{}", (v * 1e6).round() / 1e6),
     }
@@ -181,6 +181,7 @@ mod tests {
         );
         assert_eq!(labels(&[1e-6, 1.0], true), ["10⁻⁶", "10⁻⁵", "10⁻⁴", "0.001", "0.01", "0.1", "1"]);
         assert_eq!(labels(&[100.0, 150.0], true), ["100", "110", "120", "130", "140", "150"]);
+        assert_eq!(labels(&[1024.0, 4096.0], true), ["2000", "3000", "4000"]);
     }
 
     #[test]

@@ -265,7 +265,7 @@ def figures():
                lambda: op_milliseconds(recurrent_gla, length, repetitions))
     yield "lm train tokens/s T=1024", "tokens/s", gla_train
     yield "llama train tokens/s T=1024", "tokens/s", llama_train
-    for read in (100, 1000, 10000):
+    for read in (100, 1000, 10000, 32000):
         yield f"generate tokens/s after {read}", "tokens/s", lambda: generate_tokens_per_second(read)
 
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::activation::log_sigmoid;
 use burn::tensor::{Distribution, Int, Tensor, TensorData};
-use kiln_core::Context;
+use kiln_core::{Context, MemoryGauge};
 use kiln_gla::lm::LmState;
 use kiln_gla::op::{GlaOpConfig, gla_chunk, gla_recurrent};
 use kiln_gla::{Arch, GlaLmConfig, Lm, LmConfig};
@@ -75,24 +75,51 @@ fn train_tokens_per_second(arch: Arch, cx: &Context) -> f64 {
     (batch * time) as f64 / seconds
 }
 
-/// Greedy generation after `read` tokens, which are read by chunks.
-fn generate_tokens_per_second(read: usize, cx: &Context) -> f64 {
-    let tokens = 32;
+/// A model that has read `read` random tokens, piece by piece, and the token to go on from.
+fn after_reading(read: usize, cx: &Context) -> (Lm, Tensor<2, Int>, LmState) {
     let model = model(Arch::Gla, cx);
     let mut rng = cx.rng("ids", 1);
     let ids: Vec<u32> = (0..read).map(|_| rng.random_range(0..VOCAB as u32)).collect();
-    let prompt = kiln_nn::ids_to_tensor(&ids, &cx.device);
-    let (logits, state) = model.forward_with_state(prompt, model.initial_state(1, &cx.device));
-    let last = logits.narrow(1, read - 1, 1);
-    let mut position: Option<(Tensor<2, Int>, LmState)> = Some((last.argmax(2).reshape([1, 1]), state));
-    let seconds = median_seconds(3, || {
-        for _ in 0..tokens {
-            let (token, state) = position.take().expect("put back after every token");
-            let (logits, state) = model.forward_with_state(token, state);
-            position = Some((logits.argmax(2).reshape([1, 1]), state));
-        }
+    let mut state = model.initial_state(1, &cx.device);
+    for piece in ids.chunks(1024) {
+        state = model.forward_with_state(kiln_nn::ids_to_tensor(piece, &cx.device), state).1;
+    }
+    (model, kiln_nn::ids_to_tensor(&ids[read - 1..], &cx.device), state)
+}
+
+/// Greedy generation, one token at a time.
+fn generate(
+    model: &Lm,
+    mut token: Tensor<2, Int>,
+    mut state: LmState,
+    tokens: usize,
+) -> (Tensor<2, Int>, LmState) {
+    for _ in 0..tokens {
+        let (logits, next) = model.forward_with_state(token, state);
+        token = logits.argmax(2).reshape([1, 1]);
+        state = next;
+    }
+    (token, state)
+}
+
+/// Speed of greedy generation after `read` tokens.
+fn generate_tokens_per_second(read: usize, cx: &Context) -> f64 {
+    let tokens = 64;
+    let (model, token, state) = after_reading(read, cx);
+    let mut position = Some((token, state));
+    let seconds = median_seconds(5, || {
+        let (token, state) = position.take().expect("put back after every run");
+        position = Some(generate(&model, token, state, tokens));
     });
     tokens as f64 / seconds
+}
+
+/// How far memory rises while 256 tokens are generated after `read`; 0 where the system does not tell.
+fn generate_peak_mib(read: usize, cx: &Context) -> f64 {
+    let (model, token, state) = after_reading(read, cx);
+    let (token, state) = generate(&model, token, state, 8);
+    let peak = MemoryGauge::start().and_then(|gauge| gauge.peak(|| generate(&model, token, state, 256)).1);
+    peak.unwrap_or(0) as f64 / f64::from(1 << 20)
 }
 
 fn main() {
@@ -113,8 +140,11 @@ fn main() {
     }
     show("lm train tokens/s T=1024", "tokens/s", &|| train_tokens_per_second(Arch::Gla, &cx));
     show("llama train tokens/s T=1024", "tokens/s", &|| train_tokens_per_second(Arch::Llama, &cx));
-    for read in [100, 1000, 10_000] {
+    for read in [100, 1000, 10_000, 32_000] {
         let measure = || generate_tokens_per_second(read, &cx);
         show(&format!("generate tokens/s after {read}"), "tokens/s", &measure);
+    }
+    for read in [100, 32_000] {
+        show(&format!("generate peak MiB after {read}"), "MiB", &|| generate_peak_mib(read, &cx));
     }
 }

@@ -382,7 +382,12 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     let folder = ModelFolder::new(path.ok_or_else(|| Error::usage("--out or --resume is needed"))?);
     let (run, tokenizer) = if resume {
         let run: Run = read_json(&folder.file("train.json"))?;
-        (Run { steps: args.steps.unwrap_or(run.steps), ..run }, Tokenizer::open(&folder)?)
+        let steps = args.steps.unwrap_or(run.steps);
+        if steps < run.steps {
+            return Err(Error::usage(format!("the run was begun for {} steps, not {steps}", run.steps))
+                .hint("--steps may only grow when a run is resumed"));
+        }
+        (Run { steps, ..run }, Tokenizer::open(&folder)?)
     } else {
         let tokenizer = Tokenizer::load(&args.recipe.tokenizer)?;
         (Run { seed: cx.seed, steps: args.steps.unwrap_or(2000), recipe: args.recipe }, tokenizer)
@@ -459,8 +464,11 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     };
     let trained = train(model, &mut task, &train_config, Some(&folder), resume, cx)?;
     if trained.outcome == Outcome::Interrupted {
-        return Err(Error::interrupted(format!("stopped after step {}", trained.log.len()))
-            .hint(format!("continue with `--resume {}`", folder.path().display())));
+        return Err(Error::interrupted(format!("stopped after step {}", trained.log.len())).hint(format!(
+            "continue with `kiln gla train --text {} --resume {}`",
+            args.text.display(),
+            folder.path().display()
+        )));
     }
 
     let losses = |value: fn(&kiln_nn::LogRow) -> Option<f64>| {

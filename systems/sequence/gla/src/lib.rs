@@ -75,3 +75,8 @@ impl System for Gla {
         Ok(Box::new(network::LmNetwork::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

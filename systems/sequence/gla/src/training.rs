@@ -26,19 +26,49 @@ pub struct LanguageTask<'a> {
     pub cx: &'a Context,
 }
 
-impl<M: LanguageModel> Task<M> for LanguageTask<'_> {
-    fn loss(&mut self, model: &M, step: usize) -> Result<(Tensor<1>, usize)> {
+impl LanguageTask<'_> {
+    /// Where a state begins anew when the windows at `starts` lie one after another in one row: at each
+    /// window, and at each document inside one. The length of the row comes last.
+    fn document_offsets(&self, starts: &[usize]) -> Vec<usize> {
+        let documents = &self.train.documents;
+        let mut offsets = Vec::with_capacity(starts.len() + 1);
+        for (row, &start) in starts.iter().enumerate() {
+            let place = row * self.seq_len;
+            offsets.push(place);
+            let first = documents.partition_point(|&document| document <= start);
+            let inside = documents[first..].iter().take_while(|&&document| document < start + self.seq_len);
+            offsets.extend(inside.map(|document| place + document - start));
+        }
+        offsets.push(starts.len() * self.seq_len);
+        offsets
+    }
+}
+
+impl Task<Lm> for LanguageTask<'_> {
+    fn loss(&mut self, model: &Lm, step: usize) -> Result<(Tensor<1>, usize)> {
         let windows = Windows { corpus: &self.train.ids, seq_len: self.seq_len, batch: self.batch };
-        let (inputs, targets) = windows.batch(&mut self.cx.rng("batch", step as u64));
+        let starts = windows.starts(&mut self.cx.rng("batch", step as u64));
+        let (inputs, targets) = windows.read(&starts);
         let device = self.cx.device.clone().autodiff();
-        let ids = |ids: Vec<i64>| -> Tensor<2, Int> {
-            Tensor::from_data(TensorData::new(ids, [self.batch, self.seq_len]), &device)
+        let tokens = self.batch * self.seq_len;
+        let ids = |ids: Vec<i64>, shape: [usize; 2]| -> Tensor<2, Int> {
+            Tensor::from_data(TensorData::new(ids, shape), &device)
         };
-        let loss = next_token_loss(model.forward(ids(inputs)), ids(targets));
-        Ok((loss, self.batch * self.seq_len))
+        let loss = match model {
+            // Of several documents none may leave its traces in the state of the next.
+            Lm::Gla(model) if self.train.documents.len() > 1 => {
+                let logits = model.forward_packed(ids(inputs, [1, tokens]), &self.document_offsets(&starts));
+                next_token_loss(logits, ids(targets, [1, tokens]))
+            }
+            _ => {
+                let shape = [self.batch, self.seq_len];
+                next_token_loss(model.forward(ids(inputs, shape)), ids(targets, shape))
+            }
+        };
+        Ok((loss, tokens))
     }
 
-    fn validate(&mut self, model: &M) -> Result<f64> {
+    fn validate(&mut self, model: &Lm) -> Result<f64> {
         let ids = &self.valid.ids[..self.valid.ids.len().min(VALIDATION_TOKENS + 1)];
         Ok(score_windows(model, ids, self.seq_len)?.nll_nats)
     }
@@ -131,4 +161,17 @@ pub fn memory_plot(heads: &[HeadMemory]) -> Plot {
         plot = plot.series(format!("layer {} head {}", head.layer, head.head), points);
     }
     plot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_begin_anew_at_windows_and_at_documents_inside_them() {
+        let corpus = Corpus { ids: vec![0; 30], documents: vec![0, 4, 10, 25] };
+        let cx = Context::new();
+        let task = LanguageTask { train: &corpus, valid: &corpus, seq_len: 8, batch: 3, cx: &cx };
+        assert_eq!(task.document_offsets(&[0, 4, 18]), [0, 4, 8, 14, 16, 23, 24]);
+    }
 }
