@@ -17,10 +17,10 @@ fn main() -> ExitCode {
     panic::set_hook(Box::new(report_panic));
     let matches = cli::command().get_matches();
     let global = Global::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let outcome = context(&global).and_then(|cx| {
+    let outcome = context(&global).map(|cx| {
         // The hook has told the user; what remains is the exit code.
         let work = panic::catch_unwind(AssertUnwindSafe(|| dispatch(&matches, &cx)));
-        Ok(work.unwrap_or_else(|_| Ok(ExitCode::FAILURE)).unwrap_or_else(|error| fail(&error, &cx)))
+        work.unwrap_or_else(|_| Ok(ExitCode::FAILURE)).unwrap_or_else(|error| fail(&error, &cx))
     });
     outcome.unwrap_or_else(|error| fail(&error, &Context::new()))
 }

@@ -2,8 +2,8 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::Device;
 use rand::SeedableRng;
@@ -39,6 +39,8 @@ pub struct Context {
     pub output: OutputMode,
     /// Set when the user asks to stop.
     pub interrupted: Arc<AtomicBool>,
+    /// Keeps what is printed instead of stdout, where there is one.
+    pub printed: Option<Arc<Mutex<String>>>,
 }
 
 impl Context {
@@ -51,12 +53,19 @@ impl Context {
             out: PathBuf::from("runs"),
             output: OutputMode::Human,
             interrupted: Arc::default(),
+            printed: None,
         }
     }
 
-    /// A context for tests: quiet, two threads' worth of nothing but the CPU.
+    /// A context for tests: quiet, and what a command prints is kept for [`take_printed`](Self::take_printed).
     pub fn for_tests(out: impl Into<PathBuf>) -> Self {
-        Self { out: out.into(), output: OutputMode::Quiet, ..Self::new() }
+        Self { out: out.into(), output: OutputMode::Quiet, printed: Some(Arc::default()), ..Self::new() }
+    }
+
+    /// What was printed since the last call, where it is kept.
+    pub fn take_printed(&self) -> String {
+        let printed = self.printed.iter().map(|text| text.lock().unwrap_or_else(PoisonError::into_inner));
+        printed.map(|mut text| std::mem::take(&mut *text)).collect()
     }
 
     /// An independent random stream with a name, the same in every run with the same seed.
@@ -111,6 +120,10 @@ impl Context {
     /// # Errors
     /// When stdout cannot be written.
     pub fn print(&self, text: &str) -> Result<()> {
+        if let Some(printed) = &self.printed {
+            printed.lock().unwrap_or_else(PoisonError::into_inner).push_str(text);
+            return Ok(());
+        }
         let mut stdout = std::io::stdout().lock();
         match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
             Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {

@@ -706,6 +706,13 @@ fn run_op(args: &OpArgs, cx: &Context) -> Result<()> {
     if let Some(values) = file.get("g").and_then(HostTensor::as_floats) {
         op::check_log_decays(values, &place)?;
     }
+    for name in ["q", "k", "v", "g", "h0", "do", "dht"] {
+        let values = file.get(name).and_then(HostTensor::as_floats).unwrap_or_default();
+        if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+            let found = format!("element {at} of \"{name}\" is {}, must be a finite number", values[at]);
+            return Err(Error::input(&place, found));
+        }
+    }
     let device = cx.device.clone().autodiff();
     let [q, k, v, g] = ["q", "k", "v", "g"].map(|name| file.take_float::<4>(name, &device));
     let (q, k, v, g) = (q?, k?, v?, g?);

@@ -248,8 +248,13 @@ struct Cost {
     gla_seconds: f64,
     /// Peak memory above that before the first measurement, where the system tells.
     gla_bytes: Option<u64>,
-    softmax_seconds: f64,
+    /// Up to [`SOFTMAX_LIMIT`].
+    softmax_seconds: Option<f64>,
 }
+
+/// Beyond this length softmax attention's matrices, which are kept for the backward pass, fill the memory of
+/// a small machine.
+const SOFTMAX_LIMIT: usize = 4096;
 
 fn measure_cost(plan: &Plan, cx: &Context) -> Vec<Cost> {
     let gauge = MemoryGauge::start();
@@ -259,42 +264,36 @@ fn measure_cost(plan: &Plan, cx: &Context) -> Vec<Cost> {
     };
     let gla: Vec<(f64, Option<u64>)> = plan.op_lengths.iter().map(gla).collect();
     let rows = plan.op_lengths.iter().zip(gla);
-    rows.map(|(&time, (gla_seconds, gla_bytes))| Cost {
-        time,
-        gla_seconds,
-        gla_bytes,
-        softmax_seconds: measure_softmax(time, cx),
+    rows.map(|(&time, (gla_seconds, gla_bytes))| {
+        let softmax_seconds = (time <= SOFTMAX_LIMIT).then(|| measure_softmax(time, cx));
+        Cost { time, gla_seconds, gla_bytes, softmax_seconds }
     })
     .collect()
 }
 
 /// Claim 3: time and memory of the operator, forward and backward, grow linearly; softmax's do not.
 fn report_cost(report: &mut Report, cost: &[Cost]) {
-    let [.., before, longest] = cost else { return };
-    // Growth is stated for a fourfold length; other spans are brought to it by their exponent.
-    let fourfold = |from: &Cost, of: fn(&Cost) -> f64| {
-        let span = (longest.time as f64 / from.time as f64).ln();
-        ((of(longest) / of(from)).ln() / span * 4f64.ln()).exp()
-    };
-    let shortest = &cost[0];
-    let from = if cost.len() > 2 { &cost[cost.len() - 3] } else { before };
-    let mut growth = vec![
+    let claims = [
         (
             "Time of forward and backward is linear in the length",
-            fourfold(from, |c| c.gla_seconds),
+            growth(cost, |row| Some(row.gla_seconds)),
             Threshold::AtMost(5.0),
         ),
-        ("Softmax attention's time is not", fourfold(from, |c| c.softmax_seconds), Threshold::AtLeast(9.0)),
+        ("Softmax attention's time is not", growth(cost, |row| row.softmax_seconds), Threshold::AtLeast(9.0)),
+        (
+            "Peak memory is linear in the length",
+            growth(cost, |row| Some(row.gla_bytes? as f64)),
+            Threshold::AtMost(4.6),
+        ),
     ];
-    if shortest.gla_bytes.is_some() && longest.gla_bytes.is_some() {
-        let bytes = |c: &Cost| c.gla_bytes.unwrap_or(0) as f64;
-        growth.push(("Peak memory is linear in the length", fourfold(from, bytes), Threshold::AtMost(4.6)));
-    } else {
-        report.notes.push("This system does not tell peak memory, so its growth is not reported.".into());
-    }
-    for (name, measured, threshold) in growth {
+    for (name, measured, threshold) in claims {
         let paper = "linear for GLA, quadratic for softmax";
-        report.claims.push(Claim::new(name, paper, measured, "× a fourfold length", threshold));
+        match measured {
+            Some(measured) => {
+                report.claims.push(Claim::new(name, paper, measured, "× a fourfold length", threshold));
+            }
+            None => report.notes.push(format!("Not measured on this system: {name}.")),
+        }
     }
 
     let [heads, key, value] = COST_SHAPE;
@@ -310,26 +309,37 @@ fn report_cost(report: &mut Report, cost: &[Cost]) {
             row.time.to_string(),
             format!("{:.1}", 1e3 * row.gla_seconds),
             row.gla_bytes.map_or("unknown".into(), mib),
-            format!("{:.1}", 1e3 * row.softmax_seconds),
+            row.softmax_seconds.map_or("–".into(), |seconds| format!("{:.1}", 1e3 * seconds)),
             mib(4 * (heads * row.time * row.time) as u64),
         ]);
     }
     report.tables.push(table);
-    let curve = |of: fn(&Cost) -> f64| cost.iter().map(|row| (row.time as f64, of(row))).collect();
+    let curve = |of: fn(&Cost) -> Option<f64>| {
+        cost.iter().filter_map(|row| Some((row.time as f64, of(row)?))).collect::<Vec<_>>()
+    };
     report.plots.push(
         Plot::lines("Time of attention, forward and backward", "length in tokens", "milliseconds")
             .log_x()
             .log_y()
-            .series("GLA, chunkwise", curve(|row| 1e3 * row.gla_seconds))
-            .series("softmax", curve(|row| 1e3 * row.softmax_seconds)),
+            .series("GLA, chunkwise", curve(|row| Some(1e3 * row.gla_seconds)))
+            .series("softmax", curve(|row| Some(1e3 * row.softmax_seconds?))),
     );
-    if let [first, .., last] = cost
-        && let (Some(_), Some(_)) = (first.gla_bytes, last.gla_bytes)
-    {
-        let bytes = curve(|row| row.gla_bytes.unwrap_or(0) as f64 / f64::from(1 << 20));
+    let memory = curve(|row| Some(row.gla_bytes? as f64 / f64::from(1 << 20)));
+    if !memory.is_empty() {
         let plot = Plot::lines("Peak memory of attention, forward and backward", "length in tokens", "MiB");
-        report.plots.push(plot.log_x().log_y().series("GLA, chunkwise", bytes));
+        report.plots.push(plot.log_x().log_y().series("GLA, chunkwise", memory));
     }
+}
+
+/// By how much a figure grows as the length grows fourfold, over the last fourfold span that was measured.
+///
+/// A shorter span, where no more was measured, is brought to fourfold by its exponent.
+fn growth(cost: &[Cost], of: fn(&Cost) -> Option<f64>) -> Option<f64> {
+    let measured: Vec<(f64, f64)> = cost.iter().filter_map(|row| Some((row.time as f64, of(row)?))).collect();
+    let &(longest, last) = measured.last()?;
+    let &(shorter, first) =
+        measured.iter().rev().find(|(time, _)| 4.0 * time <= longest).or(measured.first())?;
+    (longest > shorter).then(|| ((last / first).ln() / (longest / shorter).ln() * 4f64.ln()).exp())
 }
 
 /// The median of three runs after a warm-up, in seconds.

@@ -157,9 +157,9 @@ pub fn gla_chunk_with_state(
     let packed = chunk_on_cpu(q, k, v, g, initial, Call { segments, config, with_state: true });
     let packed = Tensor::<1>::from_dispatch(packed);
     let outputs = batch * time * heads * value;
-    let all = outputs + batch * heads * key * value;
-    let o = packed.clone().slice([0..outputs]).reshape([batch, time, heads, value]).swap_dims(1, 2);
-    (o, packed.slice([outputs..all]).reshape([batch, heads, key, value]))
+    let states = batch * heads * key * value;
+    let o = packed.clone().narrow(0, 0, outputs).reshape([batch, time, heads, value]).swap_dims(1, 2);
+    (o, packed.narrow(0, outputs, states).reshape([batch, heads, key, value]))
 }
 
 /// The chunkwise form over documents packed into one row: the state is zero at the start of each.

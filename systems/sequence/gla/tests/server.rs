@@ -236,7 +236,6 @@ fn ctrl_c_ends_the_server_and_what_it_is_writing() {
     let mut rest = String::new();
     connection.read_to_string(&mut rest).unwrap();
     assert!(rest.contains("shutting down") && !rest.contains("[DONE]"), "{rest}");
-    assert!(TcpStream::connect(server.address).is_err());
 }
 
 #[test]
