@@ -27,7 +27,8 @@ pub fn run(slug: &str, pairs: u32) -> Outcome {
     let (mut ours, mut peer) = (Figures::new(), Figures::new());
     for pair in 1..=pairs {
         println!("== pair {pair} of {pairs}");
-        let mut bench = cargo(["bench", "--profile", "release", "-p", &package, "--bench", "peer"]);
+        // Together with the binary, so that dependencies have the features they were already built with.
+        let mut bench = cargo(["bench", "--profile", "release", "-p", "kiln", "-p", &package, "--bench", "peer"]);
         measure(&mut bench, &mut ours)?;
         measure(Command::new(&python).arg(&script), &mut peer)?;
     }
