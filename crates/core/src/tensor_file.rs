@@ -506,7 +506,11 @@ impl ModuleMapper for Loader {
             return param;
         }
         match self.load(&param) {
-            Ok(tensor) => param.map(|old| tensor.set_require_grad(old.is_require_grad())),
+            Ok(tensor) => {
+                // Of a parameter not drawn yet this spares the drawing.
+                let id = param.id;
+                param.transform_for_load(tensor, id)
+            }
             Err(error) => {
                 self.error = Some(error);
                 param

@@ -37,7 +37,7 @@ pub fn open(path: &Path, cx: &Context) -> Result<Trained> {
     if config.gla().is_some() {
         use_own_names(&mut weights)?;
     }
-    let model = weights.into_module(config.init(cx))?;
+    let model = weights.into_module(config.build(&cx.device))?;
     Ok(Trained { config, model, tokenizer: Tokenizer::open(&folder)? })
 }
 

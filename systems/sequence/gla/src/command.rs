@@ -29,6 +29,8 @@ use crate::training::{self, LanguageTask};
 
 /// A text is read in pieces of so many tokens when the state is carried along.
 const PIECE: usize = 1024;
+/// More tokens in a training step are a slip of the pen: their logits alone fill a machine.
+const MAX_BATCH_TOKENS: usize = 1 << 24;
 
 /// `kiln gla …`
 #[derive(Debug, Parser)]
@@ -397,6 +399,10 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     if recipe.seq_len == 0 || recipe.batch == 0 {
         return Err(Error::usage("--seq-len and --batch must be at least 1"));
     }
+    if recipe.seq_len.saturating_mul(recipe.batch) > MAX_BATCH_TOKENS {
+        let message = format!("--batch {} of --seq-len {} tokens is too large", recipe.batch, recipe.seq_len);
+        return Err(Error::usage(message).hint(format!("at most {MAX_BATCH_TOKENS} tokens make a step")));
+    }
     if !(recipe.val_fraction >= 0.0 && recipe.val_fraction < 1.0) {
         return Err(Error::usage(format!("--val-fraction {} is not in [0, 1)", recipe.val_fraction)));
     }
@@ -524,18 +530,19 @@ fn read_texts(
 ) -> Result<(Corpus, Corpus)> {
     let window = recipe.seq_len + 1;
     let whole = Corpus::read(text, tokenizer)?;
-    let (train, held_out, valid_place) = match valid {
-        Some(path) => (whole, Corpus::read(path, tokenizer)?, path.display().to_string()),
+    let (train, held_out, places) = match valid {
+        Some(path) => (whole, Corpus::read(path, tokenizer)?, [text, path].map(|p| p.display().to_string())),
         None => {
             // Both parts must hold a window; of a short text the tail that is held out grows to one.
             whole.require(2 * window, text.display())?;
             let fraction = recipe.val_fraction.max(window as f64 / whole.ids.len() as f64);
-            let (train, valid) = whole.split(fraction);
-            (train, valid, format!("the held-out end of {}", text.display()))
+            let (train, held_out) = whole.split(fraction);
+            let parts = ["the training part", "the held-out end"];
+            (train, held_out, parts.map(|part| format!("{part} of {}", text.display())))
         }
     };
-    train.require(window, text.display())?;
-    held_out.require(window, valid_place)?;
+    train.require(window, &places[0])?;
+    held_out.require(window, &places[1])?;
     Ok((train, held_out))
 }
 
@@ -770,8 +777,15 @@ fn run_op(args: &OpArgs, cx: &Context) -> Result<()> {
             result.insert(name, HostTensor::from_tensor(input.grad(&gradients).unwrap_or_else(zeros)));
         }
     }
-    result.write(&args.out)?;
     let names: Vec<&str> = result.names().collect();
+    for name in &names {
+        let values = result.get(name).and_then(HostTensor::as_floats).unwrap_or_default();
+        if values.iter().any(|x| !x.is_finite()) {
+            let message = format!("\"{name}\" does not fit the range of f32");
+            return Err(Error::work(message).hint("the inputs are too large; scale them down"));
+        }
+    }
+    result.write(&args.out)?;
     cx.emit(&json!({ "file": args.out, "tensors": names }), |_| {
         format!("{} in {}\n", names.join(", "), args.out.display())
     })

@@ -373,7 +373,10 @@ fn decay_until(end: &[f32], rows: &mut [f32], b: &[f32]) {
 /// Multiplies every row by `exp(b_to - b_from)`.
 #[inline(always)]
 fn decay_between(from: &[f32], to: &[f32], rows: &mut [f32]) {
-    let step: Vec<f32> = to.iter().zip(from).map(|(to, from)| exp(to - from)).collect();
+    let mut step = to.to_vec();
+    for (step, from) in step.iter_mut().zip(from) {
+        *step = exp(*step - from);
+    }
     for row in rows.chunks_exact_mut(from.len()) {
         row.iter_mut().zip(&step).for_each(|(x, step)| *x *= step);
     }
@@ -494,6 +497,16 @@ fn chunk_outputs(dims: Dims, blocks: Blocks, chunk: Chunk, x: Inputs<'_>, start:
     }
 }
 
+/// `α = exp g`. A loop, since collecting an iterator would be compiled without the kernel's vector instructions.
+#[inline(always)]
+fn gates(g: &[f32]) -> Vec<f32> {
+    let mut alpha = g.to_vec();
+    for alpha in &mut alpha {
+        *alpha = exp(*alpha);
+    }
+    alpha
+}
+
 /// P on the diagonal block of rows n..m: `P_rs = Σ_c q_rc k_sc exp(b_rc - b_sc)`.
 ///
 /// For a fixed s the decayed key runs forward, one factor `exp g_r ≤ 1` a row: at most `m - n` roundings,
@@ -510,7 +523,7 @@ fn diagonal_scores(
     p: &mut [f32],
     stride: usize,
 ) {
-    let alpha: Vec<f32> = g[n * key..m * key].iter().map(|&g| exp(g)).collect();
+    let alpha = gates(&g[n * key..m * key]);
     let mut k_decayed = vec![0.0; key];
     for s in n..m {
         k_decayed.copy_from_slice(&k[s * key..(s + 1) * key]);
@@ -622,8 +635,11 @@ fn chunk_backward(
 
         // dg_t = Σ_{s ≥ t} (q_s dq_s - k_s dk_s), within the chunk; what comes after it sums to S dS at its end.
         let end = &around.end[of_head];
-        let mut later: Vec<f32> =
-            end.chunks_exact(value).zip(d_end.chunks_exact(value)).map(|(s, ds)| dot(s, ds)).collect();
+        let mut later = vec![0.0; key];
+        let rows = end.chunks_exact(value).zip(d_end.chunks_exact(value));
+        for (later, (s, ds)) in later.iter_mut().zip(rows) {
+            *later = dot(s, ds);
+        }
         let scale = dims.scale();
         for r in (0..len).rev() {
             let own = r * key..(r + 1) * key;
@@ -655,7 +671,7 @@ fn diagonal_backward(
     dq: &mut [f32],
     dk: &mut [f32],
 ) {
-    let alpha: Vec<f32> = g[n * key..m * key].iter().map(|&g| exp(g)).collect();
+    let alpha = gates(&g[n * key..m * key]);
     let mut k_decayed = vec![0.0; key];
     let mut decay = vec![0.0; key];
     for s in n..m {

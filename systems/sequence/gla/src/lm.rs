@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::layer::Gate;
 use crate::mamba::{MambaConfig, MambaLm, MambaState};
-use crate::model::{GlaLm, GlaLmConfig, GlaState};
+use crate::model::{GlaLm, GlaLmConfig, GlaState, check_epsilon};
+
+/// A network with more parameters than any machine holds is a slip of the pen.
+const MAX_PARAMETERS: f64 = 1e11;
 
 /// What a `config.json` of this system describes; the tag is `model_type`, as in public checkpoints.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -61,6 +64,7 @@ impl LmConfig {
     /// # Errors
     /// When the sizes do not fit the architecture.
     pub fn like(arch: Arch, gla: &GlaLmConfig) -> Result<Self> {
+        check_sizes(gla.vocab_size, gla.hidden_size, gla.num_hidden_layers, gla.mlp_width())?;
         let config = match arch {
             Arch::Gla => Self::Gla(gla.clone()),
             Arch::Retnet => Self::Retnet(gla.clone()),
@@ -100,32 +104,61 @@ impl LmConfig {
     /// Names those that do not.
     pub fn check(&self) -> Result<()> {
         match self {
-            Self::Gla(config) | Self::Retnet(config) | Self::Linear(config) => config.check(),
+            Self::Gla(config) | Self::Retnet(config) | Self::Linear(config) => {
+                let mlp = config.mlp_width();
+                check_sizes(config.vocab_size, config.hidden_size, config.num_hidden_layers, mlp)?;
+                config.check()
+            }
             Self::Llama(config) => {
                 let (width, heads) = (config.hidden_size, config.num_attention_heads);
+                let mlp = config.intermediate_size.unwrap_or(width);
+                check_sizes(config.vocab_size, width, config.num_hidden_layers, mlp)?;
+                check_epsilon(config.rms_norm_eps)?;
                 if heads == 0 || !width.is_multiple_of(2 * heads) {
                     return Err(Error::usage(format!("{heads} heads do not divide width {width} evenly"))
                         .hint("rotary positions need an even width a head"));
                 }
                 Ok(())
             }
-            Self::Mamba(config) if config.hidden_size == 0 || config.num_hidden_layers == 0 => {
-                Err(Error::usage("width and layers must be at least 1"))
+            Self::Mamba(config) => {
+                let inner = config.expand.saturating_mul(config.hidden_size);
+                check_sizes(config.vocab_size, config.hidden_size, config.num_hidden_layers, inner)?;
+                check_epsilon(config.layer_norm_epsilon)
             }
-            Self::Mamba(_) => Ok(()),
         }
     }
 
     /// A model with parameters drawn from the context's seed.
     pub fn init(&self, cx: &Context) -> Lm {
-        initialise(&cx.device, &mut cx.rng("init", 0), |device| match self {
+        initialise(&cx.device, &mut cx.rng("init", 0), |device| self.build(device))
+    }
+
+    /// A model whose parameters are not drawn before they are used, to load others into.
+    pub fn build(&self, device: &Device) -> Lm {
+        match self {
             Self::Gla(config) => Lm::Gla(config.init(Gate::Data, device)),
             Self::Retnet(config) => Lm::Gla(config.init(Gate::Fixed, device)),
             Self::Linear(config) => Lm::Gla(config.init(Gate::Open, device)),
             Self::Llama(config) => Lm::Llama(config.init(device)),
             Self::Mamba(config) => Lm::Mamba(config.init(device)),
-        })
+        }
     }
+}
+
+/// Checks that nothing is 0 and the whole no larger than any machine; `inner` is the width inside the blocks.
+fn check_sizes(vocab: usize, width: usize, layers: usize, inner: usize) -> Result<()> {
+    if [vocab, width, layers, inner].contains(&0) {
+        return Err(Error::usage(
+            "vocabulary, width, layers and the width inside them must all be at least 1",
+        ));
+    }
+    let [vocab, width, layers, inner] = [vocab, width, layers, inner].map(|size| size as f64);
+    let parameters = vocab * width + layers * width * (width + inner);
+    if parameters > MAX_PARAMETERS {
+        return Err(Error::usage(format!("the model would have more than {parameters:.0e} parameters"))
+            .hint("check vocabulary, width and layers"));
+    }
+    Ok(())
 }
 
 /// Mamba with the width of `gla` and the number of layers, then the expansion, nearest to its parameters.

@@ -170,10 +170,10 @@ impl GlaLmConfig {
             let message = format!("\"attn\" asks for layers with softmax attention: {attn}");
             return Err(Error::usage(message).hint("Kiln reads checkpoints whose layers are all GLA"));
         }
-        let sizes = [self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_heads];
-        if sizes.contains(&0) || (self.use_short_conv && self.conv_size == 0) {
-            return Err(Error::usage("vocabulary, width, layers, heads and kernel must all be at least 1"));
+        if self.use_short_conv && self.conv_size == 0 {
+            return Err(Error::usage("the kernel of the short convolutions must be at least 1"));
         }
+        check_epsilon(self.norm_eps)?;
         self.layer(Gate::Data).check()
     }
 
@@ -198,6 +198,14 @@ impl GlaLmConfig {
             lm_head: (!self.tie_word_embeddings).then(|| head.init(device)),
         }
     }
+}
+
+/// Norms divide by zero without it.
+pub(crate) fn check_epsilon(epsilon: f64) -> Result<()> {
+    if epsilon > 0.0 && epsilon.is_finite() {
+        return Ok(());
+    }
+    Err(Error::usage(format!("the epsilon of the norms is {epsilon}, must be above 0")))
 }
 
 /// One block: `x + GLA(RMSNorm(x))`, then `x + SwiGLU(RMSNorm(x))`.

@@ -289,7 +289,13 @@ fn training_refuses_what_cannot_work_before_it_writes() {
         ("--text @text.txt --lr nan", "the learning rate is NaN"),
         ("--text @text.txt --tau 0", "temperature tau is 0"),
         ("--text @text.txt --batch 0", "must be at least 1"),
+        ("--text @text.txt --batch 1000000000000", "is too large; at most 16777216 tokens"),
+        ("--text @text.txt --seq-len 18446744073709551615", "is too large; at most 16777216 tokens"),
+        ("--text @text.txt --d-model 0", "must all be at least 1"),
+        ("--text @text.txt --arch llama --layers 0", "must all be at least 1"),
+        ("--text @text.txt --d-model 1000000000", "would have more than 1e18 parameters"),
         ("--text @text.txt --val-fraction 1", "--val-fraction 1 is not in [0, 1)"),
+        ("--text @text.txt --val-fraction 0.99", "the training part of"),
         ("--text @text.txt --tokenizer @nowhere.json", "give \"byte\" or the path of a tokenizer.json"),
         ("--text @text.txt --tokenizer @text.txt", "is not a tokenizer in the Hugging Face format"),
         ("--text @text.txt --init-from @nowhere", "nowhere/config.json"),
@@ -657,6 +663,8 @@ fn folders_that_are_no_gla_model_are_refused_by_name() {
     change("tie_word_embeddings", json!(true));
     change("num_hidden_layers", json!(3));
     change("intermediate_size", json!(81));
+    change("norm_eps", json!(0));
+    change("clamp_min", json!(0.5));
     for (name, words) in [
         ("kind", "kind/config.json: is a model of kind \"tcnca\", not \"gla\""),
         ("model_type", "model_type/config.json: has model_type \"mamba2\", expected \"gla\""),
@@ -665,11 +673,27 @@ fn folders_that_are_no_gla_model_are_refused_by_name() {
         ("chunk", "chunk/config.json: a chunk of 60 rows cannot be cut into sub-blocks of 16"),
         ("hidden_size", "hidden_size/config.json: does not describe a GLA checkpoint: invalid type: string"),
         ("vocab_size", "must all be at least 1"),
+        ("norm_eps", "the epsilon of the norms is 0, must be above 0"),
+        ("clamp_min", "clamp_min is 0.5, must be ≤ 0"),
         ("tie_word_embeddings", "\"lm_head.weight\" has no place in this network"),
         ("num_hidden_layers", "\"model.layers.2.attn_norm.weight\" is missing"),
         ("intermediate_size", "has floats of shape [80, 48], expected floats of shape [81, 48]"),
     ] {
         desk.assert_refused(&format!("info --model @{name}"), words);
+    }
+}
+
+#[test]
+fn sizes_that_only_the_configuration_claims_take_no_memory() {
+    let desk = Desk::new();
+    for (name, size) in [("vocab_size", 1_000_000_000u64), ("intermediate_size", 500_000_000)] {
+        desk.golden_copy(name, |config| {
+            config.insert(name.into(), size.into());
+        });
+        desk.assert_refused(
+            &format!("info --model @{name}"),
+            &format!("expected floats of shape [{size}, 48]"),
+        );
     }
 }
 
@@ -783,6 +807,8 @@ fn the_operator_refuses_what_it_is_not_defined_for() {
     refused("element 0 of \"k\" is inf, must be a finite number");
     with("g", [1, 1, 1, key], f32::NEG_INFINITY);
     refused("element 0 of \"g\" is -inf");
+    with("k", [1, 1, 1, key], f32::MAX);
+    refused("does not fit the range of f32");
     let mut file = reference.clone();
     file.take("q").unwrap();
     file.write(&desk.path("in.safetensors")).unwrap();
