@@ -28,7 +28,8 @@ pub fn run(slug: &str, pairs: u32) -> Outcome {
     for pair in 1..=pairs {
         println!("== pair {pair} of {pairs}");
         // Together with the binary, so that dependencies have the features they were already built with.
-        let mut bench = cargo(["bench", "--profile", "release", "-p", "kiln", "-p", &package, "--bench", "peer"]);
+        let mut bench =
+            cargo(["bench", "--profile", "release", "-p", "kiln", "-p", &package, "--bench", "peer"]);
         measure(&mut bench, &mut ours)?;
         measure(Command::new(&python).arg(&script), &mut peer)?;
     }

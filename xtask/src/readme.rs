@@ -16,8 +16,15 @@ struct Block {
 }
 
 pub fn run() -> Outcome {
+    let (passed, failed) = check()?;
+    println!("{passed} passed, {failed} failed");
+    Ok(failed == 0)
+}
+
+/// How many blocks worked and how many did not.
+pub fn check() -> Result<(usize, usize), Box<dyn std::error::Error>> {
     if !cargo(["build", "--release", "--package", "kiln"]).status()?.success() {
-        return Ok(false);
+        return Err("kiln cannot be built".into());
     }
     let metadata = metadata()?;
     let mut readmes = vec![root().join("README.md")];
@@ -41,11 +48,10 @@ pub fn run() -> Outcome {
             }
         }
     }
-    println!("{passed} passed, {failed} failed");
-    Ok(failed == 0)
+    Ok((passed, failed))
 }
 
-/// The blocks marked `sh`; those marked `sh no-run` are for reading only.
+/// The blocks marked `sh`; others, such as `console`, are for reading only.
 fn blocks(markdown: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
     let mut open: Option<(Block, bool)> = None;
@@ -83,7 +89,7 @@ mod tests {
 
     #[test]
     fn only_runnable_shell_blocks_are_found() {
-        let markdown = "text\n```sh\nkiln list\nkiln show gla\n```\n```sh no-run\nrm -r /\n```\n```rust\nfn main() {}\n```\n";
+        let markdown = "text\n```sh\nkiln list\nkiln show gla\n```\n```console\nrm -r /\n```\n```rust\nfn main() {}\n```\n";
         assert_eq!(blocks(markdown), [Block { line: 2, script: "kiln list\nkiln show gla\n".into() }]);
     }
 

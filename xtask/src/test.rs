@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use crate::Outcome;
 use crate::workspace::{cargo, each_line};
+use crate::{Outcome, readme};
 
 /// Tests seen so far.
 #[derive(Default, Debug, PartialEq)]
@@ -21,6 +21,10 @@ pub fn run() -> Outcome {
     step(cargo(clippy), &mut count)?;
     // Unit, integration and documentation tests; the output of tests that pass tells of skipped ones.
     step(cargo(["test", "--release", "--workspace", "--no-fail-fast", "--", "--show-output"]), &mut count)?;
+    // What the READMEs tell people to type.
+    let (worked, did_not) = readme::check()?;
+    count.passed += worked;
+    count.failed += did_not;
     println!("{} passed, {} failed, {} skipped", count.passed, count.failed, count.skipped);
     Ok(count.failed == 0)
 }

@@ -140,7 +140,7 @@ impl GatedLinearAttentionConfig {
         if !(self.tau > 0.0 && self.tau.is_finite()) {
             return Err(Error::usage(format!("the gate temperature tau is {}, must be > 0", self.tau)));
         }
-        if let Some(least) = self.clamp_min.filter(|least| !(*least <= 0.0)) {
+        if let Some(least) = self.clamp_min.filter(|least| least.is_nan() || *least > 0.0) {
             let message = format!("the least log decay clamp_min is {least}, must be ≤ 0");
             return Err(Error::usage(message).hint("a log decay above 0 would let the state grow"));
         }

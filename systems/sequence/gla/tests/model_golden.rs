@@ -1,4 +1,5 @@
 //! Whole models against golden vectors: logits, greedy text and likelihood, in both public layouts.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
 //! The operator against golden vectors, in all three forms and all chunk settings, forward and backward.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
 //! The completion endpoint over real HTTP.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
