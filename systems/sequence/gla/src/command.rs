@@ -168,9 +168,12 @@ struct Recipe {
     /// Fraction at the end of the text that is held out for validation
     #[arg(long, default_value_t = 0.05, conflicts_with = "resume")]
     val_fraction: f64,
-    /// Steps between validations and checkpoints
+    /// Steps between validations
     #[arg(long, default_value_t = 200, conflicts_with = "resume")]
     eval_every: usize,
+    /// Steps between checkpoints: what a crash can cost at most
+    #[arg(long, default_value_t = 100, conflicts_with = "resume")]
+    checkpoint_every: usize,
     /// Stop after so many validations without improvement
     #[arg(long, conflicts_with = "resume")]
     patience: Option<usize>,
@@ -438,7 +441,7 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
         weight_decay: recipe.weight_decay,
         clip_norm: recipe.clip,
         eval_every: recipe.eval_every,
-        checkpoint_every: recipe.eval_every,
+        checkpoint_every: recipe.checkpoint_every,
         patience: recipe.patience,
         ..TrainConfig::default()
     };
