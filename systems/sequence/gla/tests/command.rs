@@ -329,7 +329,9 @@ fn training_refuses_a_folder_in_use_and_one_that_cannot_be_made() {
 #[test]
 fn a_loss_that_is_no_number_stops_training_and_keeps_the_last_good_checkpoint() {
     let desk = Desk::with_text(600);
-    let line = format!("train --text @text.txt --out @m --steps 12 --eval-every 1 --checkpoint-every 1 --lr 1e30 --clip 0 {TINY}");
+    let line = format!(
+        "train --text @text.txt --out @m --steps 12 --eval-every 1 --checkpoint-every 1 --lr 1e30 --clip 0 {TINY}"
+    );
     let error = desk.run(&line).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Work, "{error}");
     assert!(error.to_string().contains(" step "), "{error}");
