@@ -18,7 +18,7 @@ use kiln::core::Scale;
     after_help = "Examples:\n  \
         kiln list                            what is there\n  \
         kiln show gla                        a system's paper, claim and verbs\n  \
-        kiln run gla                         its reference experiment in about 20 seconds\n  \
+        kiln run gla                         its reference experiment, in about a minute\n  \
         kiln tour                            every experiment, as one HTML page\n  \
         kiln gla train --text book.txt --out my-model"
 )]

@@ -114,12 +114,13 @@ fn generate_tokens_per_second(read: usize, cx: &Context) -> f64 {
     tokens as f64 / seconds
 }
 
-/// How far memory rises while 256 tokens are generated after `read`; 0 where the system does not tell.
+/// How far memory rises while 256 tokens are generated after `read`; not a number where the system does not
+/// tell, which the comparison leaves out.
 fn generate_peak_mib(read: usize, cx: &Context) -> f64 {
     let (model, token, state) = after_reading(read, cx);
     let (token, state) = generate(&model, token, state, 8);
     let peak = MemoryGauge::start().and_then(|gauge| gauge.peak(|| generate(&model, token, state, 256)).1);
-    peak.unwrap_or(0) as f64 / f64::from(1 << 20)
+    peak.map_or(f64::NAN, |peak| peak as f64 / f64::from(1 << 20))
 }
 
 fn main() {
