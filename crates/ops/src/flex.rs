@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
-use burn::backend::{Bytes, DType, DispatchDevice, Shape};
-use burn::tensor::Device;
+use burn::backend::{BackendTensor, Bytes, DType, DispatchDevice, DispatchTensorKind, Shape};
+use burn::tensor::{Device, Int, Tensor};
 use burn_flex::{FlexTensor, Layout};
 
 /// Whether tensors on `device` (or on the device that its autodiff wraps) are this crate's to compute.
@@ -27,4 +27,21 @@ pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
     let shape = shape.into();
     assert_eq!(values.len(), shape.num_elements(), "values must fill the shape {shape:?}");
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
+}
+
+/// The elements of an integer tensor on the CPU in row-major order.
+///
+/// # Panics
+/// When the tensor is not the CPU's.
+pub fn ints<const D: usize>(tensor: Tensor<D, Int>) -> Vec<i64> {
+    let tensor = match tensor.into_dispatch().kind {
+        DispatchTensorKind::Flex(BackendTensor::Int(tensor)) => tensor.to_contiguous(),
+        other => panic!("a CPU kernel was given another backend's integers: {other:?}"),
+    };
+    match tensor.dtype() {
+        DType::I64 => tensor.as_slice::<i64>().map(<[i64]>::to_vec),
+        DType::I32 => tensor.as_slice::<i32>().map(|ids| ids.iter().map(|&id| id.into()).collect()),
+        _ => Some(tensor.into_data().iter::<i64>().collect()),
+    }
+    .expect("a contiguous tensor is one slice")
 }

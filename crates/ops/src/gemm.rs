@@ -39,6 +39,18 @@ pub enum Out {
 /// # Panics
 /// When the shapes do not fit.
 pub fn gemm(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
+    multiply(out, stride, mode, a, b, Par::Seq);
+}
+
+/// As [`gemm`], on all threads.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn gemm_parallel(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
+    multiply(out, stride, mode, a, b, Par::rayon(0));
+}
+
+fn multiply(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>, par: Par) {
     let (rows, columns) = (a.0.nrows(), b.0.ncols());
     assert_eq!(a.0.ncols(), b.0.nrows(), "inner extents of a matrix product must agree");
     if rows == 0 || columns == 0 {
@@ -51,7 +63,7 @@ pub fn gemm(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
         Out::Set => Accum::Replace,
         Out::Add => Accum::Add,
     };
-    matmul(out, accumulate, a.0, b.0, 1.0, Par::Seq);
+    matmul(out, accumulate, a.0, b.0, 1.0, par);
 }
 
 #[cfg(test)]

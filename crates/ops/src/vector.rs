@@ -1,22 +1,4 @@
-//! Elementary functions that compile to vector code inside a loop, and the dispatch that chooses how wide.
-
-/// Runs `kernel` compiled for the widest instruction set of this machine (AVX-512, AVX2 with FMA, NEON,
-/// or the target's baseline), chosen at run time.
-///
-/// Only what is inlined into the closure profits: mark it and the functions it calls `#[inline(always)]`.
-#[inline]
-pub fn simd<R>(kernel: impl FnOnce() -> R) -> R {
-    /// A closure may be left out of line; this call may not.
-    struct Inlined<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Inlined<F> {
-        type Output = R;
-        #[inline(always)]
-        fn call(self) -> R {
-            (self.0)()
-        }
-    }
-    pulp::Arch::new().dispatch(Inlined(kernel))
-}
+//! Elementary functions that compile to vector code inside a loop; see [`simd`](crate::simd()).
 
 /// `a * b + c` in one rounding where the machine can, in two where that would call a library function.
 #[inline(always)]
@@ -66,6 +48,107 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// `tanh x` to within 3 ulp.
+///
+/// An odd minimax polynomial near 0, where `1 - 2 / (e^2x + 1)` would cancel; that form elsewhere.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    const NEAR_ZERO: f32 = 0.625;
+    let t = x * x;
+    let mut p = -5.621_573_4e-3;
+    p = fma(p, t, 2.055_686_4e-2);
+    p = fma(p, t, -5.371_058_3e-2);
+    p = fma(p, t, 1.333_099_8e-1);
+    p = fma(p, t, -3.333_325_5e-1);
+    let near = fma(x * t, p, x);
+    let size = x.abs();
+    let far = (1.0 - 2.0 / (exp(2.0 * size) + 1.0)).copysign(x);
+    // Written so that NaN takes the first branch and stays NaN.
+    if size >= NEAR_ZERO { far } else { near }
+}
+
+/// The error function to within 3 ulp.
+///
+/// An odd minimax polynomial near 0; `1 - e^p(|x|)` with a polynomial `p` for `ln erfc` elsewhere.
+#[inline(always)]
+pub fn erf(x: f32) -> f32 {
+    const NEAR_ZERO: f32 = 0.925;
+    const ONE: f32 = 4.0; // from here on erf rounds to 1
+    let t = x * x;
+    let mut p = 8.316_764e-5;
+    p = fma(p, t, -8.130_01e-4);
+    p = fma(p, t, 5.199_906_4e-3);
+    p = fma(p, t, -2.685_894e-2);
+    p = fma(p, t, 1.128_368_7e-1);
+    p = fma(p, t, -3.761_263_3e-1);
+    p = fma(p, t, 1.283_791_7e-1); // 2/√π - 1: the one is added apart, for its digits
+    let near = fma(p, x, x);
+
+    let size = x.abs().min(ONE);
+    let mut q = 3.854_386_8e-7;
+    q = fma(q, size, -6.610_988_6e-6);
+    q = fma(q, size, 3.034_314_5e-5);
+    q = fma(q, size, 1.954_392e-4);
+    q = fma(q, size, -3.443_872_9e-3);
+    q = fma(q, size, 2.363_419_8e-2);
+    q = fma(q, size, -1.062_701_9e-1);
+    q = fma(q, size, -6.350_648e-1);
+    q = fma(q, size, -1.286_803_6e-1);
+    let far = (1.0 - exp(fma(q, size, -size))).copysign(x);
+    // Written so that NaN takes the first branch and stays NaN.
+    if x.abs() >= NEAR_ZERO { far } else { near }
+}
+
+/// The natural logarithm of a normal positive number to within 2 ulp; of 0 it is -∞, of ∞ it is ∞, of a
+/// negative number NaN.
+#[inline(always)]
+pub fn ln(x: f32) -> f32 {
+    const SQRT_HALF: u32 = 0x3f35_04f3;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // x = 2ⁿ (1 + f) with 1 + f in [√½, √2)
+    let bits = x.to_bits().wrapping_sub(SQRT_HALF);
+    let n = ((bits as i32) >> 23) as f32;
+    let f = f32::from_bits((bits & 0x007f_ffff).wrapping_add(SQRT_HALF)) - 1.0;
+    // ln(1 + f) = f - f²/2 + f³ p(f)
+    let mut p = 7.037_288e-2;
+    p = fma(p, f, -1.151_442_8e-1);
+    p = fma(p, f, 1.167_706_3e-1);
+    p = fma(p, f, -1.242_017_1e-1);
+    p = fma(p, f, 1.424_932e-1);
+    p = fma(p, f, -1.666_805_7e-1);
+    p = fma(p, f, 2.000_071_5e-1);
+    p = fma(p, f, -2.499_999_4e-1);
+    p = fma(p, f, 3.333_333e-1);
+    let square = f * f;
+    let tail = fma(n, LN2_LOW, fma(f * square, p, -0.5 * square));
+    let value = fma(n, LN2_HIGH, f + tail);
+    if x == f32::INFINITY {
+        x
+    } else if x > 0.0 {
+        value
+    } else if x == 0.0 {
+        f32::NEG_INFINITY
+    } else {
+        f32::NAN
+    }
+}
+
+/// `ln(1 + x)` for `x ≥ 0` to within 3 ulp.
+#[inline(always)]
+pub fn ln_1p(x: f32) -> f32 {
+    // What rounding 1 + x loses is added to first order.
+    let rounded = 1.0 + x;
+    let lost = x - (rounded - 1.0);
+    ln(rounded) + lost / rounded
+}
+
+/// `ln(1 + e^x)` without overflow.
+#[inline(always)]
+pub fn softplus(x: f32) -> f32 {
+    x.max(0.0) + ln_1p(exp(-x.abs()))
+}
+
 /// The scalar product of two slices of equal length.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -99,6 +182,7 @@ pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd;
 
     fn ulps(a: f32, b: f32) -> u32 {
         a.to_bits().abs_diff(b.to_bits())
@@ -126,6 +210,51 @@ mod tests {
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert_eq!(exp(89.0), f32::INFINITY);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    /// The largest distance of `f` from the exact `g` over `lowest..highest`, in ulp.
+    fn worst(f: fn(f32) -> f32, g: impl Fn(f64) -> f64, lowest: f32, highest: f32) -> u32 {
+        let points = (0..=100_000).map(|i| lowest + (highest - lowest) * (i as f32 / 1e5));
+        points.map(|x| ulps(f(x), g(x.into()) as f32)).max().unwrap()
+    }
+
+    #[test]
+    fn elementary_functions_are_within_their_bounds() {
+        assert!(worst(tanh, f64::tanh, 1e-3, 12.0) <= 3);
+        assert!(worst(tanh, f64::tanh, -12.0, -1e-3) <= 3);
+        assert!(worst(ln, f64::ln, 1e-30, 1e-3) <= 2);
+        assert!(worst(ln, f64::ln, 1e-3, 100.0) <= 2);
+        assert!(worst(ln, f64::ln, 100.0, 1e38) <= 2);
+        assert!(worst(ln_1p, f64::ln_1p, 0.0, 3.0) <= 3);
+        assert!(worst(sigmoid, |x| 1.0 / (1.0 + (-x).exp()), -80.0, 30.0) <= 4);
+        assert!(worst(softplus, |x| x.max(0.0) + (-x.abs()).exp().ln_1p(), -80.0, 80.0) <= 4);
+    }
+
+    #[test]
+    fn the_error_function_is_that_of_its_series() {
+        // erf x = 2/√π Σ (-1)ⁿ x²ⁿ⁺¹ / (n! (2n + 1)), which f64 sums well up to 4.
+        let series = |x: f64| {
+            let mut term = x;
+            let mut sum = x;
+            for n in 1..120 {
+                term *= -x * x / f64::from(n);
+                sum += term / f64::from(2 * n + 1);
+            }
+            sum * 2.0 / std::f64::consts::PI.sqrt()
+        };
+        assert!(worst(erf, series, 1e-4, 4.2) <= 3);
+        assert!(worst(erf, series, -4.2, -1e-4) <= 3);
+        assert_eq!((erf(0.0), erf(10.0), erf(f32::NEG_INFINITY)), (0.0, 1.0, -1.0));
+    }
+
+    #[test]
+    fn nan_stays_nan_and_infinities_have_their_limits() {
+        assert!([tanh, erf, ln, sigmoid, softplus].iter().all(|f| f(f32::NAN).is_nan()));
+        assert_eq!([f32::NEG_INFINITY, f32::INFINITY].map(tanh), [-1.0, 1.0]);
+        assert_eq!([f32::NEG_INFINITY, f32::INFINITY].map(sigmoid), [0.0, 1.0]);
+        assert_eq!([f32::NEG_INFINITY, f32::INFINITY].map(softplus), [0.0, f32::INFINITY]);
+        assert_eq!([0.0, f32::INFINITY].map(ln), [f32::NEG_INFINITY, f32::INFINITY]);
+        assert!(ln(-1.0).is_nan());
     }
 
     #[test]
