@@ -1,6 +1,6 @@
 //! Normalisation of each row: layer norm and RMS norm.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -40,8 +40,11 @@ pub fn layer_norm<const D: usize>(
 /// - weight: `[width]`
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
     if !runs_natively(&x) || !runs_natively(&weight) {
-        let mean_square = x.clone().square().mean_dim(D - 1);
-        return x / (mean_square + epsilon).sqrt() * weight.unsqueeze();
+        let dtype = x.dtype();
+        // Squares of half-precision numbers overflow early.
+        let wide = if dtype == DType::F64 { x.clone() } else { x.clone().cast(DType::F32) };
+        let mean_square = wide.square().mean_dim(D - 1);
+        return x / (mean_square + epsilon).sqrt().cast(dtype) * weight.unsqueeze();
     }
     let bias = Tensor::<1>::empty([0], &x.device());
     let inputs = [x.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
