@@ -124,6 +124,7 @@ fn generate_peak_mib(read: usize, cx: &Context) -> f64 {
 }
 
 fn main() {
+    kiln_ops::keep_freed_memory(); // as the kiln binary does
     let cx = Context::new();
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();
     let show = |name: &str, unit: &str, measure: &dyn Fn() -> f64| {
