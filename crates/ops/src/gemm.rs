@@ -42,12 +42,16 @@ pub fn gemm(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
     multiply(out, stride, mode, a, b, Par::Seq);
 }
 
-/// As [`gemm`], on all threads.
+/// Multiplications that outweigh waking the other threads.
+const WORTH_SHARING: usize = 3 << 20;
+
+/// As [`gemm`], on all threads where that is faster.
 ///
 /// # Panics
 /// When the shapes do not fit.
 pub fn gemm_parallel(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
-    multiply(out, stride, mode, a, b, Par::rayon(0));
+    let work = a.0.nrows() * a.0.ncols() * b.0.ncols();
+    multiply(out, stride, mode, a, b, if work < WORTH_SHARING { Par::Seq } else { Par::rayon(0) });
 }
 
 fn multiply(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>, par: Par) {

@@ -13,6 +13,7 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod blocks;
 pub mod flex;
 pub mod function;
 mod gated;
