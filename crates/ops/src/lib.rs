@@ -22,6 +22,7 @@ mod linear;
 mod matmul;
 mod memory;
 mod norm;
+mod short_conv;
 mod simd;
 pub mod vector;
 
@@ -33,4 +34,5 @@ pub use linear::linear;
 pub use matmul::matmul;
 pub use memory::{keep_freed_memory, release_freed_memory};
 pub use norm::{layer_norm, rms_norm};
+pub use short_conv::short_conv;
 pub use simd::{LEVEL_VARIABLE, level, simd};
