@@ -181,6 +181,11 @@ impl TensorFile {
         Self::default()
     }
 
+    /// An empty set whose messages name `source`, for what is read from other formats.
+    pub fn from_source(source: impl Into<PathBuf>) -> Self {
+        Self { source: source.into(), ..Self::default() }
+    }
+
     /// Reads every tensor of one file. Memory stays within the size of the file, whatever its header claims.
     ///
     /// # Errors
