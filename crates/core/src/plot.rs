@@ -29,6 +29,11 @@ enum Kind {
     Bars {
         categories: Vec<String>,
     },
+    /// One number a cell, row by row; row 0 is at the bottom.
+    HeatMap {
+        columns: usize,
+        values: Vec<f64>,
+    },
     /// A series' points are (middle of the bin, count).
     Histogram {
         bin_width: f64,
@@ -90,6 +95,24 @@ impl Plot {
         let middle = |bin: usize| low + (bin as f64 + 0.5) * bin_width;
         let points = counts.into_iter().enumerate().map(|(bin, count)| (middle(bin), count)).collect();
         Self::new(title, x, "count", Kind::Histogram { bin_width }).series("", points)
+    }
+
+    /// A matrix as cells of colour, from white for 0 (or the least value, if that is below) to dark for the largest.
+    ///
+    /// # Panics
+    /// When the values do not fill whole rows of `columns`.
+    pub fn heat_map(
+        title: impl Into<String>,
+        x: impl Into<String>,
+        y: impl Into<String>,
+        columns: usize,
+        values: Vec<f64>,
+    ) -> Self {
+        assert!(
+            columns > 0 && values.len().is_multiple_of(columns),
+            "the cells of a heat map must fill its rows"
+        );
+        Self::new(title, x, y, Kind::HeatMap { columns, values })
     }
 
     fn new(title: impl Into<String>, x: impl Into<String>, y: impl Into<String>, kind: Kind) -> Self {
@@ -198,6 +221,9 @@ mod tests {
             Plot::bars("No bars", "y", [""; 0], [("", vec![])]),
             Plot::bars("Bars", "y", ["a"], [("s", vec![f64::NAN])]),
             Plot::histogram("No values", "x", &[], 4),
+            Plot::heat_map("No cells", "x", "y", 2, vec![]),
+            Plot::heat_map("Cells", "x", "y", 2, vec![0.0, 0.0, f64::NAN, 0.0]),
+            Plot::heat_map("More cells", "x", "y", 3, vec![-1.0, 2.0, 3.0, 1e300, 0.0, f64::INFINITY]),
             Plot::histogram("One value", "x", &[2.0], 4),
         ];
         for plot in plots {

@@ -136,6 +136,7 @@ fn paint<DB: DrawingBackend>(plot: &Plot, pen: &Pen<DB>) -> Result<()> {
                 Kind::Lines | Kind::Points => curves(plot, pen, &frame)?,
                 Kind::Bars { categories } => bars(plot, categories.len(), pen, &frame)?,
                 Kind::Histogram { bin_width } => histogram(plot, *bin_width, pen, &frame)?,
+                Kind::HeatMap { columns, values } => heat_map(*columns, values, pen, &frame)?,
             }
         }
         None => pen.text("no data", middle, TEXT, FAINT, (HPos::Center, VPos::Center))?,
@@ -145,6 +146,12 @@ fn paint<DB: DrawingBackend>(plot: &Plot, pen: &Pen<DB>) -> Result<()> {
 
 /// The extents of both axes, or nothing when no point can be shown.
 fn spans(plot: &Plot) -> Option<(Span, Span)> {
+    if let Kind::HeatMap { columns, values } = &plot.kind {
+        let cells = |axis: &super::Axis, count: usize| {
+            axis.span([-0.5, count as f64 - 0.5].into_iter(), (0.0, 0.0)).filter(|_| count > 0)
+        };
+        return cells(&plot.x, *columns).zip(cells(&plot.y, values.len() / columns));
+    }
     let points: Vec<(f64, f64)> = plot.series.iter().flat_map(|series| plot.drawable(series)).collect();
     if points.is_empty() {
         return None;
@@ -158,7 +165,9 @@ fn spans(plot: &Plot) -> Option<(Span, Span)> {
     let margin = (if rests_on_base { 0.0 } else { 0.04 }, 0.04);
     let y = plot.y.span(points.iter().map(|p| p.1).chain(base), margin)?;
     let x = match &plot.kind {
-        Kind::Lines | Kind::Points => plot.x.span(points.iter().map(|p| p.0), (0.015, 0.015))?,
+        Kind::Lines | Kind::Points | Kind::HeatMap { .. } => {
+            plot.x.span(points.iter().map(|p| p.0), (0.015, 0.015))?
+        }
         Kind::Bars { categories } => {
             plot.x.span([-0.5, categories.len() as f64 - 0.5].into_iter(), (0.0, 0.0))?
         }
@@ -281,6 +290,31 @@ fn histogram<DB: DrawingBackend>(plot: &Plot, bin_width: f64, pen: &Pen<DB>, fra
         }
     }
     Ok(())
+}
+
+/// Cells from white to the darkest colour; those without a finite value are left grey.
+fn heat_map<DB: DrawingBackend>(columns: usize, values: &[f64], pen: &Pen<DB>, frame: &Frame) -> Result<()> {
+    let finite = || values.iter().copied().filter(|value| value.is_finite());
+    let (least, most) = finite().fold((0.0f64, 0.0f64), |(least, most), v| (least.min(v), most.max(v)));
+    // Halves, since the range of two finite numbers may not be finite.
+    let half_range = most / 2.0 - least / 2.0;
+    for (cell, value) in values.iter().enumerate() {
+        let (x, y) = ((cell % columns) as f64, (cell / columns) as f64);
+        let colour = if value.is_finite() {
+            let share = if half_range > 0.0 { (value / 2.0 - least / 2.0) / half_range } else { 0.0 };
+            blend(PAPER, PALETTE[0], share)
+        } else {
+            GRID
+        };
+        pen.rect((frame.x(x - 0.5), frame.y(y + 0.5)), (frame.x(x + 0.5), frame.y(y - 0.5)), colour)?;
+    }
+    let range = format!("{} to {}", crate::text::figure(least), crate::text::figure(most));
+    pen.text(&range, (frame.right, frame.top - 6.0), TEXT, FAINT, (HPos::Right, VPos::Bottom))
+}
+
+fn blend(from: RGBColor, to: RGBColor, share: f64) -> RGBColor {
+    let mix = |a: u8, b: u8| (f64::from(a) + (f64::from(b) - f64::from(a)) * share).round() as u8;
+    RGBColor(mix(from.0, to.0), mix(from.1, to.1), mix(from.2, to.2))
 }
 
 /// A bar from zero, or from the bottom where the axis has no zero.

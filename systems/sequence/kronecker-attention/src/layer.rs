@@ -150,7 +150,11 @@ impl KroneckerAttention {
     }
 
     /// Queries, keys and values by heads, `[batch, heads, n, head width]`.
-    pub(crate) fn project(&self, x: Tensor<3>, tuples: &Tensor<3>) -> (Tensor<4>, Vec<Tensor<4>>, Vec<Tensor<4>>) {
+    pub(crate) fn project(
+        &self,
+        x: Tensor<3>,
+        tuples: &Tensor<3>,
+    ) -> (Tensor<4>, Vec<Tensor<4>>, Vec<Tensor<4>>) {
         let split = |x: Tensor<3>| {
             let [batch, n, d] = x.dims();
             x.reshape([batch, n, self.config.heads, d / self.config.heads]).swap_dims(1, 2)

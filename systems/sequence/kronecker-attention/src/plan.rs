@@ -70,7 +70,7 @@ pub fn plan(
     let score_bound = score_bound(q, keys, scale);
 
     let polynomial = ExpPolynomial::within(basis, epsilon, score_bound).ok();
-    let rank = |polynomial: &ExpPolynomial| Monomials::new(width, polynomial.degree()).rank();
+    let rank = |polynomial: &ExpPolynomial| Monomials::count(width, polynomial.degree()) as usize;
     let taylor = ExpPolynomial::within(Basis::Taylor, epsilon, score_bound).ok();
     let recommended = polynomial.as_ref().map_or(Algorithm::Exact, |p| cheaper(q, keys, values, p));
     Ok(Plan {
@@ -104,7 +104,7 @@ pub fn cheaper(
     values: &[Tensor<4>],
     polynomial: &ExpPolynomial,
 ) -> Algorithm {
-    let rank = Monomials::new(q.dims()[3], polynomial.degree()).rank();
+    let rank = Monomials::count(q.dims()[3], polynomial.degree()) as usize;
     let poly = poly_operations(q, keys, values, rank);
     if poly < exact_operations(q, keys, values) { Algorithm::Poly } else { Algorithm::Exact }
 }
@@ -150,8 +150,8 @@ pub fn admissible_entries(
 ) -> Result<Vec<(usize, f64)>> {
     let most = (n as f64).sqrt();
     let fits = |range: f64| {
-        let rank = |p: ExpPolynomial| Monomials::new(width, p.degree()).rank();
-        ExpPolynomial::within(Basis::Chebyshev, epsilon, range).is_ok_and(|p| rank(p) as f64 <= most)
+        ExpPolynomial::within(Basis::Chebyshev, epsilon, range)
+            .is_ok_and(|p| Monomials::count(width, p.degree()) <= most)
     };
     // The needed degree grows with the range: bisect the largest range that fits.
     let (mut low, mut high) = (0.0, 64.0);

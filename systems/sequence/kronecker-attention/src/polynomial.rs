@@ -183,6 +183,11 @@ impl Monomials {
         monomials
     }
 
+    /// How many there would be: `C(width + degree, degree)`.
+    pub fn count(width: usize, degree: usize) -> f64 {
+        (1..=degree).map(|i| (width + i) as f64 / i as f64).product::<f64>().round()
+    }
+
     /// ρ, their number.
     pub fn rank(&self) -> usize {
         self.degrees.len()
@@ -283,6 +288,7 @@ mod tests {
         // C(4 + 6, 6) = 210, C(1 + 5, 5) = 6, C(6 + 2, 2) = 28
         for (width, degree, rank) in [(4, 6, 210), (1, 5, 6), (6, 2, 28), (3, 0, 1)] {
             assert_eq!(Monomials::new(width, degree).rank(), rank);
+            assert_eq!(Monomials::count(width, degree), rank as f64);
         }
     }
 

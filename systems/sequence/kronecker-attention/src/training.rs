@@ -1,0 +1,209 @@
+//! Training on labelled sequences, and what a model says about others.
+
+use burn::tensor::activation::softmax;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use kiln_core::{Context, Result};
+use kiln_nn::{Task, token_nll};
+use rand::RngExt;
+use rand::seq::SliceRandom;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::data::{Coding, Sequence};
+use crate::model::{KroneckerTransformer, Target};
+
+/// Sequences that go through the model at once when nothing is learned.
+const AT_ONCE: usize = 64;
+
+/// Classification of tokens or sequences on random batches.
+pub struct ClassificationTask<'a> {
+    /// What is trained on.
+    pub train: &'a [Sequence],
+    /// What is validated on.
+    pub valid: &'a [Sequence],
+    /// From tokens and labels to numbers.
+    pub coding: &'a Coding,
+    /// Sequences a batch.
+    pub batch: usize,
+    /// Device and random streams.
+    pub cx: &'a Context,
+}
+
+impl Task<KroneckerTransformer> for ClassificationTask<'_> {
+    fn loss(&mut self, model: &KroneckerTransformer, step: usize) -> Result<(Tensor<1>, usize)> {
+        let mut rng = self.cx.rng("batch", step as u64);
+        let batch: Vec<&Sequence> =
+            (0..self.batch).map(|_| &self.train[rng.random_range(0..self.train.len())]).collect();
+        Ok((loss(model, self.coding, &batch, &self.cx.device), self.batch))
+    }
+
+    fn validate(&mut self, model: &KroneckerTransformer) -> Result<f64> {
+        let (mut sum, mut count) = (0.0, 0);
+        for batch in self.valid.chunks(AT_ONCE) {
+            let batch: Vec<&Sequence> = batch.iter().collect();
+            let labels: usize = batch.iter().map(|sequence| sequence.labels.len()).sum();
+            let loss = loss(model, self.coding, &batch, &self.cx.device).into_scalar::<f32>();
+            sum += f64::from(loss) * labels as f64;
+            count += labels;
+        }
+        Ok(sum / count as f64)
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        let settings = [("batch", self.batch), ("train_sequences", self.train.len())];
+        settings.into_iter().map(|(name, value)| (name.to_string(), value.into())).collect()
+    }
+}
+
+/// Mean negative log-likelihood of a batch's labels.
+fn loss(model: &KroneckerTransformer, coding: &Coding, batch: &[&Sequence], device: &Device) -> Tensor<1> {
+    let (tokens, mask) = coding.encode(batch, device);
+    let logits = model.forward(tokens, mask.clone());
+    let [rows, n, _] = logits.dims();
+    let labels: Vec<i64> = batch
+        .iter()
+        .flat_map(|sequence| {
+            let mut labels = coding.label_ids(sequence);
+            labels.resize(n, 0); // padding, masked below
+            labels
+        })
+        .collect();
+    let labels = Tensor::<2, Int>::from_data(TensorData::new(labels, [rows, n]), device);
+    let nll = token_nll(logits, labels);
+    match (coding.target, mask) {
+        (Target::Token, Some(mask)) => {
+            let kept = mask.float();
+            (nll * kept.clone()).sum() / kept.sum()
+        }
+        _ => nll.mean(),
+    }
+}
+
+/// Probabilities of all classes for every label of every sequence: `[sequence][label][class]`.
+pub fn predict(
+    model: &KroneckerTransformer,
+    coding: &Coding,
+    sequences: &[Sequence],
+    cx: &Context,
+) -> Vec<Vec<Vec<f32>>> {
+    let bar = cx.progress(sequences.len() as u64, "predicting");
+    let classes = coding.classes.len();
+    let mut all = Vec::with_capacity(sequences.len());
+    for batch in sequences.chunks(AT_ONCE) {
+        let (tokens, mask) = coding.encode(&batch.iter().collect::<Vec<_>>(), &cx.device);
+        let probabilities = softmax(model.forward(tokens, mask), 2);
+        let n = probabilities.dims()[1];
+        let values: Vec<f32> = probabilities.into_data().iter::<f32>().collect();
+        for (sequence, values) in batch.iter().zip(values.chunks(n * classes)) {
+            let labels = match coding.target {
+                Target::Token => sequence.tokens.len(),
+                Target::Sequence => 1,
+            };
+            all.push(values.chunks(classes).take(labels).map(<[f32]>::to_vec).collect());
+        }
+        bar.inc(batch.len() as u64);
+    }
+    all
+}
+
+/// How well predictions agree with labels.
+#[derive(Debug, Clone, Serialize)]
+pub struct Scores {
+    /// Labels scored.
+    pub labels: usize,
+    /// Share of labels whose likeliest class is right.
+    pub accuracy: f64,
+    /// Share of the commonest label, what always guessing it would reach.
+    pub majority: f64,
+    /// F1 of each class, averaged over the classes that occur.
+    pub macro_f1: f64,
+    /// Area under the ROC curve of the second class, where there are two.
+    pub auc: Option<f64>,
+}
+
+impl Scores {
+    /// Compares probabilities with the labels of the same sequences.
+    pub fn new(predictions: &[Vec<Vec<f32>>], sequences: &[Sequence], coding: &Coding) -> Self {
+        let truth = sequences.iter().flat_map(|sequence| coding.label_ids(sequence));
+        let pairs: Vec<(&Vec<f32>, usize)> =
+            predictions.iter().flatten().zip(truth.map(|label| label as usize)).collect();
+        let classes = coding.classes.len();
+        let mut confusion = vec![vec![0usize; classes]; classes];
+        for (probabilities, label) in &pairs {
+            confusion[*label][likeliest(probabilities)] += 1;
+        }
+        let of_class = |class: usize| confusion[class].iter().sum::<usize>();
+        let f1 = |class: usize| {
+            let guessed: usize = confusion.iter().map(|row| row[class]).sum();
+            2.0 * confusion[class][class] as f64 / (of_class(class) + guessed) as f64
+        };
+        let present: Vec<usize> = (0..classes).filter(|&class| of_class(class) > 0).collect();
+        let right: usize = (0..classes).map(|class| confusion[class][class]).sum();
+        let total = pairs.len() as f64;
+        Self {
+            labels: pairs.len(),
+            accuracy: right as f64 / total,
+            majority: (0..classes).map(of_class).max().unwrap_or(0) as f64 / total,
+            macro_f1: present.iter().map(|&class| f1(class)).sum::<f64>() / present.len() as f64,
+            auc: (classes == 2).then(|| auc(&pairs)).flatten(),
+        }
+    }
+}
+
+/// The class with the highest probability.
+pub fn likeliest(probabilities: &[f32]) -> usize {
+    (0..probabilities.len()).max_by(|&a, &b| probabilities[a].total_cmp(&probabilities[b])).unwrap_or(0)
+}
+
+/// The share of pairs of a positive and a negative in the right order, ties counting half; `None` without such pairs.
+fn auc(pairs: &[(&Vec<f32>, usize)]) -> Option<f64> {
+    let mut scored: Vec<(f32, bool)> = pairs.iter().map(|(p, label)| (p[1], *label == 1)).collect();
+    scored.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let positives = scored.iter().filter(|(_, positive)| *positive).count() as f64;
+    let negatives = scored.len() as f64 - positives;
+    if positives == 0.0 || negatives == 0.0 {
+        return None;
+    }
+    let (mut below, mut ordered) = (0.0, 0.0);
+    for tied in scored.chunk_by(|a, b| a.0 == b.0) {
+        let here = tied.iter().filter(|(_, positive)| *positive).count() as f64;
+        let negatives_here = tied.len() as f64 - here;
+        ordered += here * (below + 0.5 * negatives_here);
+        below += negatives_here;
+    }
+    Some(ordered / (positives * negatives))
+}
+
+/// Splits off a share of the sequences for validation, at random.
+pub fn split(mut sequences: Vec<Sequence>, share: f64, cx: &Context) -> (Vec<Sequence>, Vec<Sequence>) {
+    sequences.shuffle(&mut cx.rng("split", 0));
+    let valid = ((sequences.len() as f64 * share).round() as usize).clamp(1, sequences.len().max(2) - 1);
+    let train = sequences.split_off(valid);
+    (train, sequences)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Token;
+    use crate::model::Input;
+
+    #[test]
+    fn scores_by_hand() {
+        let coding = Coding {
+            input: Input::Embed(1),
+            target: Target::Token,
+            vocabulary: vec!["a".into()],
+            classes: vec!["no".into(), "yes".into()],
+        };
+        let labels = ["no", "yes", "yes", "no"].map(String::from).to_vec();
+        let sequence = Sequence { tokens: vec![Token::Symbol("a".into()); 4], labels };
+        // Guesses: no, yes, no, no; of the four pairs yes > no three are in order and one is tied.
+        let of_yes = [0.1f32, 0.9, 0.4, 0.4];
+        let predictions = vec![of_yes.map(|p| vec![1.0 - p, p]).to_vec()];
+        let scores = Scores::new(&predictions, &[sequence], &coding);
+        assert_eq!((scores.labels, scores.accuracy, scores.majority), (4, 0.75, 0.5));
+        assert!((scores.macro_f1 - (4.0 / 5.0 + 2.0 / 3.0) / 2.0).abs() < 1e-12);
+        assert_eq!(scores.auc, Some(3.5 / 4.0));
+    }
+}
