@@ -677,13 +677,7 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         train_part.len(),
         valid_part.len()
     ));
-    let mut task = ClassificationTask {
-        train: &train_part,
-        valid: &valid_part,
-        coding: &config.coding,
-        batch: recipe.batch,
-        cx,
-    };
+    let mut task = ClassificationTask::new(&train_part, &valid_part, &config.coding, recipe.batch, cx);
     let trained = train(model, &mut task, &train_config, Some(&folder), resume, cx)?;
     if trained.outcome == Outcome::Interrupted {
         return Err(Error::interrupted(format!("stopped after step {}", trained.log.len())).hint(format!(

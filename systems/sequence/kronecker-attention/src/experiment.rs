@@ -230,8 +230,7 @@ fn learn(contender: &Contender, plan: &Plan, cx: &Context) -> Result<Outcomes> {
         outcomes.parameters = model.num_params();
         let train_part = match3_sequences(64 * plan.steps, &mut cx.rng("train data", 0));
         let test = match3_sequences(plan.test_sequences, &mut cx.rng("test data", 0));
-        let mut task =
-            ClassificationTask { train: &train_part, valid: &test[..16], coding: &coding, batch: 64, cx };
+        let mut task = ClassificationTask::new(&train_part, &test[..16], &coding, 64, cx);
         let trained = train(model, &mut task, &train_config, None, false, cx)?;
         if trained.outcome == Outcome::Interrupted {
             return Err(Error::interrupted("the experiment was stopped"));

@@ -157,7 +157,6 @@ impl KroneckerTransformerConfig {
                 .then(|| LinearConfig::new(features, d).with_initializer(normal(std)).init(device)),
             blank: normal(1.0).init([1, 1, d], device),
             blocks: self.orders.iter().map(block).collect(),
-            norm: LayerNormConfig::new(d).init(device),
             head: LinearConfig::new(d, self.classes).init(device),
             config: self.clone(),
         }
@@ -175,8 +174,6 @@ pub struct KroneckerTransformer {
     pub blank: Param<Tensor<3>>,
     /// The blocks.
     pub blocks: Vec<Block>,
-    /// Norm before the head.
-    pub norm: LayerNorm,
     /// d to classes
     pub head: Linear,
     #[module(skip)]
@@ -230,7 +227,7 @@ impl KroneckerTransformer {
             },
         };
         debug_assert_eq!([x.dims()[0], x.dims()[2]], [batch, d]);
-        self.head.forward(self.norm.forward(x))
+        self.head.forward(x)
     }
 
     /// The blank and the tokens as vectors, `[batch, 1 + n, d]`, and which of them may be seen.

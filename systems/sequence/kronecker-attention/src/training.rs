@@ -4,7 +4,6 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, Result};
 use kiln_nn::{Task, token_nll};
-use rand::RngExt;
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -15,7 +14,7 @@ use crate::model::{KroneckerTransformer, Target};
 /// Sequences that go through the model at once when nothing is learned.
 const AT_ONCE: usize = 64;
 
-/// Classification of tokens or sequences on random batches.
+/// Classification of tokens or sequences; every epoch goes through the sequences in an order of its own.
 pub struct ClassificationTask<'a> {
     /// What is trained on.
     pub train: &'a [Sequence],
@@ -27,13 +26,38 @@ pub struct ClassificationTask<'a> {
     pub batch: usize,
     /// Device and random streams.
     pub cx: &'a Context,
+    /// An epoch and its order of the sequences.
+    order: (usize, Vec<usize>),
+}
+
+impl<'a> ClassificationTask<'a> {
+    /// A task before its first step.
+    pub fn new(
+        train: &'a [Sequence],
+        valid: &'a [Sequence],
+        coding: &'a Coding,
+        batch: usize,
+        cx: &'a Context,
+    ) -> Self {
+        Self { train, valid, coding, batch, cx, order: (0, Vec::new()) }
+    }
+
+    /// Sequence `number` of those that training goes through, epoch by epoch.
+    fn draw(&mut self, number: usize) -> &'a Sequence {
+        let (epoch, place) = (number / self.train.len(), number % self.train.len());
+        if self.order.1.is_empty() || self.order.0 != epoch {
+            let mut order: Vec<usize> = (0..self.train.len()).collect();
+            order.shuffle(&mut self.cx.rng("epoch", epoch as u64));
+            self.order = (epoch, order);
+        }
+        &self.train[self.order.1[place]]
+    }
 }
 
 impl Task<KroneckerTransformer> for ClassificationTask<'_> {
     fn loss(&mut self, model: &KroneckerTransformer, step: usize) -> Result<(Tensor<1>, usize)> {
-        let mut rng = self.cx.rng("batch", step as u64);
         let batch: Vec<&Sequence> =
-            (0..self.batch).map(|_| &self.train[rng.random_range(0..self.train.len())]).collect();
+            (step * self.batch..(step + 1) * self.batch).map(|number| self.draw(number)).collect();
         Ok((loss(model, self.coding, &batch, &self.cx.device), self.batch))
     }
 
