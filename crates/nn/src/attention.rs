@@ -2,12 +2,12 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::{Initializer, Linear, LinearConfig};
+use burn::nn::Initializer;
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Device, Tensor};
 
-use crate::RotaryTable;
+use crate::{Linear, LinearConfig, RotaryTable};
 
 /// Configuration of a [`CausalSelfAttention`].
 #[derive(Config, Debug)]

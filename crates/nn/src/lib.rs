@@ -1,9 +1,9 @@
 //! Layers, reference networks and the training loop that the systems share.
 //!
 //! Layers follow Burn's idiom: a `Config` with documented fields, `init(&device)`, a struct of
-//! parameters, a `forward` whose documentation gives the shapes. Linear layers, embeddings and norms
-//! that Burn already has ([`burn::nn::Linear`], [`burn::nn::Embedding`], [`burn::nn::RmsNorm`]) are used
-//! as they are.
+//! parameters, a `forward` whose documentation gives the shapes. Those that Burn has too bear the same
+//! names, as do their parameters, and compute with [`kiln_ops`] instead of Burn's own operations: an import
+//! from [`burn::nn`] becomes one from here, and nothing else changes.
 //!
 //! [`train()`] is the one training loop: a system describes its objective as a [`Task`], and checkpoints,
 //! resume, early stopping, the log and Ctrl-C come with it. Networks over token ids implement
@@ -14,9 +14,11 @@ mod checkpoint;
 pub mod evaluate;
 mod generate;
 mod init;
+mod linear;
 mod llama;
 mod lm;
 mod loss;
+mod norm;
 mod optim;
 mod rotary;
 mod schedule;
@@ -28,9 +30,11 @@ pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
 pub use evaluate::{ContextScore, Score, score_carried, score_context_lengths, score_windows};
 pub use generate::{Sampling, generate};
 pub use init::initialise;
+pub use linear::{Linear, LinearConfig};
 pub use llama::{Llama, LlamaConfig, LlamaState};
 pub use lm::{LanguageModel, ids_to_tensor};
 pub use loss::{next_token_loss, token_nll};
+pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use optim::AdamW;
 pub use rotary::{Rotary, RotaryTable};
 pub use schedule::Schedule;

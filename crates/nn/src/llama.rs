@@ -4,12 +4,12 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig, RmsNorm, RmsNormConfig};
+use burn::nn::{Embedding, EmbeddingConfig, Initializer};
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::{
-    CausalSelfAttention, CausalSelfAttentionConfig, KvCache, LanguageModel, Rotary, RotaryTable, SwiGlu,
-    SwiGluConfig, swiglu_hidden,
+    CausalSelfAttention, CausalSelfAttentionConfig, KvCache, LanguageModel, Linear, LinearConfig, RmsNorm,
+    RmsNormConfig, Rotary, RotaryTable, SwiGlu, SwiGluConfig, swiglu_hidden,
 };
 
 /// Configuration of a [`Llama`].

@@ -2,9 +2,11 @@
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::{Initializer, Linear, LinearConfig};
-use burn::tensor::activation::silu;
+use burn::nn::Initializer;
 use burn::tensor::{Device, Tensor};
+use kiln_ops::{Activation, gated};
+
+use crate::{Linear, LinearConfig};
 
 /// Configuration of a [`SwiGlu`].
 #[derive(Config, Debug)]
@@ -56,8 +58,8 @@ impl SwiGlu {
     /// - x: `[..., d_model]`
     /// - output: `[..., d_model]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+        let gate = self.gate_proj.forward(x.clone());
+        self.down_proj.forward(gated(gate, self.up_proj.forward(x), Activation::Silu))
     }
 }
 

@@ -10,7 +10,7 @@ use crate::simd;
 use crate::vector::{erf, exp, fma, sigmoid, softplus, tanh};
 
 /// Elements that one task works on: few enough to stay in a core's cache.
-const BLOCK: usize = 8192;
+pub(crate) const BLOCK: usize = 8192;
 
 /// A function applied to every element, alone ([`activate`]) or at the end of [`linear`](crate::linear()).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,13 +15,19 @@
 mod activation;
 pub mod flex;
 pub mod function;
+mod gated;
 pub mod gemm;
 mod linear;
+mod matmul;
+mod norm;
 mod simd;
 pub mod vector;
 
 pub use activation::{Activation, activate};
 pub use function::{Function, apply, runs_natively};
+pub use gated::gated;
 pub use gemm::{Mat, gemm};
 pub use linear::linear;
+pub use matmul::matmul;
+pub use norm::{layer_norm, rms_norm};
 pub use simd::{LEVEL_VARIABLE, level, simd};

@@ -149,10 +149,25 @@ pub fn softplus(x: f32) -> f32 {
     x.max(0.0) + ln_1p(exp(-x.abs()))
 }
 
+/// Partial sums that a reduction keeps, so that it compiles to vector code.
+const LANES: usize = 16;
+
+/// The sum of `term(a)` over a slice, in an order that depends on its length alone.
+#[inline(always)]
+pub fn sum_of(a: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    let (body, tail) = a.as_chunks::<LANES>();
+    let mut sums = [0.0f32; LANES];
+    for a in body {
+        for lane in 0..LANES {
+            sums[lane] += term(a[lane]);
+        }
+    }
+    tail.iter().fold(total(sums), |sum, &a| sum + term(a))
+}
+
 /// The scalar product of two slices of equal length.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 16;
     let (a_body, a_tail) = a.as_chunks::<LANES>();
     let (b_body, b_tail) = b.as_chunks::<LANES>();
     let mut sums = [0.0f32; LANES];
@@ -161,6 +176,12 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
             sums[lane] = fma(a[lane], b[lane], sums[lane]);
         }
     }
+    a_tail.iter().zip(b_tail).fold(total(sums), |sum, (&a, &b)| fma(a, b, sum))
+}
+
+/// Adds up the lanes, halves at a time.
+#[inline(always)]
+fn total(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -168,7 +189,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
         width /= 2;
     }
-    a_tail.iter().zip(b_tail).fold(sums[0], |sum, (&a, &b)| fma(a, b, sum))
+    sums[0]
 }
 
 /// `y += a x`.
@@ -264,6 +285,7 @@ mod tests {
             let b: Vec<f32> = (0..n).map(|i| 1.0 - i as f32 * 0.125).collect();
             let exact: f32 = a.iter().zip(&b).map(|(a, b)| a * b).sum();
             assert!((dot(&a, &b) - exact).abs() <= 1e-4 * exact.abs().max(1.0));
+            assert_eq!(sum_of(&a, |x| 2.0 * x), 2.0 * a.iter().sum::<f32>());
             let mut y = b.clone();
             axpy(2.0, &a, &mut y);
             assert!(y.iter().zip(a.iter().zip(&b)).all(|(&y, (&a, &b))| y == 2.0 * a + b));

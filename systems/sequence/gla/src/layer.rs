@@ -1,10 +1,11 @@
 //! The GLA layer (paper §4.4): projections, the low-rank gate, the operator, a norm per head, an output gate.
 
 use burn::module::Module;
-use burn::nn::{Initializer, Linear, LinearConfig, RmsNorm, RmsNormConfig};
-use burn::tensor::activation::{log_sigmoid, relu, silu};
+use burn::nn::Initializer;
 use burn::tensor::{Bool, Device, Tensor};
 use kiln_core::{Error, Result};
+use kiln_nn::{Linear, LinearConfig, RmsNorm, RmsNormConfig};
+use kiln_ops::{Activation, activate, gated};
 use serde::{Deserialize, Serialize};
 
 use crate::op::{GlaOpConfig, gla_chunk, gla_chunk_packed, gla_chunk_with_state, zero_state};
@@ -47,12 +48,12 @@ pub enum FeatureMap {
 impl FeatureMap {
     fn apply(self, x: Tensor<3>) -> Tensor<3> {
         match self {
-            Self::Relu => relu(x),
+            Self::Relu => activate(x, Activation::Relu),
             Self::EluPlusOne => {
                 let negative = x.clone().clamp_max(0.0).exp();
-                relu(x) + negative
+                activate(x, Activation::Relu) + negative
             }
-            Self::Silu => silu(x),
+            Self::Silu => activate(x, Activation::Silu),
             Self::None => x,
         }
     }
@@ -312,7 +313,7 @@ impl GatedLinearAttention {
         let g = match (config.gate, &self.gk_proj) {
             (Gate::Data, Some(gate)) => {
                 let logits = gate.iter().fold(x, |x, linear| linear.forward(x));
-                let g = log_sigmoid(logits).div_scalar(config.tau);
+                let g = activate(logits, Activation::LogSigmoid).div_scalar(config.tau);
                 let g = match config.clamp_min {
                     Some(least) => g.clamp_min(least),
                     None => g,
@@ -342,7 +343,7 @@ impl GatedLinearAttention {
         let [batch, heads, time, value] = o.dims();
         let o = self.g_norm_swish_gate.forward(o.swap_dims(1, 2)).reshape([batch, time, heads * value]);
         let o = match &self.g_proj {
-            Some(gate) => o * silu(gate.forward(x)),
+            Some(gate) => gated(gate.forward(x), o, Activation::Silu),
             None => o,
         };
         self.o_proj.forward(o)
@@ -358,9 +359,9 @@ fn convolve(
     match (conv, tail) {
         (Some(conv), Some(tail)) => {
             let (y, tail) = conv.forward_with_tail(x, tail);
-            (silu(y), Some(tail))
+            (activate(y, Activation::Silu), Some(tail))
         }
-        (Some(conv), None) => (silu(conv.forward(x)), None),
+        (Some(conv), None) => (activate(conv.forward(x), Activation::Silu), None),
         (None, _) => (x, None),
     }
 }

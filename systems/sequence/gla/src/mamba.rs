@@ -14,10 +14,10 @@
 
 use burn::config::Config;
 use burn::module::{Module, Param};
-use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig, RmsNorm, RmsNormConfig};
-use burn::tensor::activation::{silu, softplus};
+use burn::nn::{Embedding, EmbeddingConfig, Initializer};
 use burn::tensor::{Device, Int, Tensor};
-use kiln_nn::LanguageModel;
+use kiln_nn::{LanguageModel, Linear, LinearConfig, RmsNorm, RmsNormConfig};
+use kiln_ops::{Activation, activate, gated};
 
 use crate::selective_scan::selective_scan_with_state;
 use crate::short_conv::{ShortConv, ShortConvConfig};
@@ -191,15 +191,16 @@ impl MambaMixer {
         let projected = self.in_proj.forward(x);
         let (u, z) = (projected.clone().narrow(2, 0, inner), projected.narrow(2, inner, inner));
         let (u, tail) = self.conv1d.forward_with_tail(u, state.tail);
-        let u = silu(u);
+        let u = activate(u, Activation::Silu);
 
         let selected = self.x_proj.forward(u.clone());
-        let delta = softplus(self.dt_proj.forward(selected.clone().narrow(2, 0, rank)), 1.0);
+        let dt = selected.clone().narrow(2, 0, rank);
+        let delta = self.dt_proj.forward_activated(dt, Activation::Softplus);
         let b = selected.clone().narrow(2, rank, state_size);
         let c = selected.narrow(2, rank + state_size, state_size);
         let a = self.A_log.val().exp().neg();
         let (y, h) = selective_scan_with_state(u, delta, a, b, c, self.D.val(), state.h);
-        (self.out_proj.forward(y * silu(z)), MixerState { tail, h })
+        (self.out_proj.forward(gated(z, y, Activation::Silu)), MixerState { tail, h })
     }
 
     fn initial_state(&self, batch: usize, device: &Device) -> MixerState {
@@ -304,7 +305,7 @@ mod tests {
         for (i, rate) in rates.into_iter().enumerate() {
             assert!((rate - (i % 16 + 1) as f32).abs() < 1e-4);
         }
-        let steps = softplus(mixer.dt_proj.bias.as_ref().unwrap().val(), 1.0);
+        let steps = activate(mixer.dt_proj.bias.as_ref().unwrap().val(), Activation::Softplus);
         let steps = steps.into_data().try_to_vec::<f32>().unwrap();
         assert!(steps.iter().all(|&step| (0.99e-3..1.01e-1).contains(&step)), "{steps:?}");
         let short = steps.iter().filter(|&&step| step < 1e-2).count();

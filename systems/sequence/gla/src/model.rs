@@ -1,10 +1,12 @@
 //! The GLA language model: embedding, blocks of GLA and SwiGLU with RMSNorm before each, output projection.
 
 use burn::module::Module;
-use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig, RmsNorm, RmsNormConfig};
+use burn::nn::{Embedding, EmbeddingConfig, Initializer};
 use burn::tensor::{Device, Int, Tensor};
 use kiln_core::{Error, Result};
-use kiln_nn::{LanguageModel, SwiGlu, SwiGluConfig, swiglu_hidden};
+use kiln_nn::{
+    LanguageModel, Linear, LinearConfig, RmsNorm, RmsNormConfig, SwiGlu, SwiGluConfig, swiglu_hidden,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::layer::{FeatureMap, Gate, GatedLinearAttention, GatedLinearAttentionConfig, GlaLayerState};
