@@ -44,7 +44,7 @@ def leaf(*shape):
 
 
 def training_step(model, optimizer, loss):
-    """Forward, backward, and one step of the optimiser; `loss` may also be a tensor with an upstream gradient."""
+    """Forward, backward and one step of the optimiser; `loss` gives an output and its upstream gradient."""
 
     def work():
         optimizer.zero_grad()
@@ -224,12 +224,9 @@ class ResNet18(nn.Module):
         return self.fc(self.layers(x).mean((2, 3)))
 
 
-def classifier_step(network, optimizer, shape, classes, memory_format=torch.contiguous_format):
+def classifier_step(network, optimizer, shape, classes):
     def prepare():
-        model = network().to(memory_format=memory_format)
-        x = torch.randn(shape)
-        x = x.to(memory_format=memory_format) if x.dim() == 4 else x
-        targets = torch.randint(classes, shape[:1])
+        model, x, targets = network(), torch.randn(shape), torch.randint(classes, shape[:1])
         return training_step(model, optimizer(model), lambda model: (F.cross_entropy(model(x), targets), None))
 
     return prepare

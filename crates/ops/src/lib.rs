@@ -20,6 +20,7 @@ pub mod gemm;
 mod linear;
 mod matmul;
 mod norm;
+mod optimiser;
 mod simd;
 pub mod vector;
 
@@ -30,4 +31,5 @@ pub use gemm::{Mat, gemm};
 pub use linear::linear;
 pub use matmul::matmul;
 pub use norm::{layer_norm, rms_norm};
+pub use optimiser::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
 pub use simd::{LEVEL_VARIABLE, level, simd};

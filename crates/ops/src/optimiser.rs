@@ -1,5 +1,6 @@
 //! Steps of optimisers: one pass over the memory of all parameters, in place where nobody else holds it.
 
+use burn::backend::{BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind};
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
@@ -226,7 +227,10 @@ impl Rule<1> for SgdStep {
         );
     }
 
-    fn composed(&self, Parameter { value, gradient, state: [buffer], weight_decay }: Parameter<1>) -> Parameter<1> {
+    fn composed(
+        &self,
+        Parameter { value, gradient, state: [buffer], weight_decay }: Parameter<1>,
+    ) -> Parameter<1> {
         let g = gradient.clone() * self.scale + value.clone() * weight_decay;
         let buffer = buffer * self.momentum + g.clone();
         let direction = if self.nesterov { g + buffer.clone() * self.momentum } else { buffer.clone() };
@@ -250,7 +254,10 @@ impl Rule<1> for AdagradStep {
         );
     }
 
-    fn composed(&self, Parameter { value, gradient, state: [squares], weight_decay }: Parameter<1>) -> Parameter<1> {
+    fn composed(
+        &self,
+        Parameter { value, gradient, state: [squares], weight_decay }: Parameter<1>,
+    ) -> Parameter<1> {
         let g = gradient.clone() * self.scale + value.clone() * weight_decay;
         let squares = squares + g.clone().square();
         let value = value - g / (squares.clone().sqrt() + self.epsilon) * self.lr;
@@ -305,12 +312,7 @@ impl<const S: usize> From<Parameter<S>> for Unpacked<S> {
 
 impl<const S: usize> From<Unpacked<S>> for Parameter<S> {
     fn from(Unpacked { value, gradient, state, weight_decay }: Unpacked<S>) -> Self {
-        Self {
-            value: wrap(value),
-            gradient: wrap(gradient),
-            state: state.map(wrap),
-            weight_decay,
-        }
+        Self { value: wrap(value), gradient: wrap(gradient), state: state.map(wrap), weight_decay }
     }
 }
 
