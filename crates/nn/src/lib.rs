@@ -11,6 +11,7 @@
 
 mod attention;
 mod checkpoint;
+mod dropout;
 pub mod evaluate;
 mod generate;
 mod init;
@@ -27,6 +28,7 @@ mod train;
 mod train_log;
 
 pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
+pub use dropout::{Dropout, DropoutConfig};
 pub use evaluate::{ContextScore, Score, score_carried, score_context_lengths, score_windows};
 pub use generate::{Sampling, generate};
 pub use init::initialise;
@@ -35,7 +37,7 @@ pub use llama::{Llama, LlamaConfig, LlamaState};
 pub use lm::{LanguageModel, ids_to_tensor};
 pub use loss::{next_token_loss, token_nll};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
-pub use optim::AdamW;
+pub use optim::{Adagrad, AdamW, Sgd};
 pub use rotary::{Rotary, RotaryTable};
 pub use schedule::Schedule;
 pub use swiglu::{SwiGlu, SwiGluConfig, swiglu_hidden};

@@ -13,6 +13,8 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod dropout;
+mod fft;
 pub mod flex;
 pub mod function;
 mod gated;
@@ -25,6 +27,8 @@ mod simd;
 pub mod vector;
 
 pub use activation::{Activation, activate};
+pub use dropout::dropout;
+pub use fft::{fft, ifft, irfft, irfft2, rfft, rfft2};
 pub use function::{Function, apply, runs_natively};
 pub use gated::gated;
 pub use gemm::{Mat, gemm};
