@@ -15,6 +15,7 @@ use cli::{Cli, DeviceName, Global, Verb};
 
 fn main() -> ExitCode {
     panic::set_hook(Box::new(report_panic));
+    kiln::ops::keep_freed_memory();
     let matches = cli::command().get_matches();
     let global = Global::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let outcome = context(&global).map(|cx| {

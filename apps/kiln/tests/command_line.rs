@@ -101,3 +101,29 @@ fn a_reader_that_leaves_early_ends_the_program_quietly() {
     let output = command.arg("list").stdout(writer).stderr(Stdio::piped()).output().unwrap();
     assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
 }
+
+/// A limit on the size of files stands in for a disk without room: writing fails in the middle of a file.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_an_error_that_names_the_file_and_nothing_half_written_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let train = format!(
+        "'{}' gla train --text text.txt --d-model 32 --layers 1 --heads 2 --seq-len 32 --batch 2 --steps 3 --out model",
+        env!("CARGO_BIN_EXE_kiln")
+    );
+    std::fs::write(folder.path().join("text.txt"), "the cat sat on the mat; ".repeat(40)).unwrap();
+    let limited = format!("trap '' XFSZ; ulimit -f 40; exec {train}"); // 20 kB
+    let output = Command::new("sh").args(["-c", &limited]).current_dir(folder.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(stderr(&output).contains("model.safetensors"), "{}", stderr(&output));
+    let left: Vec<_> = std::fs::read_dir(folder.path().join("model"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(!left.iter().any(|name| name.contains("safetensors")), "{left:?}");
+
+    // With room again the same command works.
+    let again = format!("rm -r model; exec {train}");
+    let output = Command::new("sh").args(["-c", &again]).current_dir(folder.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}

@@ -4,13 +4,11 @@ use burn::tensor::{Tensor, activation as burn_activation};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use crate::blocks::{BLOCK, BLOCKS_PER_TASK};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
 use crate::vector::{erf, exp, fma, sigmoid, softplus, tanh};
-
-/// Elements that one task works on: few enough to stay in a core's cache.
-pub(crate) const BLOCK: usize = 8192;
 
 /// A function applied to every element, alone ([`activate`]) or at the end of [`linear`](crate::linear()).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -248,10 +246,8 @@ impl Activation {
     }
 }
 
-/// Hands `work` the blocks of `values` with their starts, on all threads where there are several.
+/// Hands `work` the blocks of `values` with their starts.
 fn in_blocks(values: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
-    if values.len() <= BLOCK {
-        return work(0, values);
-    }
-    values.par_chunks_mut(BLOCK).enumerate().for_each(|(block, values)| work(block * BLOCK, values));
+    let blocks = values.par_chunks_mut(BLOCK).enumerate().with_min_len(BLOCKS_PER_TASK);
+    blocks.for_each(|(block, values)| work(block * BLOCK, values));
 }

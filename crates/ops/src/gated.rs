@@ -4,7 +4,8 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::activation::{Activation, BLOCK};
+use crate::activation::Activation;
+use crate::blocks::{BLOCK, BLOCKS_PER_TASK};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
@@ -31,7 +32,7 @@ impl Function<2> for Gated {
         let [gate, value] = inputs.each_ref().map(floats);
         let mut output = vec![0.0; gate.len()];
         let blocks = output.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(value.par_chunks(BLOCK));
-        blocks.for_each(|((output, gate), value)| {
+        blocks.with_min_len(BLOCKS_PER_TASK).for_each(|((output, gate), value)| {
             output.copy_from_slice(gate);
             self.0.forward(output);
             multiply(output, value);
@@ -55,7 +56,7 @@ impl Function<2> for Gated {
             .zip(gate.par_chunks(BLOCK))
             .zip(value.par_chunks(BLOCK))
             .zip(upstream_values.par_chunks(BLOCK));
-        blocks.for_each(|((((d_gate, d_value), gate), value), upstream)| {
+        blocks.with_min_len(BLOCKS_PER_TASK).for_each(|((((d_gate, d_value), gate), value), upstream)| {
             d_value.copy_from_slice(gate);
             self.0.forward(d_value);
             multiply(d_value, upstream);

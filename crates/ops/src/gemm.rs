@@ -39,18 +39,24 @@ pub enum Out {
 /// # Panics
 /// When the shapes do not fit.
 pub fn gemm(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
-    multiply(out, stride, mode, a, b, Par::Seq);
+    multiply(out, stride, mode, a, b, 1);
 }
 
-/// As [`gemm`], on all threads.
+/// Multiplications that outweigh waking another thread.
+const WORTH_SHARING: usize = 3 << 20;
+
+/// As [`gemm`], on all threads where that is faster.
 ///
 /// # Panics
 /// When the shapes do not fit.
 pub fn gemm_parallel(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
-    multiply(out, stride, mode, a, b, Par::rayon(0));
+    let work = a.0.nrows() * a.0.ncols() * b.0.ncols();
+    // Twice as many pieces as threads, for a thread that is slower than the others.
+    let pieces = (2 * work / WORTH_SHARING).min(2 * rayon::current_num_threads());
+    multiply(out, stride, mode, a, b, pieces);
 }
 
-fn multiply(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>, par: Par) {
+fn multiply(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>, pieces: usize) {
     let (rows, columns) = (a.0.nrows(), b.0.ncols());
     assert_eq!(a.0.ncols(), b.0.nrows(), "inner extents of a matrix product must agree");
     if rows == 0 || columns == 0 {
@@ -63,7 +69,30 @@ fn multiply(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>, p
         Out::Set => Accum::Replace,
         Out::Add => Accum::Add,
     };
-    matmul(out, accumulate, a.0, b.0, 1.0, par);
+    divide(out, accumulate, a.0, b.0, pieces);
+}
+
+/// Halves the longer side of the product until there are enough pieces, and computes each on one thread.
+fn divide(out: MatMut<'_, f32>, accumulate: Accum, a: MatRef<'_, f32>, b: MatRef<'_, f32>, pieces: usize) {
+    if pieces < 2 {
+        return matmul(out, accumulate, a, b, 1.0, Par::Seq);
+    }
+    let (rows, columns) = (out.nrows(), out.ncols());
+    if rows >= columns {
+        let (top, bottom) = out.split_at_row_mut(rows / 2);
+        let (a_top, a_bottom) = a.split_at_row(rows / 2);
+        rayon::join(
+            || divide(top, accumulate, a_top, b, pieces / 2),
+            || divide(bottom, accumulate, a_bottom, b, pieces / 2),
+        );
+    } else {
+        let (left, right) = out.split_at_col_mut(columns / 2);
+        let (b_left, b_right) = b.split_at_col(columns / 2);
+        rayon::join(
+            || divide(left, accumulate, a, b_left, pieces / 2),
+            || divide(right, accumulate, a, b_right, pieces / 2),
+        );
+    }
 }
 
 #[cfg(test)]
@@ -85,6 +114,19 @@ mod tests {
             if i + 1 < m {
                 assert_eq!(out[i * 4 + 3], 1.0, "what lies between rows is left alone");
             }
+        }
+    }
+
+    #[test]
+    fn shared_products_equal_those_of_one_thread() {
+        for (m, k, n) in [(300, 130, 200), (7, 400, 2500), (2500, 400, 7), (1, 3000, 3000)] {
+            let a: Vec<f32> = (0..m * k).map(|i| (i % 13) as f32 * 0.25 - 1.0).collect();
+            let b: Vec<f32> = (0..k * n).map(|i| (i % 7) as f32 - 3.0).collect();
+            let [mut alone, mut shared] = [vec![0.5; m * n], vec![0.5; m * n]];
+            gemm(&mut alone, n, Out::Add, Mat::new(&a, m, k), Mat::new(&b, k, n));
+            gemm_parallel(&mut shared, n, Out::Add, Mat::new(&a, m, k), Mat::new(&b, k, n));
+            // All terms are multiples of a quarter, so that every order of summation is exact.
+            assert_eq!(alone, shared);
         }
     }
 

@@ -13,6 +13,7 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod blocks;
 mod dropout;
 mod fft;
 pub mod flex;
@@ -21,8 +22,10 @@ mod gated;
 pub mod gemm;
 mod linear;
 mod matmul;
+mod memory;
 mod norm;
 mod optimiser;
+mod short_conv;
 mod simd;
 pub mod vector;
 
@@ -34,6 +37,8 @@ pub use gated::gated;
 pub use gemm::{Mat, gemm};
 pub use linear::linear;
 pub use matmul::matmul;
+pub use memory::{keep_freed_memory, release_freed_memory};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
+pub use short_conv::short_conv;
 pub use simd::{LEVEL_VARIABLE, level, simd};

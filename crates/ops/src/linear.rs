@@ -5,6 +5,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use crate::activation::Activation;
+use crate::blocks::{BLOCKS_PER_TASK, rows_at_once};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::gemm::{Mat, Out, gemm_parallel};
@@ -35,9 +36,6 @@ pub fn linear<const D: usize>(
 struct Linear {
     activation: Activation,
 }
-
-/// Rows that one task adds a bias to or sums up.
-const ROWS: usize = 128;
 
 /// What the backward pass of [`Linear`] needs.
 #[derive(Clone)]
@@ -124,7 +122,8 @@ fn affine([x, weight, bias]: &[FlexTensor; 3]) -> FlexTensor {
         Mat::new(&weight, inputs, outputs),
     );
     if !bias.is_empty() && outputs > 0 {
-        output.par_chunks_mut(ROWS * outputs).for_each(|rows| {
+        let at_once = rows_at_once(outputs) * outputs;
+        output.par_chunks_mut(at_once).with_min_len(BLOCKS_PER_TASK).for_each(|rows| {
             simd(
                 #[inline(always)]
                 || {
@@ -155,6 +154,7 @@ pub(crate) fn sum_rows(values: &[f32], width: usize) -> Vec<f32> {
     if width == 0 {
         return Vec::new();
     }
-    let parts: Vec<f32> = values.par_chunks(ROWS * width).flat_map_iter(sum).collect();
-    if parts.len() <= width * ROWS { sum(&parts) } else { sum_rows(&parts, width) }
+    let at_once = rows_at_once(width) * width;
+    let parts = values.par_chunks(at_once).with_min_len(BLOCKS_PER_TASK).map(sum);
+    sum(&parts.collect::<Vec<_>>().concat())
 }

@@ -4,13 +4,11 @@ use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use crate::blocks::{BLOCKS_PER_TASK, rows_at_once};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
 use crate::vector::{dot, fma, sum_of};
-
-/// Elements that one task works on: few enough to stay in a core's cache.
-const BLOCK: usize = 8192;
 
 /// `(x - mean) / √(variance + ε) · weight + bias`, mean and variance over the last axis
 /// (Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450).
@@ -92,7 +90,7 @@ impl Function<3> for Norm {
             .par_chunks_mut(at_once * width.max(1))
             .zip(rows.par_chunks_mut(at_once))
             .zip(values.par_chunks(at_once * width.max(1)));
-        blocks.for_each(|((output, rows), values)| {
+        blocks.with_min_len(BLOCKS_PER_TASK).for_each(|((output, rows), values)| {
             simd(
                 #[inline(always)]
                 || {
@@ -128,6 +126,7 @@ impl Function<3> for Norm {
             .zip(rows.par_chunks(at_once));
         // The gradients of weight and bias, block by block, one after the other.
         let partial: Vec<[Vec<f32>; 2]> = blocks
+            .with_min_len(BLOCKS_PER_TASK)
             .map(|(((d_x, values), d_output), rows)| {
                 let mut sums = [vec![0.0; width], vec![0.0; width]];
                 simd(
@@ -216,9 +215,4 @@ fn normalise(y: &mut [f32], x: &[f32], Statistics { mean, scale }: Statistics, w
         y[i] = (x[i] - mean) * scale * weight[i];
     }
     y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-}
-
-/// Rows of `width` that make a block.
-fn rows_at_once(width: usize) -> usize {
-    (BLOCK / width.max(1)).max(1)
 }

@@ -114,6 +114,23 @@ fn generate_tokens_per_second(read: usize, cx: &Context) -> f64 {
     tokens as f64 / seconds
 }
 
+/// How much longer a token takes after `late` tokens than after `early` ones: the median of many runs, which alternate
+/// so that what else the machine does meets both alike.
+fn generation_slowdown(early: usize, late: usize, cx: &Context) -> f64 {
+    let mut positions = [early, late].map(|read| after_reading(read, cx));
+    let mut seconds = || {
+        positions.each_mut().map(|(model, token, state)| {
+            let begun = Instant::now();
+            (*token, *state) = generate(model, token.clone(), state.clone(), 32);
+            begun.elapsed().as_secs_f64()
+        })
+    };
+    seconds();
+    let mut ratios: Vec<f64> = (0..41).map(|_| seconds()).map(|[early, late]| late / early).collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios[ratios.len() / 2]
+}
+
 /// How far memory rises while 256 tokens are generated after `read`; not a number where the system does not
 /// tell, which the comparison leaves out.
 fn generate_peak_mib(read: usize, cx: &Context) -> f64 {
@@ -124,6 +141,7 @@ fn generate_peak_mib(read: usize, cx: &Context) -> f64 {
 }
 
 fn main() {
+    kiln_ops::keep_freed_memory(); // as the kiln binary does
     let cx = Context::new();
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();
     let show = |name: &str, unit: &str, measure: &dyn Fn() -> f64| {
@@ -145,6 +163,7 @@ fn main() {
         let measure = || generate_tokens_per_second(read, &cx);
         show(&format!("generate tokens/s after {read}"), "tokens/s", &measure);
     }
+    show("generate time after 32000 / after 100", "x", &|| generation_slowdown(100, 32_000, &cx));
     for read in [100, 32_000] {
         show(&format!("generate peak MiB after {read}"), "MiB", &|| generate_peak_mib(read, &cx));
     }

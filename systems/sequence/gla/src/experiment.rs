@@ -9,6 +9,7 @@ use burn::tensor::{Bool, Distribution, Tensor};
 use kiln_core::{Card, Claim, Context, Error, MemoryGauge, Plot, Report, Result, Scale, Table, Threshold};
 use kiln_data::{Corpus, Tokenizer, shakespeare};
 use kiln_nn::{LogRow, Outcome, TrainConfig, score_context_lengths, score_windows, train};
+use kiln_ops::release_freed_memory;
 
 use crate::lm::{Arch, Lm, LmConfig};
 use crate::model::GlaLmConfig;
@@ -257,6 +258,7 @@ struct Cost {
 const SOFTMAX_LIMIT: usize = 4096;
 
 fn measure_cost(plan: &Plan, cx: &Context) -> Vec<Cost> {
+    release_freed_memory();
     let gauge = MemoryGauge::start();
     let gla = |&time: &usize| match gauge {
         Some(gauge) => gauge.peak(|| measure_gla(time, cx)),

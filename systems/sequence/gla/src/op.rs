@@ -9,19 +9,14 @@
 //! All tensors of the public functions are `[batch, heads, time, key]` (q, k, g) or
 //! `[batch, heads, time, value]` (v, o); states are `[batch, heads, key, value]`.
 
-use std::fmt;
 use std::sync::Arc;
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, Flex, TensorMetadata, backend_extension};
+use burn::backend::TensorMetadata;
 use burn::tensor::{Device, Tensor};
 use burn_flex::FlexTensor;
 use kiln_core::{Error, Result};
-use kiln_ops::flex::{floats, is_cpu, tensor};
+use kiln_ops::flex::{floats, tensor};
+use kiln_ops::{Function, apply, runs_natively};
 
 use crate::kernel::{self, Blocks, Dims, Inputs, Segment, States};
 
@@ -130,12 +125,12 @@ pub fn gla_chunk(
     initial: Option<Tensor<4>>,
     config: GlaOpConfig,
 ) -> Tensor<4> {
-    if !is_cpu(&q.device()) {
+    if !runs_natively(&q) {
         return gla_chunk_composed(q, k, v, g, initial, config).0;
     }
     let [batch, _, time, _] = q.dims();
     let segments = (0..batch).map(|row| Segment { start: row * time, len: time }).collect();
-    let o = chunk_on_cpu(q, k, v, g, initial, Call { segments, config, with_state: false });
+    let o = chunk_on_cpu(q, k, v, g, initial, ChunkForm { segments, config, with_state: false });
     Tensor::<4>::from_dispatch(o).swap_dims(1, 2)
 }
 
@@ -148,13 +143,13 @@ pub fn gla_chunk_with_state(
     initial: Option<Tensor<4>>,
     config: GlaOpConfig,
 ) -> (Tensor<4>, Tensor<4>) {
-    if !is_cpu(&q.device()) {
+    if !runs_natively(&q) {
         return gla_chunk_composed(q, k, v, g, initial, config);
     }
     let [batch, heads, time, key] = q.dims();
     let value = v.dims()[3];
     let segments = (0..batch).map(|row| Segment { start: row * time, len: time }).collect();
-    let packed = chunk_on_cpu(q, k, v, g, initial, Call { segments, config, with_state: true });
+    let packed = chunk_on_cpu(q, k, v, g, initial, ChunkForm { segments, config, with_state: true });
     let packed = Tensor::<1>::from_dispatch(packed);
     let outputs = batch * time * heads * value;
     let states = batch * heads * key * value;
@@ -184,7 +179,7 @@ pub fn gla_chunk_packed(
         "document offsets must rise from 0 to the length {time}"
     );
     let documents = offsets.windows(2).map(|pair| pair[0]..pair[1]);
-    if !is_cpu(&q.device()) {
+    if !runs_natively(&q) {
         let part = |x: &Tensor<4>, at: &std::ops::Range<usize>| x.clone().slice_dim(2, at.clone());
         let parts = documents.map(|at| {
             gla_chunk_composed(part(&q, &at), part(&k, &at), part(&v, &at), part(&g, &at), None, config).0
@@ -192,7 +187,7 @@ pub fn gla_chunk_packed(
         return Tensor::cat(parts.collect(), 2);
     }
     let segments = documents.map(|at| Segment { start: at.start, len: at.len() }).collect();
-    let o = chunk_on_cpu(q, k, v, g, None, Call { segments, config, with_state: false });
+    let o = chunk_on_cpu(q, k, v, g, None, ChunkForm { segments, config, with_state: false });
     Tensor::<4>::from_dispatch(o).swap_dims(1, 2)
 }
 
@@ -220,15 +215,6 @@ pub fn gla_chunk_composed(
     (Tensor::cat(blocks, 2), state)
 }
 
-/// What a call of the CPU kernel needs besides tensors.
-#[derive(Clone, Debug)]
-pub struct Call {
-    segments: Vec<Segment>,
-    config: GlaOpConfig,
-    /// Whether the output is followed by the final states, in one flat tensor.
-    with_state: bool,
-}
-
 /// Calls the CPU kernel on `[batch, heads, time, ..]` tensors, whose memory the projections left time-major.
 fn chunk_on_cpu(
     q: Tensor<4>,
@@ -236,73 +222,25 @@ fn chunk_on_cpu(
     v: Tensor<4>,
     g: Tensor<4>,
     initial: Option<Tensor<4>>,
-    call: Call,
+    call: ChunkForm,
 ) -> burn::tensor::DispatchTensor {
     let [_, heads, _, key] = q.dims();
     let value = v.dims()[3];
     let initial =
         initial.unwrap_or_else(|| Tensor::zeros([call.segments.len(), heads, key, value], &q.device()));
-    let time_major = |x: Tensor<4>| x.swap_dims(1, 2).into_dispatch();
-    let initial = initial.into_dispatch();
-    <Dispatch as GlaBackend>::gla_chunk(
-        time_major(q),
-        time_major(k),
-        time_major(v),
-        time_major(g),
-        initial,
-        call,
-    )
+    let [q, k, v, g] = [q, k, v, g].map(|x| x.swap_dims(1, 2).into_dispatch());
+    apply(&call, [q, k, v, g, initial.into_dispatch()])
 }
 
-/// The operation as a backend extension; use [`gla_chunk`].
-#[backend_extension(Flex, Autodiff)]
-pub trait GlaBackend: Backend {
-    /// q, k, g `[batch, time, heads, key]`, v `[batch, time, heads, value]`, initial
-    /// `[segments, heads, key, value]` → o `[batch, time, heads, value]`, or o and the final states, flat.
-    fn gla_chunk(
-        q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        g: FloatTensor<Self>,
-        initial: FloatTensor<Self>,
-        call: Call,
-    ) -> FloatTensor<Self>;
-}
-
-fn dims(q: &FlexTensor, v: &FlexTensor) -> Dims {
-    let (q, v) = (q.shape(), v.shape());
-    Dims { batch: q[0], time: q[1], heads: q[2], key: q[3], value: v[3] }
-}
-
-/// The output tensor of a call, and the chunk states if the backward pass is to have them.
-fn forward(x: &[FlexTensor; 5], call: &Call) -> (FlexTensor, States) {
-    let dims = dims(&x[0], &x[2]);
-    let data = x.each_ref().map(floats);
-    let inputs = Inputs { q: &data[0], k: &data[1], v: &data[2], g: &data[3], initial: &data[4] };
-    let blocks = call.config.blocks();
-    let states = kernel::states(dims, blocks, &call.segments, inputs);
-    let mut o = kernel::outputs(dims, blocks, &call.segments, inputs, &states);
-    let output = if call.with_state {
-        o.extend_from_slice(&states.finals);
-        let len = o.len();
-        tensor(o, [len])
-    } else {
-        tensor(o, [dims.batch, dims.time, dims.heads, dims.value])
-    };
-    (output, states)
-}
-
-impl GlaBackend for Flex {
-    fn gla_chunk(
-        q: FlexTensor,
-        k: FlexTensor,
-        v: FlexTensor,
-        g: FlexTensor,
-        initial: FlexTensor,
-        call: Call,
-    ) -> FlexTensor {
-        forward(&[q, k, v, g, initial], &call).0
-    }
+/// The chunkwise form on the CPU, of q, k, g `[batch, time, heads, key]`, v `[batch, time, heads, value]` and the
+/// initial states `[segments, heads, key, value]`; its result is o `[batch, time, heads, value]`, or o and
+/// the final states, flat.
+#[derive(Clone, Debug)]
+struct ChunkForm {
+    segments: Vec<Segment>,
+    config: GlaOpConfig,
+    /// Whether the output is followed by the final states.
+    with_state: bool,
 }
 
 /// What the backward pass keeps: the inputs, and the chunk states unless they are recomputed.
@@ -310,70 +248,56 @@ impl GlaBackend for Flex {
 struct Saved {
     inputs: [FlexTensor; 5],
     states: Option<Arc<States>>,
-    call: Call,
 }
 
-impl fmt::Debug for Saved {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GlaSaved").field("call", &self.call).finish_non_exhaustive()
-    }
+fn dims([q, _, v, _, _]: &[FlexTensor; 5]) -> Dims {
+    let (q, v) = (q.shape(), v.shape());
+    Dims { batch: q[0], time: q[1], heads: q[2], key: q[3], value: v[3] }
 }
 
-#[derive(Debug)]
-struct GlaBackward;
+impl Function<5> for ChunkForm {
+    type Saved = Saved;
 
-impl Backward<Flex, 5> for GlaBackward {
-    type State = Saved;
-
-    fn backward(self, ops: Ops<Saved, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let upstream = grads.consume::<Flex>(&ops.node);
-        let Saved { inputs, states, call } = ops.state;
-        let dims = dims(&inputs[0], &inputs[2]);
+    fn forward(&self, inputs: [FlexTensor; 5]) -> (FlexTensor, Saved) {
+        let dims = dims(&inputs);
         let data = inputs.each_ref().map(floats);
         let x = Inputs { q: &data[0], k: &data[1], v: &data[2], g: &data[3], initial: &data[4] };
-        let blocks = call.config.blocks();
-        let states = states.unwrap_or_else(|| Arc::new(kernel::states(dims, blocks, &call.segments, x)));
+        let blocks = self.config.blocks();
+        let states = kernel::states(dims, blocks, &self.segments, x);
+        let mut o = kernel::outputs(dims, blocks, &self.segments, x, &states);
+        let output = if self.with_state {
+            o.extend_from_slice(&states.finals);
+            let len = o.len();
+            tensor(o, [len])
+        } else {
+            tensor(o, [dims.batch, dims.time, dims.heads, dims.value])
+        };
+        drop(data);
+        let states = (!self.config.recompute).then(|| Arc::new(states));
+        (output, Saved { inputs, states })
+    }
+
+    fn backward(
+        &self,
+        Saved { inputs, states }: Saved,
+        upstream: FlexTensor,
+        _: [bool; 5],
+    ) -> [Option<FlexTensor>; 5] {
+        let dims = dims(&inputs);
+        let data = inputs.each_ref().map(floats);
+        let x = Inputs { q: &data[0], k: &data[1], v: &data[2], g: &data[3], initial: &data[4] };
+        let blocks = self.config.blocks();
+        let states = states.unwrap_or_else(|| Arc::new(kernel::states(dims, blocks, &self.segments, x)));
 
         let upstream = floats(&upstream);
         let (d_o, d_finals) = upstream.split_at(dims.batch * dims.time * dims.heads * dims.value);
-        let zeros = if call.with_state { Vec::new() } else { vec![0.0; states.finals.len()] };
-        let d_finals = if call.with_state { d_finals } else { &zeros };
-        let d = kernel::backward(dims, blocks, &call.segments, x, &states, d_o, d_finals);
+        let zeros = if self.with_state { Vec::new() } else { vec![0.0; states.finals.len()] };
+        let d_finals = if self.with_state { d_finals } else { &zeros };
+        let d = kernel::backward(dims, blocks, &self.segments, x, &states, d_o, d_finals);
 
-        let shapes = inputs.each_ref().map(|input| input.shape());
         let gradients = [d.q, d.k, d.v, d.g, d.initial];
-        for ((parent, gradient), shape) in ops.parents.into_iter().zip(gradients).zip(shapes) {
-            if let Some(parent) = parent {
-                grads.register::<Flex>(parent.id, tensor(gradient, shape));
-            }
-        }
-    }
-}
-
-impl<C: CheckpointStrategy> GlaBackend for Autodiff<Flex, C> {
-    fn gla_chunk(
-        q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        g: FloatTensor<Self>,
-        initial: FloatTensor<Self>,
-        call: Call,
-    ) -> FloatTensor<Self> {
-        let (q, q_node) = q.into_parts();
-        let (k, k_node) = k.into_parts();
-        let (v, v_node) = v.into_parts();
-        let (g, g_node) = g.into_parts();
-        let (initial, initial_node) = initial.into_parts();
-        let inputs = [q, k, v, g, initial];
-        let (output, states) = forward(&inputs, &call);
-        let nodes = [q_node, k_node, v_node, g_node, initial_node];
-        match GlaBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let states = (!call.config.recompute).then(|| Arc::new(states));
-                prep.finish(Saved { inputs, states, call }, output)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(output),
-        }
+        let mut shapes = inputs.iter().map(|input| input.shape());
+        gradients.map(|gradient| shapes.next().map(|shape| tensor(gradient, shape)))
     }
 }
 

@@ -64,16 +64,10 @@ impl ShortConv {
     /// - tail: `[batch, kernel - 1, channels]`
     pub fn forward_with_tail(&self, x: Tensor<3>, tail: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
         let [_, time, _] = x.dims();
-        // `[channels, 1, kernel]` → `[kernel, 1, channels]`, whose rows scale the channels of `x`
-        let weight = self.weight.val().permute([2, 1, 0]);
-        let [kernel, _, _] = weight.dims();
         let seen = Tensor::cat(vec![tail, x], 1);
-        let shifted = |j| seen.clone().narrow(1, j, time) * weight.clone().narrow(0, j, 1);
-        let y = (1..kernel).fold(shifted(0), |sum, j| sum + shifted(j));
-        let y = match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze::<3>(),
-            None => y,
-        };
+        // `[channels, 1, kernel]` → `[kernel, channels]`
+        let weight = self.weight.val().squeeze_dim::<2>(1).transpose();
+        let y = kiln_ops::short_conv(seen.clone(), weight, self.bias.as_ref().map(Param::val));
         (y, seen.slice_dim(1, time..))
     }
 }
