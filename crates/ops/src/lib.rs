@@ -13,6 +13,7 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod conv;
 pub mod flex;
 pub mod function;
 pub mod gemm;
@@ -21,6 +22,7 @@ mod simd;
 pub mod vector;
 
 pub use activation::{Activation, activate};
+pub use conv::{conv_transpose1d, conv_transpose2d, conv_transpose3d, conv1d, conv2d, conv3d};
 pub use function::{Function, apply, runs_natively};
 pub use gemm::{Mat, gemm};
 pub use linear::linear;
