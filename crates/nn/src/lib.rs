@@ -10,14 +10,20 @@
 //! [`LanguageModel`] and get [`generate()`] and the scores in [`evaluate`].
 
 mod attention;
+mod batch_norm;
 mod checkpoint;
+mod conv;
+mod conv_transpose;
 pub mod evaluate;
 mod generate;
+mod group_norm;
 mod init;
 mod llama;
 mod lm;
 mod loss;
 mod optim;
+mod padding;
+mod pool;
 mod rotary;
 mod schedule;
 mod swiglu;
@@ -25,13 +31,24 @@ mod train;
 mod train_log;
 
 pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
+pub use batch_norm::{BatchNorm, BatchNormConfig};
+pub use conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Conv3d, Conv3dConfig};
+pub use conv_transpose::{
+    ConvTranspose1d, ConvTranspose1dConfig, ConvTranspose2d, ConvTranspose2dConfig, ConvTranspose3d,
+    ConvTranspose3dConfig,
+};
 pub use evaluate::{ContextScore, Score, score_carried, score_context_lengths, score_windows};
 pub use generate::{Sampling, generate};
+pub use group_norm::{GroupNorm, GroupNormConfig, InstanceNorm, InstanceNormConfig};
 pub use init::initialise;
 pub use llama::{Llama, LlamaConfig, LlamaState};
 pub use lm::{LanguageModel, ids_to_tensor};
 pub use loss::{next_token_loss, token_nll};
 pub use optim::AdamW;
+pub use pool::{
+    AdaptiveAvgPool1d, AdaptiveAvgPool1dConfig, AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig, AvgPool1d,
+    AvgPool1dConfig, AvgPool2d, AvgPool2dConfig, MaxPool1d, MaxPool1dConfig, MaxPool2d, MaxPool2dConfig,
+};
 pub use rotary::{Rotary, RotaryTable};
 pub use schedule::Schedule;
 pub use swiglu::{SwiGlu, SwiGluConfig, swiglu_hidden};

@@ -13,17 +13,22 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod batch_norm;
 mod conv;
 pub mod flex;
 pub mod function;
 pub mod gemm;
 mod linear;
+
+mod pool;
 mod simd;
 pub mod vector;
 
 pub use activation::{Activation, activate};
+pub use batch_norm::{BatchNormOutput, batch_norm, batch_norm_train, group_norm};
 pub use conv::{conv_transpose1d, conv_transpose2d, conv_transpose3d, conv1d, conv2d, conv3d};
 pub use function::{Function, apply, runs_natively};
 pub use gemm::{Mat, gemm};
 pub use linear::linear;
+pub use pool::{adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d};
 pub use simd::{LEVEL_VARIABLE, level, simd};

@@ -48,7 +48,8 @@ impl<const N: usize> Case<N> {
     }
 
     fn symmetric(mut self) -> Self {
-        self.options.padding = self.options.padding.map(|(before, after)| (before.max(after), before.max(after)));
+        self.options.padding =
+            self.options.padding.map(|(before, after)| (before.max(after), before.max(after)));
         self
     }
 
@@ -66,7 +67,8 @@ impl<const N: usize> Case<N> {
         let padding = padding.map(|(before, _)| before);
         let padding_out = std::array::from_fn(|axis| rng.random_range(0..stride[axis].max(dilation[axis])));
         let leaves = (0..N).all(|axis| {
-            let reach = (self.extents[axis] - 1) * stride[axis] + dilation[axis] * (self.kernel[axis] - 1) + 1;
+            let reach =
+                (self.extents[axis] - 1) * stride[axis] + dilation[axis] * (self.kernel[axis] - 1) + 1;
             reach + padding_out[axis] > 2 * padding[axis]
         });
         leaves.then(|| ConvTransposeOptions::new(stride, padding, padding_out, dilation, groups))
@@ -151,8 +153,7 @@ fn three_by_three_kernels_equal_burns_for_many_channels() {
         let [inputs, outputs] = [(); 2].map(|()| rng.random_range(14..40));
         let [before, after] = [(); 2].map(|()| rng.random_range(0..3));
         let batch = rng.random_range(1..12);
-        let options =
-            || ConvOptions::new_with_padding([1, 1], [(before, after), (after, before)], [1, 1], 1);
+        let options = || ConvOptions::new_with_padding([1, 1], [(before, after), (after, before)], [1, 1], 1);
         compare(
             &format!("[{batch}, {inputs}, {height}, {width}] to {outputs}, padded by {before} and {after}"),
             [&[batch, inputs, height, width], &[outputs, inputs, 3, 3], &[outputs]],

@@ -45,7 +45,8 @@ pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f3
             });
             for (image, pieces) in pieces.chunks_mut(channels).enumerate() {
                 let own = group * outputs..(group + 1) * outputs;
-                for ((channel, piece), row) in own.clone().zip(&mut pieces[own]).zip(product.chunks(columns)) {
+                for ((channel, piece), row) in own.clone().zip(&mut pieces[own]).zip(product.chunks(columns))
+                {
                     let row = &row[image * piece.len()..][..piece.len()];
                     match bias.get(channel) {
                         Some(bias) => piece.iter_mut().zip(row).for_each(|(y, row)| *y = row + bias),
@@ -172,7 +173,12 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     fn rows(&self, rows: std::ops::Range<usize>) -> Mat<'a> {
-        Mat::strided(&self.values[(rows.start * self.stride).min(self.values.len())..], rows.len(), self.columns, self.stride)
+        Mat::strided(
+            &self.values[(rows.start * self.stride).min(self.values.len())..],
+            rows.len(),
+            self.columns,
+            self.stride,
+        )
     }
 }
 

@@ -138,10 +138,7 @@ impl Geometry {
 
     /// Whether every output sees one input position, its own.
     pub fn is_pointwise(&self) -> bool {
-        self.kernel == [1; 3]
-            && self.stride == [1; 3]
-            && self.before == [0; 3]
-            && self.input == self.output
+        self.kernel == [1; 3] && self.stride == [1; 3] && self.before == [0; 3] && self.input == self.output
     }
 
     /// The elements of group `group` in the weight.

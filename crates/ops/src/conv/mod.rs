@@ -327,7 +327,14 @@ fn add_bias(values: &mut [f32], bias: &[f32], plane: usize) {
 fn sum_planes(values: &[f32], channels: usize, plane: usize) -> Vec<f32> {
     let sum = |channel: usize| {
         let planes = values.chunks(plane.max(1)).skip(channel).step_by(channels);
-        planes.map(|plane| simd(#[inline(always)] || sum_of(plane))).sum()
+        planes
+            .map(|plane| {
+                simd(
+                    #[inline(always)]
+                    || sum_of(plane),
+                )
+            })
+            .sum()
     };
     (0..channels).into_par_iter().map(sum).collect()
 }
