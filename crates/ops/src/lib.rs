@@ -13,7 +13,9 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod batch_norm;
 mod blocks;
+mod conv;
 mod dropout;
 mod fft;
 pub mod flex;
@@ -25,11 +27,14 @@ mod matmul;
 mod memory;
 mod norm;
 mod optimiser;
+mod pool;
 mod short_conv;
 mod simd;
 pub mod vector;
 
 pub use activation::{Activation, activate};
+pub use batch_norm::{BatchNormOutput, batch_norm, batch_norm_train, group_norm};
+pub use conv::{conv_transpose1d, conv_transpose2d, conv_transpose3d, conv1d, conv2d, conv3d};
 pub use dropout::dropout;
 pub use fft::{fft, ifft, irfft, irfft2, rfft, rfft2};
 pub use function::{Function, apply, runs_natively};
@@ -40,5 +45,6 @@ pub use matmul::matmul;
 pub use memory::{keep_freed_memory, release_freed_memory};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
+pub use pool::{adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d};
 pub use short_conv::short_conv;
 pub use simd::{LEVEL_VARIABLE, level, simd};
