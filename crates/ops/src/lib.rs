@@ -18,6 +18,7 @@ pub mod function;
 pub mod gemm;
 mod linear;
 mod simd;
+mod softmax;
 pub mod vector;
 
 pub use activation::{Activation, activate};
@@ -25,3 +26,4 @@ pub use function::{Function, apply, runs_natively};
 pub use gemm::{Mat, gemm};
 pub use linear::linear;
 pub use simd::{LEVEL_VARIABLE, level, simd};
+pub use softmax::{log_softmax, softmax};
