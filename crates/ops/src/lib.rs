@@ -13,6 +13,8 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod attention;
+mod cross_entropy;
 pub mod flex;
 pub mod function;
 pub mod gemm;
@@ -22,6 +24,8 @@ mod softmax;
 pub mod vector;
 
 pub use activation::{Activation, activate};
+pub use attention::{AttentionOptions, attention};
+pub use cross_entropy::{CrossEntropyOptions, cross_entropy};
 pub use function::{Function, apply, runs_natively};
 pub use gemm::{Mat, gemm};
 pub use linear::linear;
