@@ -11,9 +11,10 @@ use rayon::prelude::*;
 use crate::flex::tensor;
 use crate::function::{Function, apply, runs_natively};
 use crate::gemm::{Mat, Out, gemm};
+use crate::rows::add_rows;
 use crate::simd;
-use crate::softmax::{exp_all, max};
-use crate::vector::{axpy, dot, exp};
+use crate::softmax::{exp_all, exp_below, max};
+use crate::vector::dot;
 
 /// Queries of one block.
 const QUERIES: usize = 64;
@@ -315,7 +316,7 @@ impl Attention {
                             let new_largest = max(scores).max(largest[row]);
                             // As long as nothing is seen there is nothing to shift.
                             let shift = if new_largest == f32::NEG_INFINITY { 0.0 } else { new_largest };
-                            let correction = exp(largest[row] - shift);
+                            let correction = exp_below(largest[row] - shift);
                             largest[row] = new_largest;
                             sums[row] = sums[row] * correction + exp_all(scores, shift);
                             if start > 0 {
@@ -349,9 +350,8 @@ impl Attention {
         output: &mut [f32],
         log_sums: &mut [f32],
     ) {
-        let Extents { source, value_dim, .. } = self.shape;
         let group = log_sums.len();
-        let mut scores = vec![0.0; source];
+        let mut scores = vec![0.0; self.shape.source];
         for (i, (output, log_sum)) in pieces(output, group).zip(log_sums).enumerate() {
             let head = [b, kv_head * group + i];
             let query = inputs.q.row(head, 0);
@@ -369,9 +369,15 @@ impl Attention {
                         return;
                     }
                     *log_sum = largest + sum.ln();
-                    for (key, weight) in scores.iter().enumerate() {
-                        axpy(weight / sum, inputs.v.row(kv, key), &mut output[..value_dim]);
-                    }
+                    let values = scores.iter().enumerate();
+                    add_rows(
+                        output,
+                        values.map(
+                            #[inline(always)]
+                            |(key, &weight)| (inputs.v.row(kv, key), weight),
+                        ),
+                    );
+                    output.iter_mut().for_each(|x| *x /= sum);
                 },
             );
         }
@@ -473,7 +479,7 @@ impl Attention {
                             hidden.fill(0.0);
                             inputs.finish(scores, head, first + row, start);
                             let log_sum = log_sum(row);
-                            scores.iter_mut().for_each(|x| *x = exp(*x - log_sum));
+                            scores.iter_mut().for_each(|x| *x = exp_below(*x - log_sum));
                         }
                     },
                 );

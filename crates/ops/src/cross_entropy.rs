@@ -9,8 +9,8 @@ use rayon::prelude::*;
 use crate::flex::{floats, ints, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
-use crate::softmax::{in_rows, max, sum, sum_of_exp};
-use crate::vector::{dot, exp};
+use crate::softmax::{exp_below, in_rows, max, sum, sum_of_exp};
+use crate::vector::dot;
 
 /// Elements of logits that one task reads, at least.
 const BLOCK: usize = 8192;
@@ -236,12 +236,12 @@ impl CrossEntropy {
                         Some(weights) => {
                             let even = even / sum(weights);
                             for (x, weight) in x.iter_mut().zip(weights.iter()) {
-                                *x = factor * exp(*x - largest) - even * weight;
+                                *x = factor * exp_below(*x - largest) - even * weight;
                             }
                         }
                         None => {
                             let even = even / classes as f32;
-                            x.iter_mut().for_each(|x| *x = factor * exp(*x - largest) - even);
+                            x.iter_mut().for_each(|x| *x = factor * exp_below(*x - largest) - even);
                         }
                     }
                     x[target] -= upstream[row] * on_target;

@@ -7,7 +7,7 @@ use burn_flex::FlexTensor;
 
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
-use crate::rows::{Kind, for_rows, row_numbers, scatter};
+use crate::rows::{Kind, add_rows, for_rows, row_numbers, scatter};
 use crate::segment::{index_select, segment_mean, segment_sum};
 use crate::simd;
 
@@ -119,14 +119,15 @@ impl Function<1> for EmbeddingBag {
                 #[inline(always)]
                 || {
                     for (bag, row) in (first..).zip(rows.chunks_exact_mut(width)) {
-                        for &id in &self.ids[self.starts[bag]..self.starts[bag + 1]] {
-                            let part = &table[id * width..(id + 1) * width];
-                            row.iter_mut().zip(part).for_each(|(y, x)| *y += x);
-                        }
+                        let ids = &self.ids[self.starts[bag]..self.starts[bag + 1]];
                         let factor = self.factor(bag);
-                        if self.pooling == Pooling::Mean && factor.is_finite() {
-                            row.iter_mut().for_each(|y| *y *= factor);
-                        }
+                        add_rows(
+                            row,
+                            ids.iter().map(
+                                #[inline(always)]
+                                |&id| (&table[id * width..(id + 1) * width], factor),
+                            ),
+                        );
                     }
                 },
             );

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use crate::flex::ints;
 use crate::simd;
+use crate::vector::{axpy, fma};
 
 /// Elements that one task copies or adds, at least.
 const BLOCK: usize = 8192;
@@ -132,4 +133,27 @@ pub(crate) fn scatter<'a>(
             },
         );
     });
+}
+
+/// `total += Σ_i factor_i row_i`, with the total in registers.
+#[inline(always)]
+pub(crate) fn add_rows<'a>(total: &mut [f32], rows: impl Iterator<Item = (&'a [f32], f32)> + Clone) {
+    const LANES: usize = 64;
+    let width = total.len();
+    let (body, tail) = total.as_chunks_mut::<LANES>();
+    for (chunk, total) in body.iter_mut().enumerate() {
+        let mut sums = *total;
+        for (row, factor) in rows.clone() {
+            let part = row[..width].as_chunks::<LANES>().0[chunk];
+            for lane in 0..LANES {
+                sums[lane] = fma(factor, part[lane], sums[lane]);
+            }
+        }
+        *total = sums;
+    }
+    if !tail.is_empty() {
+        for (row, factor) in rows {
+            axpy(factor, &row[width - tail.len()..], tail);
+        }
+    }
 }
