@@ -14,7 +14,9 @@ mod batch_norm;
 mod checkpoint;
 mod conv;
 mod conv_transpose;
+mod cross_entropy;
 mod dropout;
+mod embedding;
 pub mod evaluate;
 mod generate;
 mod group_norm;
@@ -23,6 +25,7 @@ mod linear;
 mod llama;
 mod lm;
 mod loss;
+mod mha;
 mod norm;
 mod optim;
 mod padding;
@@ -40,7 +43,9 @@ pub use conv_transpose::{
     ConvTranspose1d, ConvTranspose1dConfig, ConvTranspose2d, ConvTranspose2dConfig, ConvTranspose3d,
     ConvTranspose3dConfig,
 };
+pub use cross_entropy::{CrossEntropyLoss, CrossEntropyLossConfig};
 pub use dropout::{Dropout, DropoutConfig};
+pub use embedding::{Embedding, EmbeddingConfig};
 pub use evaluate::{ContextScore, Score, score_carried, score_context_lengths, score_windows};
 pub use generate::{Sampling, generate};
 pub use group_norm::{GroupNorm, GroupNormConfig, InstanceNorm, InstanceNormConfig};
@@ -49,8 +54,8 @@ pub use linear::{Linear, LinearConfig};
 pub use llama::{Llama, LlamaConfig, LlamaState};
 pub use lm::{LanguageModel, ids_to_tensor};
 pub use loss::{next_token_loss, token_nll};
+pub use mha::{MhaCache, MhaInput, MhaOutput, MultiHeadAttention, MultiHeadAttentionConfig};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
-pub use optim::AdamW;
 pub use optim::{Adagrad, AdamW, Sgd};
 pub use pool::{
     AdaptiveAvgPool1d, AdaptiveAvgPool1dConfig, AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig, AvgPool1d,
