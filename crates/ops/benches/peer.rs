@@ -10,10 +10,18 @@ use std::process::Command;
 use std::time::Instant;
 
 use burn::backend::{BackendTensor, DispatchTensorKind};
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{Device, Distribution, Int, Tensor};
 use burn_flex::FlexTensor;
 use kiln_core::MemoryGauge;
-use kiln_ops::{Activation, AdamWStep, Function, Parameter, activate, apply, flex, layer_norm, rms_norm};
+use kiln_ops::{
+    Activation, AdamWStep, AttentionOptions, CrossEntropyOptions, Function, Parameter, Pooling, SgdStep,
+    activate, apply, attention, conv1d, cross_entropy, embedding_bag, flex, keep_freed_memory, layer_norm,
+    rfft, rms_norm, softmax,
+};
+use networks::{BertLayer, Cnn, Mlp, ParameterMut, Trainer, TransformerBlock};
+
+mod networks;
 
 /// Set for a process whose memory is measured: the name of its workload.
 const MEMORY_VARIABLE: &str = "KILN_BENCH_MEMORY";
@@ -30,11 +38,33 @@ const WORKLOADS: &[Workload] = &[
     ("gelu 4096x1024 fwd+bwd", || train(|x| activate(x, Activation::Gelu))),
     ("layer norm 4096x1024 fwd+bwd", layer_norms),
     ("rms norm 4096x1024 fwd+bwd", rms_norms),
+    ("softmax 4096x1024 fwd", || infer(|x| softmax(x, 1))),
+    ("softmax 4096x1024 fwd+bwd", || train(|x| softmax(x, 1))),
+    ("cross entropy 512x32000 fwd+bwd", cross_entropies),
+    ("attention causal 2x8x2048x64 fwd", || attend(false)),
+    ("attention causal 2x8x2048x64 fwd+bwd", || attend(true)),
+    ("causal conv1d 4x256x8192 fwd+bwd", conv),
+    ("embedding bag 1Mx64 fwd", || bags(false)),
+    ("embedding bag 1Mx64 fwd+bwd", || bags(true)),
+    ("real fft 256x65536 fwd+bwd", real_fft),
     ("adamw step 50M", adamw),
+    ("tiny mlp train", mlp_training),
+    ("cnn train", cnn_training),
+    ("transformer block train", block_training),
+    ("bert layer inference", bert_inference),
+    ("bert layer train", bert_training),
 ];
 
 /// Of these the memory is measured as well.
-const MEMORY: &[&str] = &["adamw step 50M"];
+const MEMORY: &[&str] = &[
+    "attention causal 2x8x2048x64 fwd+bwd",
+    "cross entropy 512x32000 fwd+bwd",
+    "causal conv1d 4x256x8192 fwd+bwd",
+    "real fft 256x65536 fwd+bwd",
+    "adamw step 50M",
+    "transformer block train",
+    "bert layer train",
+];
 
 fn normal<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
@@ -114,38 +144,140 @@ fn rms_norms() -> Work {
     pull_back(move || rms_norm(x.clone(), weight.clone(), 1e-5))
 }
 
+/// The mean loss of random targets.
+fn classify(logits: Tensor<2>, targets: &Tensor<1, Int>) -> Tensor<1> {
+    cross_entropy(logits, targets.clone(), &CrossEntropyOptions::default()).mean()
+}
+
+/// Random numbers below `end`.
+fn ids(length: usize, end: usize) -> Tensor<1, Int> {
+    Tensor::random([length], Distribution::Uniform(0.0, end as f64), &Device::flex())
+}
+
+fn cross_entropies() -> Work {
+    let (logits, targets) = (leaf([512, 32_000]), ids(512, 32_000));
+    pull_back(move || classify(logits.clone(), &targets))
+}
+
+fn attend(backward: bool) -> Work {
+    let options = || AttentionOptions { causal: true, ..AttentionOptions::default() };
+    let shape = [2, 8, 2048, 64];
+    if backward {
+        let [q, k, v] = [(); 3].map(|()| leaf(shape));
+        return pull_back(move || attention(q.clone(), k.clone(), v.clone(), options()));
+    }
+    let [q, k, v] = [(); 3].map(|()| normal(shape));
+    Box::new(move || {
+        black_box(attention(q.clone(), k.clone(), v.clone(), options()));
+    })
+}
+
+fn conv() -> Work {
+    let (x, weight, bias) = (leaf([4, 256, 8192]), leaf([256, 256, 3]), leaf([256]));
+    pull_back(move || {
+        let options = ConvOptions::new_with_padding([1], [(8, 0)], [4], 1);
+        conv1d(x.clone(), weight.clone(), Some(bias.clone()), options)
+    })
+}
+
+/// Sums of 32 rows for each of 4096 bags; the gradient of the table is dense.
+fn bags(backward: bool) -> Work {
+    let ids = ids(4096 * 32, 1_000_000);
+    let offsets = Tensor::arange(0..4096, &Device::flex()) * 32;
+    let bag = move |table| embedding_bag(table, ids.clone(), offsets.clone(), Pooling::Sum);
+    if backward {
+        let table = leaf([1_000_000, 64]);
+        return pull_back(move || bag(table.clone()));
+    }
+    let table = normal([1_000_000, 64]);
+    Box::new(move || {
+        black_box(bag(table.clone()));
+    })
+}
+
+fn real_fft() -> Work {
+    let x = leaf([256, 65_536]);
+    let of_part = Upstream::of(&normal([256, 32_769]));
+    Box::new(move || {
+        let (re, im) = rfft(x.clone(), 1);
+        black_box((of_part.attach(re) + of_part.attach(im)).backward());
+    })
+}
+
 /// 50 million parameters in 150 tensors.
 fn adamw() -> Work {
-    const LENGTH: usize = 577 * 578;
-    let gradients: Vec<Tensor<1>> = (0..150).map(|_| normal([LENGTH])).collect();
-    let mut optimiser = AdamW::new(vec![normal([LENGTH]); 150]);
-    Box::new(move || optimiser.step(gradients.clone()))
+    let mut steps = 0;
+    let mut parameters: Vec<Parameter<2>> = (0..150)
+        .map(|_| {
+            let [value, gradient, first, second] = [(); 4].map(|()| normal([577 * 578]));
+            let state = [first * 0.0, second * 0.0];
+            Parameter { value, gradient, state, weight_decay: 0.01 }
+        })
+        .collect();
+    Box::new(move || {
+        steps += 1;
+        parameters = adamw_rule(steps, take(&mut parameters));
+    })
 }
 
-/// Parameters with the state of their optimiser.
-struct AdamW {
-    parameters: Vec<Tensor<1>>,
-    moments: Vec<[Tensor<1>; 2]>,
-    steps: i32,
+fn adamw_rule(step: i32, parameters: Vec<Parameter<2>>) -> Vec<Parameter<2>> {
+    AdamWStep { lr: 1e-4, betas: (0.9, 0.999), epsilon: 1e-8, step, scale: 1.0 }.apply(parameters)
 }
 
-impl AdamW {
-    fn new(parameters: Vec<Tensor<1>>) -> Self {
-        let zeros = |x: &Tensor<1>| [x.zeros_like(), x.zeros_like()];
-        Self { moments: parameters.iter().map(zeros).collect(), parameters, steps: 0 }
-    }
+fn momentum_rule(_: i32, parameters: Vec<Parameter<1>>) -> Vec<Parameter<1>> {
+    SgdStep { lr: 1e-3, momentum: 0.9, nesterov: false, scale: 1.0 }.apply(parameters)
+}
 
-    fn step(&mut self, gradients: Vec<Tensor<1>>) {
-        self.steps += 1;
-        let step = AdamWStep { lr: 1e-4, betas: (0.9, 0.999), epsilon: 1e-8, step: self.steps, scale: 1.0 };
-        let states = take(&mut self.parameters).into_iter().zip(take(&mut self.moments)).zip(gradients);
-        let parameters =
-            states.map(|((value, state), gradient)| Parameter { value, gradient, state, weight_decay: 0.01 });
-        for Parameter { value, state, .. } in step.apply(parameters.collect()) {
-            self.parameters.push(value);
-            self.moments.push(state);
-        }
-    }
+/// Forward, backward and one step of an optimiser.
+fn training_step<N: 'static, const S: usize>(
+    mut network: N,
+    rule: fn(i32, Vec<Parameter<S>>) -> Vec<Parameter<S>>,
+    parameters: fn(&mut N) -> Vec<ParameterMut<'_>>,
+    loss: impl Fn(&N) -> Tensor<1> + 'static,
+) -> Work {
+    let mut trainer = Trainer::new(rule);
+    Box::new(move || {
+        let mut gradients = loss(&network).backward();
+        trainer.step(parameters(&mut network), &mut gradients);
+    })
+}
+
+/// A tensor on the autodiff device that wants no gradient.
+fn input<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_inner(normal(shape))
+}
+
+fn mlp_training() -> Work {
+    let (x, targets) = (input([32, 16]), ids(32, 4));
+    let loss = move |mlp: &Mlp| classify(mlp.forward(x.clone()), &targets);
+    training_step(Mlp::new(), adamw_rule, Mlp::parameters, loss)
+}
+
+fn cnn_training() -> Work {
+    let (x, targets) = (input([16, 3, 32, 32]), ids(16, 10));
+    let loss = move |cnn: &Cnn| classify(cnn.forward(x.clone()), &targets);
+    training_step(Cnn::new(), momentum_rule, Cnn::parameters, loss)
+}
+
+fn block_training() -> Work {
+    let x = input([8, 128, 256]);
+    let upstream = Upstream::of(&x);
+    let loss = move |block: &TransformerBlock| upstream.attach(block.forward(x.clone()));
+    training_step(TransformerBlock::new(), adamw_rule, TransformerBlock::parameters, loss)
+}
+
+fn bert_inference() -> Work {
+    let (layer, x) = (BertLayer::new(&Device::flex()), normal([8, 128, 768]));
+    Box::new(move || {
+        black_box(layer.forward(x.clone()));
+    })
+}
+
+fn bert_training() -> Work {
+    let x = input([8, 128, 768]);
+    let upstream = Upstream::of(&x);
+    let loss = move |layer: &BertLayer| upstream.attach(layer.forward(x.clone()));
+    training_step(BertLayer::new(&Device::flex().autodiff()), adamw_rule, BertLayer::parameters, loss)
 }
 
 /// The median in milliseconds of at least five repetitions that together take at least a second, after two
@@ -188,6 +320,7 @@ fn workload(name: &str) -> fn() -> Work {
 }
 
 fn main() {
+    keep_freed_memory(); // as the kiln binary does
     if let Ok(name) = std::env::var(MEMORY_VARIABLE) {
         return println!("{}", peak_mebibytes(workload(&name)));
     }

@@ -2,7 +2,9 @@
 //! followed by a sum with its input and layer normalisation.
 
 use burn::tensor::{Device, Distribution, Tensor};
-use kiln_ops::{Activation, AttentionOptions, attention, linear};
+use kiln_ops::{Activation, AttentionOptions, attention, layer_norm, linear};
+
+use super::ParameterMut;
 
 const WIDTH: usize = 768;
 const HEADS: usize = 12;
@@ -79,13 +81,22 @@ impl BertLayer {
         self.output_norm.forward(x + self.outer.forward(inner, Activation::Identity))
     }
 
-    /// Matrices and vectors, in the order of the fields.
-    pub fn parameters(&self) -> (Vec<Tensor<2>>, Vec<Tensor<1>>) {
-        let affine = [&self.query, &self.key, &self.value, &self.output, &self.inner, &self.outer];
-        let norms = [&self.attention_norm, &self.output_norm];
-        let vectors = affine.iter().map(|affine| &affine.bias);
-        let vectors = vectors.chain(norms.iter().flat_map(|norm| [&norm.weight, &norm.bias]));
-        (affine.iter().map(|affine| affine.weight.clone()).collect(), vectors.cloned().collect())
+    /// The parameters, in the order of the fields.
+    pub fn parameters(&mut self) -> Vec<ParameterMut<'_>> {
+        let affine = [
+            &mut self.query,
+            &mut self.key,
+            &mut self.value,
+            &mut self.output,
+            &mut self.inner,
+            &mut self.outer,
+        ];
+        let norms = [&mut self.attention_norm, &mut self.output_norm];
+        let norms = norms.into_iter().flat_map(|norm| [&mut norm.weight, &mut norm.bias]);
+        let affine = affine.into_iter().flat_map(|affine| {
+            [ParameterMut::Matrix(&mut affine.weight), ParameterMut::Vector(&mut affine.bias)]
+        });
+        affine.chain(norms.map(ParameterMut::Vector)).collect()
     }
 }
 
@@ -97,15 +108,8 @@ impl Affine {
 
 impl Norm {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        layer_norm(x, self.weight.clone(), self.bias.clone())
+        layer_norm(x, self.weight.clone(), Some(self.bias.clone()), EPSILON)
     }
-}
-
-/// `(x - mean) / √(variance + ε) w + b` over the last axis.
-fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Tensor<1>) -> Tensor<3> {
-    let x = x.clone() - x.mean_dim(2);
-    let deviation = (x.clone().square().mean_dim(2) + EPSILON).sqrt();
-    x / deviation * weight.unsqueeze() + bias.unsqueeze()
 }
 
 /// A leaf of the autodiff graph, where there is one.
