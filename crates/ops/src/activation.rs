@@ -156,15 +156,16 @@ impl Activation {
     }
 }
 
+// `for` loops: the standard library's `for_each` may be left out of line, and with it the vector code.
+
 #[inline(always)]
 fn map(values: &mut [f32], f: impl Fn(f32) -> f32) {
     simd(
         #[inline(always)]
         || {
-            values.iter_mut().for_each(
-                #[inline(always)]
-                |x| *x = f(*x),
-            )
+            for x in values {
+                *x = f(*x);
+            }
         },
     );
 }
@@ -174,10 +175,9 @@ fn scale(x: &[f32], gradient: &mut [f32], f: impl Fn(f32) -> f32) {
     simd(
         #[inline(always)]
         || {
-            gradient.iter_mut().zip(x).for_each(
-                #[inline(always)]
-                |(g, &x)| *g *= f(x),
-            )
+            for (g, &x) in gradient.iter_mut().zip(x) {
+                *g *= f(x);
+            }
         },
     );
 }
