@@ -43,10 +43,16 @@ pub fn batch_norm_train<const D: usize>(
         return BatchNormOutput { output: result.output, mean: result.mean, variance: result.variance };
     }
     let channels = channels(&x, &gamma, &beta);
-    let statistics = Tensor::<2>::from_dispatch(apply(&Statistics, [x.clone().detach().into_dispatch()]));
-    let function = Normalise { sets: Sets::Channels { given: false }, epsilon: epsilon as f32 };
-    let statistic = |row| statistics.clone().narrow(0, row, 1).reshape([channels]);
+    let autodiff = x.device().is_autodiff();
+    // Not `detach`, which leaves a leaf on the graph.
+    let off_graph = x.clone().without_autodiff().into_dispatch();
+    let statistics = Tensor::<2>::from_dispatch(apply(&Statistics, [off_graph]));
+    let statistic = |row| {
+        let statistic = statistics.clone().narrow(0, row, 1).reshape([channels]);
+        if autodiff { Tensor::from_inner(statistic) } else { statistic }
+    };
     let (mean, variance) = (statistic(0), statistic(1));
+    let function = Normalise { sets: Sets::Channels { given: false }, epsilon: epsilon as f32 };
     let inputs = [x.into_dispatch(), gamma.into_dispatch(), beta.into_dispatch(), statistics.into_dispatch()];
     BatchNormOutput { output: Tensor::from_dispatch(apply(&function, inputs)), mean, variance }
 }
@@ -71,7 +77,7 @@ pub fn batch_norm<const D: usize>(
         return module::batch_norm(x, gamma, beta, mean, variance, epsilon);
     }
     channels(&x, &gamma, &beta);
-    let statistics = Tensor::stack::<2>(vec![mean.detach(), variance.detach()], 0);
+    let statistics = Tensor::stack::<2>(vec![mean.without_autodiff(), variance.without_autodiff()], 0);
     let function = Normalise { sets: Sets::Channels { given: true }, epsilon: epsilon as f32 };
     let inputs = [x.into_dispatch(), gamma.into_dispatch(), beta.into_dispatch(), statistics.into_dispatch()];
     Tensor::from_dispatch(apply(&function, inputs))

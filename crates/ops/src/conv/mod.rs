@@ -11,6 +11,7 @@
 mod columns;
 mod depthwise;
 mod geometry;
+mod winograd;
 
 use burn::tensor::ops::{ConvOptions, ConvTransposeOptions};
 use burn::tensor::{Tensor, module};
@@ -277,6 +278,7 @@ impl Function<3> for Convolution {
 /// How a convolution is computed.
 enum Way {
     Depthwise,
+    Winograd,
     Columns,
 }
 
@@ -284,9 +286,12 @@ impl Way {
     fn of(geometry: &Geometry) -> Self {
         /// Output channels of one input channel from which on a matrix product is faster.
         const FEW: usize = 8;
-        match geometry.inputs == 1 && geometry.outputs < FEW {
-            true => Self::Depthwise,
-            false => Self::Columns,
+        if geometry.inputs == 1 && geometry.outputs < FEW {
+            Self::Depthwise
+        } else if winograd::pays(geometry) {
+            Self::Winograd
+        } else {
+            Self::Columns
         }
     }
 }
@@ -294,6 +299,7 @@ impl Way {
 fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     match Way::of(geometry) {
         Way::Depthwise => depthwise::forward(geometry, x, weight, bias),
+        Way::Winograd => winograd::forward(geometry, x, weight, bias),
         Way::Columns => columns::forward(geometry, x, weight, bias),
     }
 }
@@ -301,6 +307,7 @@ fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<
 fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
     match Way::of(geometry) {
         Way::Depthwise => depthwise::input_gradient(geometry, d_output, weight),
+        Way::Winograd => winograd::input_gradient(geometry, d_output, weight),
         Way::Columns => columns::input_gradient(geometry, d_output, weight),
     }
 }
@@ -308,6 +315,7 @@ fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<
 fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) -> Vec<f32> {
     match Way::of(geometry) {
         Way::Depthwise => depthwise::weight_gradient(geometry, x, d_output),
+        Way::Winograd => winograd::weight_gradient(geometry, x, d_output),
         Way::Columns => columns::weight_gradient(geometry, x, d_output),
     }
 }
