@@ -19,7 +19,7 @@ use crate::vector::dot;
 /// Queries of one block.
 const QUERIES: usize = 64;
 /// Keys of one block: with [`QUERIES`], the scores at hand stay in a core's cache.
-const KEYS: usize = 512;
+const KEYS: usize = 384;
 
 /// Which keys a query sees and how its scores are formed.
 #[derive(Debug, Clone, Default)]
