@@ -181,13 +181,13 @@ impl<'a, T> Heads<'a, T> {
     }
 
     /// One matrix from its row `row` on.
-    fn from_row(&self, [batch, head]: [usize; 2], row: usize) -> &'a [T] {
+    fn rows_from(&self, [batch, head]: [usize; 2], row: usize) -> &'a [T] {
         let at = batch * self.strides[0] + head * self.strides[1] + row * self.strides[2];
         self.data.get(at..).unwrap_or_default()
     }
 
     fn row(&self, head: [usize; 2], row: usize) -> &'a [T] {
-        &self.from_row(head, row)[..self.columns]
+        &self.rows_from(head, row)[..self.columns]
     }
 }
 
@@ -198,7 +198,7 @@ impl<'a> Heads<'a, f32> {
 
     /// `rows` successive rows of one matrix.
     fn block(&self, head: [usize; 2], first: usize, rows: usize) -> Mat<'a> {
-        Mat::strided(self.from_row(head, first), rows, self.columns, self.strides[2])
+        Mat::strided(self.rows_from(head, first), rows, self.columns, self.strides[2])
     }
 }
 
