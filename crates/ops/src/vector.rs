@@ -161,6 +161,10 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
             sums[lane] = fma(a[lane], b[lane], sums[lane]);
         }
     }
+    // The tail goes into the lanes: with a scalar sum of its own, LLVM builds the loop above from pairs of lanes.
+    for (sum, (&a, &b)) in sums.iter_mut().zip(a_tail.iter().zip(b_tail)) {
+        *sum = fma(a, b, *sum);
+    }
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -168,7 +172,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
         width /= 2;
     }
-    a_tail.iter().zip(b_tail).fold(sums[0], |sum, (&a, &b)| fma(a, b, sum))
+    sums[0]
 }
 
 /// `y += a x`.
