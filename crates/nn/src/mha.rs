@@ -142,11 +142,12 @@ pub struct MhaOutput {
     weights: Weights,
 }
 
-/// Attention weights, or what they follow from.
+/// Attention weights and what they follow from.
 #[derive(Debug, Clone)]
-enum Weights {
-    Computed(Tensor<4>),
-    Deferred(Scores),
+struct Weights {
+    scores: Scores,
+    /// Where the layer computed them.
+    computed: Option<Tensor<4>>,
 }
 
 /// Scaled products of queries and keys, before the softmax.
@@ -166,10 +167,8 @@ impl MhaOutput {
     /// The attention weights, `[batch, heads, time, source]`: after dropout in training, and computed now where
     /// the layer did without.
     pub fn weights(&self) -> Tensor<4> {
-        match &self.weights {
-            Weights::Computed(weights) => weights.clone(),
-            Weights::Deferred(scores) => scores.weights(),
-        }
+        let Weights { scores, computed } = &self.weights;
+        computed.clone().unwrap_or_else(|| scores.weights())
     }
 }
 
@@ -253,14 +252,14 @@ impl MultiHeadAttention {
             quiet: self.quiet_softmax,
         };
         let drops = self.dropout.prob > 0.0 && self.dropout.training.is_enabled() && query.is_autodiff();
-        let (context, weights) = if drops || self.quiet_softmax {
+        let (context, computed) = if drops || self.quiet_softmax {
             let weights = self.dropout.forward(scores.weights());
-            (weights.clone().matmul(value), Weights::Computed(weights))
+            (weights.clone().matmul(value), Some(weights))
         } else {
             let options = AttentionOptions { mask, ..AttentionOptions::default() };
-            (attention(query, key, value, options), Weights::Deferred(scores))
+            (attention(query, key, value, options), None)
         };
-        (context.swap_dims(1, 2).reshape([batch, time, self.d_model]), weights)
+        (context.swap_dims(1, 2).reshape([batch, time, self.d_model]), Weights { scores, computed })
     }
 
     /// `[batch, time, d_model]` to `[batch, heads, time, d_k]`.

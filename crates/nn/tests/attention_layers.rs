@@ -19,7 +19,7 @@ fn same_parameters<B: Module, K: Module>(
     let kiln = initialise(&device, &mut random_stream(2, "kiln", 0), kiln);
     let file = TensorFile::from_module(&burn);
     assert_eq!(file.names().collect::<Vec<_>>(), TensorFile::from_module(&kiln).names().collect::<Vec<_>>());
-    (burn.train(), file.into_module(kiln).unwrap().train())
+    (burn.train(), file.into_module(kiln).expect("the layers have the same parameters").train())
 }
 
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -32,7 +32,8 @@ fn assert_same<const D: usize>(a: Tensor<D>, b: Tensor<D>) {
 
 /// Makes sure that two tensors have the same gradient.
 fn assert_same_gradient<const D: usize>(x: &Tensor<D>, [a, b]: [&Gradients; 2]) {
-    assert_same(Tensor::from_inner(x.grad(a).unwrap()), Tensor::from_inner(x.grad(b).unwrap()));
+    let [a, b] = [a, b].map(|gradients| x.grad(gradients).expect("a leaf has a gradient"));
+    assert_same(Tensor::from_inner(a), Tensor::from_inner(b));
 }
 
 #[test]

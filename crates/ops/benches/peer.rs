@@ -19,7 +19,7 @@ use kiln_ops::{
     activate, apply, attention, conv1d, cross_entropy, embedding_bag, flex, keep_freed_memory, layer_norm,
     rfft, rms_norm, softmax,
 };
-use networks::{BertLayer, Cnn, Mlp, ParameterMut, Trainer, TransformerBlock};
+use networks::{BertLayer, Cnn, Mlp, ParameterMut, ResNet18, Trainer, TransformerBlock};
 
 mod networks;
 
@@ -51,6 +51,8 @@ const WORKLOADS: &[Workload] = &[
     ("tiny mlp train", mlp_training),
     ("cnn train", cnn_training),
     ("transformer block train", block_training),
+    ("resnet18 inference", resnet_inference),
+    ("resnet18 train", resnet_training),
     ("bert layer inference", bert_inference),
     ("bert layer train", bert_training),
 ];
@@ -63,6 +65,7 @@ const MEMORY: &[&str] = &[
     "real fft 256x65536 fwd+bwd",
     "adamw step 50M",
     "transformer block train",
+    "resnet18 train",
     "bert layer train",
 ];
 
@@ -264,6 +267,19 @@ fn block_training() -> Work {
     let upstream = Upstream::of(&x);
     let loss = move |block: &TransformerBlock| upstream.attach(block.forward(x.clone()));
     training_step(TransformerBlock::new(), adamw_rule, TransformerBlock::parameters, loss)
+}
+
+fn resnet_inference() -> Work {
+    let (network, x) = (ResNet18::new(&Device::flex()), normal([8, 3, 64, 64]));
+    Box::new(move || {
+        black_box(network.forward(x.clone(), false));
+    })
+}
+
+fn resnet_training() -> Work {
+    let (x, targets) = (input([8, 3, 64, 64]), ids(8, 1000));
+    let loss = move |network: &ResNet18| classify(network.forward(x.clone(), true), &targets);
+    training_step(ResNet18::new(&Device::flex().autodiff()), momentum_rule, ResNet18::parameters, loss)
 }
 
 fn bert_inference() -> Work {

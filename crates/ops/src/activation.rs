@@ -156,14 +156,13 @@ impl Activation {
     }
 }
 
-// `for` loops: the standard library's `for_each` may be left out of line, and with it the vector code.
-
 #[inline(always)]
 fn map(values: &mut [f32], f: impl Fn(f32) -> f32) {
     simd(
         #[inline(always)]
         || {
-            for x in values {
+            // A loop: `for_each` may be left out of line, and then computes without vector instructions.
+            for x in values.iter_mut() {
                 *x = f(*x);
             }
         },

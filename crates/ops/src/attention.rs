@@ -19,7 +19,7 @@ use crate::vector::dot;
 /// Queries of one block.
 const QUERIES: usize = 64;
 /// Keys of one block: with [`QUERIES`], the scores at hand stay in a core's cache.
-const KEYS: usize = 512;
+const KEYS: usize = 384;
 
 /// Which keys a query sees and how its scores are formed.
 #[derive(Debug, Clone, Default)]
@@ -181,13 +181,13 @@ impl<'a, T> Heads<'a, T> {
     }
 
     /// One matrix from its row `row` on.
-    fn from_row(&self, [batch, head]: [usize; 2], row: usize) -> &'a [T] {
+    fn rows_from(&self, [batch, head]: [usize; 2], row: usize) -> &'a [T] {
         let at = batch * self.strides[0] + head * self.strides[1] + row * self.strides[2];
         self.data.get(at..).unwrap_or_default()
     }
 
     fn row(&self, head: [usize; 2], row: usize) -> &'a [T] {
-        &self.from_row(head, row)[..self.columns]
+        &self.rows_from(head, row)[..self.columns]
     }
 }
 
@@ -198,7 +198,7 @@ impl<'a> Heads<'a, f32> {
 
     /// `rows` successive rows of one matrix.
     fn block(&self, head: [usize; 2], first: usize, rows: usize) -> Mat<'a> {
-        Mat::strided(self.from_row(head, first), rows, self.columns, self.strides[2])
+        Mat::strided(self.rows_from(head, first), rows, self.columns, self.strides[2])
     }
 }
 
@@ -227,7 +227,9 @@ impl<'a> Inputs<'a> {
     fn finish(&self, scores: &mut [f32], head: [usize; 2], query: usize, first_key: usize) {
         if let Some(bias) = &self.bias {
             let bias = &bias.row(head, query)[first_key..];
-            scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+            for (score, bias) in scores.iter_mut().zip(bias) {
+                *score += bias;
+            }
         }
         if let Some(mask) = &self.mask {
             let mask = &mask.row(head, query)[first_key..];
@@ -321,7 +323,9 @@ impl Attention {
                             sums[row] = sums[row] * correction + exp_all(scores, shift);
                             if start > 0 {
                                 let output = &mut output[row * stride..][..value_dim];
-                                output.iter_mut().for_each(|x| *x *= correction);
+                                for x in output.iter_mut() {
+                                    *x *= correction;
+                                }
                             }
                         }
                     },
@@ -335,7 +339,9 @@ impl Attention {
                 if sums[row] == 0.0 {
                     output.fill(0.0);
                 } else {
-                    output.iter_mut().for_each(|x| *x /= sums[row]);
+                    for x in output.iter_mut() {
+                        *x /= sums[row];
+                    }
                     log_sums[row * heads + head] = largest[row] + sums[row].ln();
                 }
             }
@@ -377,7 +383,9 @@ impl Attention {
                             |(key, &weight)| (inputs.v.row(kv, key), weight),
                         ),
                     );
-                    output.iter_mut().for_each(|x| *x /= sum);
+                    for x in output.iter_mut() {
+                        *x /= sum;
+                    }
                 },
             );
         }
@@ -387,7 +395,9 @@ impl Attention {
     fn scaled_queries(&self, inputs: &Inputs<'_>, head: [usize; 2], first: usize, queries: &mut [f32]) {
         for (row, scaled) in queries.chunks_exact_mut(self.shape.dim.max(1)).enumerate() {
             let query = inputs.q.row(head, first + row);
-            scaled.iter_mut().zip(query).for_each(|(scaled, x)| *scaled = self.scale * x);
+            for (scaled, x) in scaled.iter_mut().zip(query) {
+                *scaled = self.scale * x;
+            }
         }
     }
 
@@ -479,7 +489,9 @@ impl Attention {
                             hidden.fill(0.0);
                             inputs.finish(scores, head, first + row, start);
                             let log_sum = log_sum(row);
-                            scores.iter_mut().for_each(|x| *x = exp_below(*x - log_sum));
+                            for x in scores {
+                                *x = exp_below(*x - log_sum);
+                            }
                         }
                     },
                 );
@@ -496,7 +508,9 @@ impl Attention {
                             d_scores.chunks_exact_mut(keys).zip(probabilities.chunks_exact(keys)).take(rows);
                         for (row, (d_scores, p)) in rows.enumerate() {
                             let mean = means[row];
-                            d_scores.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean));
+                            for (d, p) in d_scores.iter_mut().zip(p) {
+                                *d = p * (*d - mean);
+                            }
                         }
                     },
                 );
@@ -516,7 +530,9 @@ impl Attention {
                 }
             }
         }
-        gradients.q.iter_mut().for_each(|x| *x *= self.scale);
+        for x in gradients.q.iter_mut() {
+            *x *= self.scale;
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::flex::{floats, ints, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
-use crate::softmax::{exp_below, in_rows, max, sum, sum_of_exp};
+use crate::softmax::{exp_below, max, overwrite_rows, sum, sum_of_exp};
 use crate::vector::dot;
 
 /// Elements of logits that one task reads, at least.
@@ -138,30 +138,18 @@ impl Function<1> for CrossEntropy {
 
     fn backward(
         &self,
-        Saved { mut logits, statistics }: Saved,
+        Saved { logits, statistics }: Saved,
         upstream: FlexTensor,
         _: [bool; 1],
     ) -> [Option<FlexTensor>; 1] {
-        let [rows, classes] = [logits.layout().shape()[0], logits.layout().shape()[1]];
+        let classes = logits.layout().shape()[1];
         let upstream = floats(&upstream);
-        let work = |start: usize, x: &mut [f32]| {
-            let rows = start / classes..(start + x.len()) / classes;
+        let gradient = overwrite_rows(logits, classes, |start, logits| {
+            let rows = start / classes..(start + logits.len()) / classes;
             let targets = &self.targets[rows.clone()];
-            self.gradients(targets, &statistics[rows.clone()], &upstream[rows], x);
-        };
-        // In the memory of the logits where nobody else holds them.
-        let whole = logits.is_contiguous() && logits.bytes().len() == size_of::<f32>() * rows * classes;
-        if let Some(values) = whole.then(|| logits.try_storage_mut::<f32>()).flatten() {
-            in_rows(values, classes, work);
-            return [Some(logits)];
-        }
-        let values = floats(&logits);
-        let mut gradient = vec![0.0; rows * classes];
-        in_rows(&mut gradient, classes, |start, gradient| {
-            gradient.copy_from_slice(&values[start..start + gradient.len()]);
-            work(start, gradient);
+            self.gradients(targets, &statistics[rows.clone()], &upstream[rows], logits);
         });
-        [Some(tensor(gradient, [rows, classes]))]
+        [Some(gradient)]
     }
 }
 
@@ -241,7 +229,9 @@ impl CrossEntropy {
                         }
                         None => {
                             let even = even / classes as f32;
-                            x.iter_mut().for_each(|x| *x = factor * exp_below(*x - largest) - even);
+                            for x in x.iter_mut() {
+                                *x = factor * exp_below(*x - largest) - even;
+                            }
                         }
                     }
                     x[target] -= upstream[row] * on_target;

@@ -7,7 +7,7 @@ use burn_flex::FlexTensor;
 
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
-use crate::rows::{Kind, add_rows, for_rows, row_numbers, scatter};
+use crate::rows::{Ids, Kind, add_rows, for_rows, scatter};
 use crate::segment::{index_select, segment_mean, segment_sum};
 use crate::simd;
 
@@ -65,7 +65,7 @@ pub fn embedding_bag(
             Pooling::Mean => segment_mean(rows, segments, bags),
         };
     }
-    let ids = row_numbers(ids, table, Kind::Row);
+    let ids = Ids::new(ids, table, Kind::Row);
     let function = EmbeddingBag { ids, starts, pooling, table };
     Tensor::from_dispatch(apply(&function, [weight.into_dispatch()]))
 }
@@ -88,7 +88,7 @@ fn starts(offsets: Tensor<1, Int>, n: usize) -> Arc<[usize]> {
 /// A function of the table.
 #[derive(Debug, Clone)]
 struct EmbeddingBag {
-    ids: Arc<[usize]>,
+    ids: Ids,
     /// One more than there are bags.
     starts: Arc<[usize]>,
     pooling: Pooling,
@@ -125,7 +125,7 @@ impl Function<1> for EmbeddingBag {
                             row,
                             ids.iter().map(
                                 #[inline(always)]
-                                |&id| (&table[id * width..(id + 1) * width], factor),
+                                |&id| (&table[id as usize * width..(id as usize + 1) * width], factor),
                             ),
                         );
                     }

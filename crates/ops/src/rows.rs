@@ -1,11 +1,12 @@
 //! Rows of a matrix taken and added to by their numbers.
 
-use std::sync::Arc;
+use std::ops::Deref;
 
-use burn::tensor::{Int, Tensor};
+use burn::backend::{BackendTensor, DispatchTensorKind};
+use burn::tensor::{DType, Int, Tensor};
+use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use crate::flex::ints;
 use crate::simd;
 use crate::vector::{axpy, fma};
 
@@ -21,26 +22,44 @@ pub(crate) enum Kind {
     Segment,
 }
 
-/// The numbers in a tensor.
-///
-/// # Panics
-/// When one is not below `rows`.
-pub(crate) fn row_numbers(ids: Tensor<1, Int>, rows: usize, kind: Kind) -> Arc<[usize]> {
-    let checked = |id: i64| match usize::try_from(id) {
-        Ok(row) if row < rows => row,
-        _ => match kind {
-            Kind::Row => panic!("the id {id} is none of the table's {rows} rows"),
-            Kind::Segment => panic!("the segment {id} is none of the {rows} segments"),
-        },
-    };
-    ints(ids).into_iter().map(checked).collect()
+/// Numbers of rows that exist.
+#[derive(Debug, Clone)]
+pub(crate) struct Ids(FlexTensor);
+
+impl Ids {
+    /// The numbers in a tensor, in its memory.
+    ///
+    /// # Panics
+    /// When one is not below `rows`.
+    pub(crate) fn new(ids: Tensor<1, Int>, rows: usize, kind: Kind) -> Self {
+        let ids = match ids.cast(DType::I64).into_dispatch().kind {
+            DispatchTensorKind::Flex(BackendTensor::Int(ids)) => Self(ids.to_contiguous()),
+            other => panic!("a CPU kernel was given another backend's integers: {other:?}"),
+        };
+        if let Some(id) = ids.iter().find(|&&id| id < 0 || id >= rows as i64) {
+            match kind {
+                Kind::Row => panic!("the id {id} is none of the table's {rows} rows"),
+                Kind::Segment => panic!("the segment {id} is none of the {rows} segments"),
+            }
+        }
+        ids
+    }
+}
+
+impl Deref for Ids {
+    type Target = [i64];
+
+    fn deref(&self) -> &[i64] {
+        self.0.as_slice().expect("the numbers are contiguous")
+    }
 }
 
 /// The rows of `table` with the given numbers.
-pub(crate) fn gather(table: &[f32], width: usize, ids: &[usize]) -> Vec<f32> {
+pub(crate) fn gather(table: &[f32], width: usize, ids: &[i64]) -> Vec<f32> {
     let mut output = vec![0.0; ids.len() * width];
     for_rows(&mut output, width, |first, rows| {
         for (row, &id) in rows.chunks_exact_mut(width).zip(&ids[first..]) {
+            let id = id as usize;
             row.copy_from_slice(&table[id * width..(id + 1) * width]);
         }
     });
@@ -71,11 +90,12 @@ pub(crate) struct ByRange {
 }
 
 impl ByRange {
-    pub(crate) fn new(ids: &[usize], rows: usize) -> Self {
+    pub(crate) fn new(ids: &[i64], rows: usize) -> Self {
         let rows = rows.div_ceil(RANGES).max(1);
         let mut starts = vec![0; RANGES + 1];
+        let range = |id: &i64| *id as usize / rows;
         for id in ids {
-            starts[id / rows + 1] += 1;
+            starts[range(id) + 1] += 1;
         }
         for range in 0..RANGES {
             starts[range + 1] += starts[range];
@@ -83,7 +103,7 @@ impl ByRange {
         let mut next = starts.clone();
         let mut order = vec![0; ids.len()];
         for (position, id) in ids.iter().enumerate() {
-            let next = &mut next[id / rows];
+            let next = &mut next[range(id)];
             order[*next] = position;
             *next += 1;
         }
@@ -117,7 +137,7 @@ impl ByRange {
 pub(crate) fn scatter<'a>(
     matrix: &mut [f32],
     width: usize,
-    ids: &[usize],
+    ids: &[i64],
     added: impl Fn(usize) -> (&'a [f32], f32) + Sync,
 ) {
     let rows = matrix.len().checked_div(width).unwrap_or(0);
@@ -127,7 +147,7 @@ pub(crate) fn scatter<'a>(
             || {
                 for &position in positions {
                     let (source, factor) = added(position);
-                    let row = (ids[position] - first) * width;
+                    let row = (ids[position] as usize - first) * width;
                     matrix[row..row + width].iter_mut().zip(source).for_each(|(y, x)| *y += factor * x);
                 }
             },

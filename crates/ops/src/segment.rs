@@ -10,7 +10,7 @@ use burn_flex::FlexTensor;
 
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
-use crate::rows::{ByRange, Kind, for_rows, gather, row_numbers, scatter};
+use crate::rows::{ByRange, Ids, Kind, for_rows, gather, scatter};
 use crate::simd;
 
 /// The rows of `x` with the given numbers.
@@ -26,7 +26,7 @@ pub fn index_select<const D: usize>(x: Tensor<D>, ids: Tensor<1, Int>) -> Tensor
     if !runs_natively(&x) {
         return x.select(0, ids);
     }
-    let ids = row_numbers(ids, x.dims()[0], Kind::Row);
+    let ids = Ids::new(ids, x.dims()[0], Kind::Row);
     Tensor::from_dispatch(apply(&IndexSelect { ids }, [x.into_dispatch()]))
 }
 
@@ -45,7 +45,7 @@ pub fn index_add<const D: usize>(target: Tensor<D>, ids: Tensor<1, Int>, source:
     if !runs_natively(&target) || !runs_natively(&source) {
         return target.select_assign(0, ids, source, IndexingUpdateOp::Add);
     }
-    let ids = row_numbers(ids, target.dims()[0], Kind::Row);
+    let ids = Ids::new(ids, target.dims()[0], Kind::Row);
     Tensor::from_dispatch(apply(&IndexAdd { ids }, [target.into_dispatch(), source.into_dispatch()]))
 }
 
@@ -86,10 +86,10 @@ fn reduce<const D: usize>(x: Tensor<D>, segments: Tensor<1, Int>, count: usize, 
         shape[0] = count;
         return sums / sizes.reshape(shape);
     }
-    let segments = row_numbers(segments, count, Kind::Segment);
+    let segments = Ids::new(segments, count, Kind::Segment);
     let factors = mean.then(|| {
         let mut sizes = vec![0.0f32; count];
-        segments.iter().for_each(|&segment| sizes[segment] += 1.0);
+        segments.iter().for_each(|&segment| sizes[segment as usize] += 1.0);
         sizes.into_iter().map(|size| 1.0 / size.max(1.0)).collect()
     });
     let function = SegmentSum { segments, count, factors };
@@ -104,7 +104,7 @@ pub fn segment_max<const D: usize>(x: Tensor<D>, segments: Tensor<1, Int>, count
     if !runs_natively(&x) {
         return composed_max(x, segments, count);
     }
-    let segments = row_numbers(segments, count, Kind::Segment);
+    let segments = Ids::new(segments, count, Kind::Segment);
     Tensor::from_dispatch(apply(&SegmentMax { segments, count }, [x.into_dispatch()]))
 }
 
@@ -146,7 +146,7 @@ fn row_width(x: &FlexTensor) -> usize {
 
 #[derive(Debug, Clone)]
 struct IndexSelect {
-    ids: Arc<[usize]>,
+    ids: Ids,
 }
 
 impl Function<1> for IndexSelect {
@@ -164,7 +164,7 @@ impl Function<1> for IndexSelect {
 }
 
 /// The sums of the rows of `x` with the same number.
-fn scattered(x: &FlexTensor, ids: &[usize], count: usize) -> FlexTensor {
+fn scattered(x: &FlexTensor, ids: &[i64], count: usize) -> FlexTensor {
     let (values, width) = (floats(x), row_width(x));
     let mut sums = vec![0.0; count * width];
     scatter(&mut sums, width, ids, |position| (&values[position * width..(position + 1) * width], 1.0));
@@ -173,7 +173,7 @@ fn scattered(x: &FlexTensor, ids: &[usize], count: usize) -> FlexTensor {
 
 #[derive(Debug, Clone)]
 struct IndexAdd {
-    ids: Arc<[usize]>,
+    ids: Ids,
 }
 
 impl Function<2> for IndexAdd {
@@ -199,7 +199,7 @@ impl Function<2> for IndexAdd {
 
 #[derive(Debug, Clone)]
 struct SegmentSum {
-    segments: Arc<[usize]>,
+    segments: Ids,
     count: usize,
     /// What the sum of every segment is multiplied by.
     factors: Option<Arc<[f32]>>,
@@ -212,7 +212,8 @@ impl Function<1> for SegmentSum {
         let (values, width) = (floats(&x), row_width(&x));
         let mut sums = vec![0.0; self.count * width];
         scatter(&mut sums, width, &self.segments, |position| {
-            let factor = self.factors.as_ref().map_or(1.0, |factors| factors[self.segments[position]]);
+            let factor =
+                self.factors.as_ref().map_or(1.0, |factors| factors[self.segments[position] as usize]);
             (&values[position * width..(position + 1) * width], factor)
         });
         (tensor(sums, with_rows(&x, self.count)), ())
@@ -224,7 +225,7 @@ impl Function<1> for SegmentSum {
         if let Some(factors) = &self.factors {
             for_rows(&mut gradient, width, |first, rows| {
                 for (row, &segment) in rows.chunks_exact_mut(width).zip(&self.segments[first..]) {
-                    row.iter_mut().for_each(|x| *x *= factors[segment]);
+                    row.iter_mut().for_each(|x| *x *= factors[segment as usize]);
                 }
             });
         }
@@ -234,7 +235,7 @@ impl Function<1> for SegmentSum {
 
 #[derive(Debug, Clone)]
 struct SegmentMax {
-    segments: Arc<[usize]>,
+    segments: Ids,
     count: usize,
 }
 
@@ -256,7 +257,7 @@ impl Function<1> for SegmentMax {
                 #[inline(always)]
                 || {
                     for &position in positions {
-                        let at = (self.segments[position] - first) * width;
+                        let at = (self.segments[position] as usize - first) * width;
                         let row = &values[position * width..(position + 1) * width];
                         for (winner, &x) in winners[at..at + width].iter_mut().zip(row) {
                             // The first NaN wins over all numbers.
@@ -278,7 +279,8 @@ impl Function<1> for SegmentMax {
         let mut gradient = vec![0.0; rows * width];
         for_rows(&mut gradient, width, |first, gradients| {
             for (position, gradient) in (first..).zip(gradients.chunks_exact_mut(width)) {
-                let at = self.segments[position] * width..(self.segments[position] + 1) * width;
+                let segment = self.segments[position] as usize;
+                let at = segment * width..(segment + 1) * width;
                 let columns = winners[at.clone()].iter().zip(&values[at]);
                 for (gradient, (&winner, &upstream)) in gradient.iter_mut().zip(columns) {
                     *gradient = if winner == position { upstream } else { 0.0 };

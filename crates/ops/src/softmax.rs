@@ -78,14 +78,11 @@ impl Function<1> for Softmax {
     }
 
     fn backward(&self, output: FlexTensor, upstream: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
-        let (y, upstream_values) = (floats(&output), floats(&upstream));
-        let mut gradient = vec![0.0; y.len()];
-        let width = last_axis(&output);
-        in_rows(&mut gradient, width, |start, rows| {
-            let at = start..start + rows.len();
-            self.0.backward(&y[at.clone()], &upstream_values[at], rows, width);
+        let (y, width) = (floats(&output), last_axis(&output));
+        let gradient = overwrite_rows(upstream, width, |start, rows| {
+            self.0.backward(&y[start..start + rows.len()], rows, width);
         });
-        [Some(tensor(gradient, output.layout().shape().clone()))]
+        [Some(gradient)]
     }
 }
 
@@ -101,11 +98,15 @@ impl Form {
                         Self::Probabilities => {
                             y.copy_from_slice(x);
                             let factor = 1.0 / exp_all(y, largest);
-                            y.iter_mut().for_each(|y| *y *= factor);
+                            for y in y.iter_mut() {
+                                *y *= factor;
+                            }
                         }
                         Self::Logarithms => {
                             let log_sum = sum_of_exp(x, largest).ln();
-                            y.iter_mut().zip(x).for_each(|(y, x)| *y = x - largest - log_sum);
+                            for (y, x) in y.iter_mut().zip(x) {
+                                *y = x - largest - log_sum;
+                            }
                         }
                     }
                 }
@@ -113,26 +114,25 @@ impl Form {
         );
     }
 
-    /// The gradient of rows of `width` numbers, given their softmax `y` and its gradient `upstream`.
-    fn backward(self, y: &[f32], upstream: &[f32], gradient: &mut [f32], width: usize) {
+    /// Replaces the gradient of `y`, the softmax of rows of `width` numbers, by that of these numbers.
+    fn backward(self, y: &[f32], gradient: &mut [f32], width: usize) {
         simd(
             #[inline(always)]
             || {
-                let rows = y.chunks_exact(width).zip(upstream.chunks_exact(width));
-                for (d_x, (y, d_y)) in gradient.chunks_exact_mut(width).zip(rows) {
+                for (y, gradient) in y.chunks_exact(width).zip(gradient.chunks_exact_mut(width)) {
                     match self {
                         // y_i (dy_i - Σ_j y_j dy_j)
                         Self::Probabilities => {
-                            let mean = dot(y, d_y);
-                            for (d_x, (y, d_y)) in d_x.iter_mut().zip(y.iter().zip(d_y)) {
-                                *d_x = y * (d_y - mean);
+                            let mean = dot(y, gradient);
+                            for (gradient, y) in gradient.iter_mut().zip(y) {
+                                *gradient = y * (*gradient - mean);
                             }
                         }
                         // dy_i - e^y_i Σ_j dy_j
                         Self::Logarithms => {
-                            let sum = sum(d_y);
-                            for (d_x, (&y, d_y)) in d_x.iter_mut().zip(y.iter().zip(d_y)) {
-                                *d_x = d_y - exp_below(y) * sum;
+                            let sum = sum(gradient);
+                            for (gradient, &y) in gradient.iter_mut().zip(y) {
+                                *gradient -= exp_below(y) * sum;
                             }
                         }
                     }
@@ -140,6 +140,27 @@ impl Form {
             },
         );
     }
+}
+
+/// `x` with its rows of `width` overwritten by `work` as in [`in_rows`], in the same memory where nobody else
+/// holds it.
+pub(crate) fn overwrite_rows(
+    mut x: FlexTensor,
+    width: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync,
+) -> FlexTensor {
+    let whole = x.is_contiguous() && x.bytes().len() == size_of::<f32>() * x.layout().num_elements();
+    if let Some(values) = whole.then(|| x.try_storage_mut::<f32>()).flatten() {
+        in_rows(values, width, work);
+        return x;
+    }
+    let old = floats(&x);
+    let mut values = vec![0.0; old.len()];
+    in_rows(&mut values, width, |start, rows| {
+        rows.copy_from_slice(&old[start..start + rows.len()]);
+        work(start, rows);
+    });
+    tensor(values, x.layout().shape().clone())
 }
 
 /// The extent of the last axis, which is not 0 where there are elements.

@@ -20,7 +20,7 @@ fn random_ids(len: usize, below: usize, rng: &mut ChaCha8Rng) -> Vec<i64> {
 }
 
 fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-    x.into_data().try_to_vec().unwrap()
+    x.into_data().try_to_vec().expect("the tensor holds 32-bit floats")
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! Networks out of this crate's operations, and their training.
 
 mod bert;
+mod resnet;
 mod small;
 
 pub use bert::BertLayer;
+pub use resnet::ResNet18;
 pub use small::{Cnn, Mlp, TransformerBlock};
 
 use std::mem::replace;

@@ -4,10 +4,12 @@
 use std::cell::RefCell;
 
 use burn::tensor::ops::{ConvOptions, MaxPoolOptions};
-use burn::tensor::{Device, Distribution, Gradients, Tensor};
+use burn::tensor::{Device, Distribution, Tensor};
 use kiln_ops::{
     Activation, activate, adaptive_avg_pool2d, batch_norm, batch_norm_train, conv2d, linear, max_pool2d,
 };
+
+use super::ParameterMut;
 
 const CLASSES: usize = 1000;
 /// Added to the variance of a batch norm.
@@ -131,36 +133,21 @@ impl ResNet18 {
         linear(x, self.head.clone(), Some(self.head_bias.clone()), Activation::Identity)
     }
 
-    /// All parameters: kernels, vectors and the head's matrix.
-    pub fn parameters(&mut self) -> (Vec<&mut Tensor<4>>, Vec<&mut Tensor<1>>, &mut Tensor<2>) {
-        let (mut kernels, mut vectors) = (Vec::new(), vec![&mut self.head_bias]);
+    /// All parameters.
+    pub fn parameters(&mut self) -> Vec<ParameterMut<'_>> {
         let of_blocks = self.blocks.iter_mut().flat_map(|block| {
             [Some(&mut block.first), Some(&mut block.second), block.downsample.as_mut()].into_iter().flatten()
         });
-        for layer in std::iter::once(&mut self.stem).chain(of_blocks) {
-            kernels.push(&mut layer.weight);
-            vectors.extend([&mut layer.gamma, &mut layer.beta]);
-        }
-        (kernels, vectors, &mut self.head)
-    }
-
-    /// One step of gradient descent.
-    pub fn step(&mut self, gradients: &Gradients, rate: f64) {
-        let (kernels, vectors, head) = self.parameters();
-        kernels.into_iter().for_each(|parameter| descend(parameter, gradients, rate));
-        vectors.into_iter().for_each(|parameter| descend(parameter, gradients, rate));
-        descend(head, gradients, rate);
+        let of_layers = std::iter::once(&mut self.stem).chain(of_blocks).flat_map(|layer| {
+            let [gamma, beta] = [&mut layer.gamma, &mut layer.beta].map(ParameterMut::Vector);
+            [ParameterMut::Kernel(&mut layer.weight), gamma, beta]
+        });
+        let head = [ParameterMut::Matrix(&mut self.head), ParameterMut::Vector(&mut self.head_bias)];
+        of_layers.chain(head).collect()
     }
 }
 
 /// A leaf of the graph where there is one.
 fn parameter<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if x.device().is_autodiff() { x.require_grad() } else { x }
-}
-
-fn descend<const D: usize>(parameter: &mut Tensor<D>, gradients: &Gradients, rate: f64) {
-    if let Some(gradient) = parameter.grad(gradients) {
-        let updated = parameter.clone().inner() - gradient * rate;
-        *parameter = Tensor::from_inner(updated).require_grad();
-    }
 }
