@@ -8,7 +8,7 @@ use kiln_ops::dropout;
 use support::{assert_close, assert_same, evaluate, random, rng};
 
 fn floats<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-    x.cast(DType::F32).into_data().try_to_vec().unwrap()
+    x.cast(DType::F32).into_data().try_to_vec().expect("the values are f32")
 }
 
 /// What dropout multiplies every element by.
