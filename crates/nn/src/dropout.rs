@@ -45,7 +45,8 @@ impl Dropout {
         if !self.training.is_enabled() || !device.is_autodiff() || self.prob == 0.0 {
             return input;
         }
-        let halves = Tensor::<1, Int>::random([2], Distribution::Uniform(0.0, 2f64.powi(31)), &device);
+        // Below 2³⁰, which every device's integers can hold.
+        let halves = Tensor::<1, Int>::random([2], Distribution::Uniform(0.0, 2f64.powi(30)), &device);
         let halves = halves.into_data().iter::<u64>().collect::<Vec<_>>();
         dropout(input, self.prob, halves[0] << 32 | halves[1])
     }
