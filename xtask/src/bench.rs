@@ -78,7 +78,8 @@ fn figure(line: &str) -> Option<(String, String, f64)> {
     Some((value["name"].as_str()?.into(), value["unit"].as_str()?.into(), value["value"].as_f64()?))
 }
 
-/// A table of medians and their ratio.
+/// A table of medians and their ratio, and beneath it the geometric means of the ratios of times (a rate counts
+/// as the time of one) and of memory.
 fn compare(ours: &Figures, peer: &Figures) -> String {
     let mut names: Vec<&String> = ours.keys().chain(peer.keys()).collect();
     names.sort();
@@ -86,16 +87,32 @@ fn compare(ours: &Figures, peer: &Figures) -> String {
     let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(4);
     let mut text =
         format!("{:width$}  {:>10}  {:>12}  {:>12}  {:>9}\n", "name", "unit", "ours", "peer", "ours/peer");
+    let (mut times, mut memory) = (Vec::new(), Vec::new());
     for name in names {
         let middle = |side: &Figures| side.get(name).map(|(_, values)| median(values));
         let unit = ours.get(name).or(peer.get(name)).map_or("", |(unit, _)| unit);
         let (ours, peer) = (middle(ours), middle(peer));
         let ratio = ours.zip(peer).map(|(ours, peer)| ours / peer);
+        match unit {
+            "MiB" => memory.extend(ratio),
+            _ if unit.ends_with("/s") => times.extend(ratio.map(f64::recip)),
+            _ => times.extend(ratio),
+        }
         let [ours, peer, ratio] =
             [ours, peer, ratio].map(|x| x.map_or("–".to_string(), |x| format!("{x:.4}")));
         text += &format!("{name:width$}  {unit:>10}  {ours:>12}  {peer:>12}  {ratio:>9}\n");
     }
+    for (name, ratios) in [("geometric mean of memory", memory), ("geometric mean", times)] {
+        if let Some(mean) = geometric_mean(&ratios) {
+            text += &format!("{name}: {mean:.4}\n");
+        }
+    }
     text
+}
+
+fn geometric_mean(values: &[f64]) -> Option<f64> {
+    let logarithms: f64 = values.iter().map(|x| x.ln()).sum();
+    (!values.is_empty()).then(|| (logarithms / values.len() as f64).exp())
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -122,6 +139,18 @@ mod tests {
         let lines: Vec<_> = text.lines().map(cells).collect();
         assert_eq!(lines[1], ["op", "ms", "2.0000", "5.0000", "0.4000"]);
         assert_eq!(lines[2], ["x", "ms", "–", "1.0000", "–"]);
+    }
+
+    #[test]
+    fn geometric_means_count_rates_as_times_and_memory_apart() {
+        let side = |figures: [f64; 3]| -> Figures {
+            let named =
+                [("op", "ms"), ("train", "tokens/s"), ("memory of op", "MiB")].into_iter().zip(figures);
+            named.map(|((name, unit), value)| (name.into(), (unit.into(), vec![value]))).collect()
+        };
+        let text = compare(&side([1.0, 8.0, 3.0]), &side([2.0, 1.0, 1.0]));
+        let lines: Vec<&str> = text.lines().rev().take(2).collect();
+        assert_eq!(lines, ["geometric mean: 0.2500", "geometric mean of memory: 3.0000"]);
     }
 
     #[test]

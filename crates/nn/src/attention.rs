@@ -3,9 +3,8 @@
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::Initializer;
-use burn::tensor::module::attention;
-use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Device, Tensor};
+use kiln_ops::{AttentionOptions, attention};
 
 use crate::{Linear, LinearConfig, RotaryTable};
 
@@ -99,8 +98,8 @@ impl CausalSelfAttention {
             None => KvCache { keys, values },
         };
         // The causal mask ends at the last key, so that new queries see the whole cache.
-        let causal = AttentionModuleOptions { is_causal: true, ..Default::default() };
-        let context = attention(queries, cache.keys.clone(), cache.values.clone(), None, None, causal);
+        let causal = AttentionOptions { causal: true, ..AttentionOptions::default() };
+        let context = attention(queries, cache.keys.clone(), cache.values.clone(), causal);
         let output = self.o_proj.forward(context.swap_dims(1, 2).reshape([batch, time, d_model]));
         (output, cache)
     }

@@ -10,16 +10,26 @@
 //! [`LanguageModel`] and get [`generate()`] and the scores in [`evaluate`].
 
 mod attention;
+mod batch_norm;
 mod checkpoint;
+mod conv;
+mod conv_transpose;
+mod cross_entropy;
+mod dropout;
+mod embedding;
 pub mod evaluate;
 mod generate;
+mod group_norm;
 mod init;
 mod linear;
 mod llama;
 mod lm;
 mod loss;
+mod mha;
 mod norm;
 mod optim;
+mod padding;
+mod pool;
 mod rotary;
 mod schedule;
 mod swiglu;
@@ -27,15 +37,30 @@ mod train;
 mod train_log;
 
 pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
+pub use batch_norm::{BatchNorm, BatchNormConfig};
+pub use conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Conv3d, Conv3dConfig};
+pub use conv_transpose::{
+    ConvTranspose1d, ConvTranspose1dConfig, ConvTranspose2d, ConvTranspose2dConfig, ConvTranspose3d,
+    ConvTranspose3dConfig,
+};
+pub use cross_entropy::{CrossEntropyLoss, CrossEntropyLossConfig};
+pub use dropout::{Dropout, DropoutConfig};
+pub use embedding::{Embedding, EmbeddingConfig};
 pub use evaluate::{ContextScore, Score, score_carried, score_context_lengths, score_windows};
 pub use generate::{Sampling, generate};
+pub use group_norm::{GroupNorm, GroupNormConfig, InstanceNorm, InstanceNormConfig};
 pub use init::initialise;
 pub use linear::{Linear, LinearConfig};
 pub use llama::{Llama, LlamaConfig, LlamaState};
 pub use lm::{LanguageModel, ids_to_tensor};
 pub use loss::{next_token_loss, token_nll};
+pub use mha::{MhaCache, MhaInput, MhaOutput, MultiHeadAttention, MultiHeadAttentionConfig};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
-pub use optim::AdamW;
+pub use optim::{Adagrad, AdamW, Sgd};
+pub use pool::{
+    AdaptiveAvgPool1d, AdaptiveAvgPool1dConfig, AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig, AvgPool1d,
+    AvgPool1dConfig, AvgPool2d, AvgPool2dConfig, MaxPool1d, MaxPool1dConfig, MaxPool2d, MaxPool2dConfig,
+};
 pub use rotary::{Rotary, RotaryTable};
 pub use schedule::Schedule;
 pub use swiglu::{SwiGlu, SwiGluConfig, swiglu_hidden};

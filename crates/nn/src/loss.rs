@@ -1,7 +1,7 @@
 //! The next-token loss, in nats.
 
-use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor};
+use kiln_ops::{CrossEntropyOptions, cross_entropy};
 
 /// Mean negative log-likelihood of the targets, in nats a token.
 ///
@@ -20,8 +20,14 @@ pub fn next_token_loss(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> 
 /// - targets: `[batch, time]`
 /// - output: `[batch, time]`
 pub fn token_nll(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<2> {
-    let log_probabilities = log_softmax(logits, 2);
-    log_probabilities.gather(2, targets.unsqueeze_dim(2)).squeeze_dim::<2>(2).neg()
+    let [batch, time, vocab] = logits.dims();
+    let rows = batch * time;
+    let losses = cross_entropy(
+        logits.reshape([rows, vocab]),
+        targets.reshape([rows]),
+        &CrossEntropyOptions::default(),
+    );
+    losses.reshape([batch, time])
 }
 
 #[cfg(test)]

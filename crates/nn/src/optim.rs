@@ -1,15 +1,17 @@
-//! AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101).
+//! Optimisers of modules: which tensors make the steps of [`kiln_ops`], and what is kept between them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{Gradients, Shape, Tensor};
 use kiln_core::{Result, TensorFile};
+use kiln_ops::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
 
 const FIRST_PREFIX: &str = "exp_avg.";
 const SECOND_PREFIX: &str = "exp_avg_sq.";
 
-/// AdamW with clipping of the gradients' global norm.
+/// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101) with clipping of
+/// the gradients' global norm.
 ///
 /// Weights decay apart from the gradient, and only parameters with two or more axes: biases and the
 /// scales of norms do not.
@@ -24,14 +26,8 @@ pub struct AdamW {
     /// Gradients are scaled down to this Euclidean norm over all parameters; 0 leaves them as they are.
     pub clip_norm: f64,
     steps: i32,
-    moments: HashMap<ParamId, Moments>,
-}
-
-/// Running means of a parameter's gradient and squared gradient, flattened.
-#[derive(Debug, Clone)]
-struct Moments {
-    first: Tensor<1>,
-    second: Tensor<1>,
+    /// Running means of every parameter's gradient and squared gradient, flattened.
+    moments: HashMap<ParamId, [Tensor<1>; 2]>,
 }
 
 impl AdamW {
@@ -52,31 +48,25 @@ impl AdamW {
     /// When that norm is not finite the module comes back as it was, for the caller to judge.
     /// Parameters without a gradient stay as they are.
     pub fn step<M: Module>(&mut self, module: M, gradients: Gradients, lr: f64) -> (M, f64) {
-        let mut collector = Collect { gradients, flat: HashMap::new(), squares: Vec::new() };
-        module.visit(&mut collector);
-        let Collect { flat, squares, .. } = collector;
-        if squares.is_empty() {
-            return (module, 0.0);
-        }
-        let norm = f64::from(Tensor::cat(squares, 0).sum().into_scalar::<f32>()).sqrt();
-        if !norm.is_finite() {
+        let (gradients, norm) = collect(&module, gradients);
+        if gradients.is_empty() || !norm.is_finite() {
             return (module, norm);
         }
         self.steps += 1;
         let scale = if self.clip_norm > 0.0 && norm > self.clip_norm { self.clip_norm / norm } else { 1.0 };
-        let module = module.map(&mut Update { optimiser: self, flat, scale, lr });
+        let step = AdamWStep { lr, betas: self.betas, epsilon: self.epsilon, step: self.steps, scale };
+        let decay = |axes| if axes >= 2 { self.weight_decay } else { 0.0 };
+        let module = update(module, gradients, &mut self.moments, decay, |p| step.apply(p));
         (module, norm)
     }
 
     /// Adds the running means to `file` as `exp_avg.<name>` and `exp_avg_sq.<name>`, named and laid out
     /// as [`TensorFile`] does the parameters of `module`.
     pub fn export<M: Module>(&self, module: &M, file: &mut TensorFile) {
-        let mut section = |prefix, pick: fn(&Moments) -> &Tensor<1>| {
-            let moments = module.valid().map(&mut Export { moments: &self.moments, pick });
+        for (which, prefix) in [FIRST_PREFIX, SECOND_PREFIX].into_iter().enumerate() {
+            let moments = module.valid().map(&mut Export { moments: &self.moments, which });
             file.insert_section(prefix, TensorFile::from_module(&moments));
-        };
-        section(FIRST_PREFIX, |moments| &moments.first);
-        section(SECOND_PREFIX, |moments| &moments.second);
+        }
     }
 
     /// Takes the running means after `steps` steps out of `file`.
@@ -93,76 +83,164 @@ impl AdamW {
         let mut first = section(FIRST_PREFIX)?;
         self.moments = section(SECOND_PREFIX)?
             .into_iter()
-            .filter_map(|(id, second)| Some((id, Moments { first: first.remove(&id)?, second })))
+            .filter_map(|(id, second)| Some((id, [first.remove(&id)?, second])))
             .collect();
         self.steps = i32::try_from(steps).unwrap_or(i32::MAX);
         Ok(())
     }
 }
 
-/// Gathers the gradients, flattened, and their sums of squares in the order of the parameters, so that
-/// the norm is the same in every run.
+/// Gradient descent with momentum.
+#[derive(Debug, Clone)]
+pub struct Sgd {
+    /// How much of the earlier steps each step keeps; 0 is plain gradient descent.
+    pub momentum: f64,
+    /// Whether steps look ahead by one application of the momentum (Nesterov).
+    pub nesterov: bool,
+    /// This fraction of every parameter is added to its gradient.
+    pub weight_decay: f64,
+    buffers: HashMap<ParamId, [Tensor<1>; 1]>,
+}
+
+impl Sgd {
+    /// An optimiser before its first step, without Nesterov's momentum and weight decay.
+    pub fn new(momentum: f64) -> Self {
+        Self { momentum, nesterov: false, weight_decay: 0.0, buffers: HashMap::new() }
+    }
+
+    /// One step against the gradients. Parameters without a gradient stay as they are.
+    pub fn step<M: Module>(&mut self, module: M, gradients: Gradients, lr: f64) -> M {
+        let step = SgdStep { lr, momentum: self.momentum, nesterov: self.nesterov, scale: 1.0 };
+        let (gradients, _) = collect(&module, gradients);
+        update(module, gradients, &mut self.buffers, |_| self.weight_decay, |p| step.apply(p))
+    }
+}
+
+/// Adagrad (Duchi, Hazan and Singer, "Adaptive Subgradient Methods", JMLR 12, 2011).
+#[derive(Debug, Clone)]
+pub struct Adagrad {
+    /// Added to the root of the sum of squared gradients.
+    pub epsilon: f64,
+    /// This fraction of every parameter is added to its gradient.
+    pub weight_decay: f64,
+    squares: HashMap<ParamId, [Tensor<1>; 1]>,
+}
+
+impl Adagrad {
+    /// An optimiser before its first step, with epsilon 1e-10 and without weight decay.
+    pub fn new() -> Self {
+        Self { epsilon: 1e-10, weight_decay: 0.0, squares: HashMap::new() }
+    }
+
+    /// One step against the gradients. Parameters without a gradient stay as they are.
+    pub fn step<M: Module>(&mut self, module: M, gradients: Gradients, lr: f64) -> M {
+        let step = AdagradStep { lr, epsilon: self.epsilon, scale: 1.0 };
+        let (gradients, _) = collect(&module, gradients);
+        update(module, gradients, &mut self.squares, |_| self.weight_decay, |p| step.apply(p))
+    }
+}
+
+impl Default for Adagrad {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The gradients of the module's parameters, flattened and in the order of its fields, and their norm.
+fn collect<M: Module>(module: &M, gradients: Gradients) -> (Vec<(ParamId, Tensor<1>)>, f64) {
+    let mut collector = Collect { gradients, flat: Vec::new() };
+    module.visit(&mut collector);
+    let flat: Vec<Tensor<1>> = collector.flat.iter().map(|(_, gradient)| gradient.clone()).collect();
+    (collector.flat, gradient_norm(&flat))
+}
+
 struct Collect {
     gradients: Gradients,
-    flat: HashMap<ParamId, Tensor<1>>,
-    squares: Vec<Tensor<1>>,
+    flat: Vec<(ParamId, Tensor<1>)>,
 }
 
 impl ModuleVisitor for Collect {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = param.val().grad_remove(&mut self.gradients) {
-            let gradient = gradient.reshape([-1]);
-            self.squares.push(gradient.clone().square().sum());
-            self.flat.insert(param.id, gradient);
+            self.flat.push((param.id, gradient.reshape([-1])));
         }
     }
 }
 
 /// Applies one step to every parameter that has a gradient.
-struct Update<'a> {
-    optimiser: &'a mut AdamW,
-    flat: HashMap<ParamId, Tensor<1>>,
-    scale: f64,
-    lr: f64,
+///
+/// The parameters leave the module meanwhile, so that the step is their memory's only owner and can work in
+/// place. `decay` gives the weight decay of a parameter with so many axes.
+fn update<M: Module, const S: usize>(
+    module: M,
+    gradients: Vec<(ParamId, Tensor<1>)>,
+    states: &mut HashMap<ParamId, [Tensor<1>; S]>,
+    decay: impl Fn(usize) -> f64,
+    step: impl FnOnce(Vec<Parameter<S>>) -> Vec<Parameter<S>>,
+) -> M {
+    let mut values = Take { wanted: gradients.iter().map(|(id, _)| *id).collect(), taken: HashMap::new() };
+    let module = module.map(&mut values);
+    let mut owners = Vec::new();
+    let parameters = gradients.into_iter().map(|(id, gradient)| {
+        let (value, shape) = values.taken.remove(&id).expect("every gradient is that of a parameter");
+        let state = states.remove(&id).unwrap_or_else(|| [(); S].map(|()| gradient.zeros_like()));
+        let weight_decay = decay(shape.num_dims());
+        owners.push((id, shape));
+        Parameter { value, gradient, state, weight_decay }
+    });
+    let after = step(parameters.collect());
+
+    let mut values = HashMap::new();
+    for ((id, shape), Parameter { value, state, .. }) in owners.into_iter().zip(after) {
+        values.insert(id, (value, shape));
+        states.insert(id, state);
+    }
+    module.map(&mut Put(values))
 }
 
-impl ModuleMapper for Update<'_> {
+/// Takes the wanted parameters out of a module, flattened and with their shapes.
+struct Take {
+    wanted: HashSet<ParamId>,
+    taken: HashMap<ParamId, (Tensor<1>, Shape)>,
+}
+
+impl ModuleMapper for Take {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(gradient) = self.flat.remove(&param.id) else { return param };
-        let optimiser = &mut *self.optimiser;
-        let (beta1, beta2) = optimiser.betas;
-        let gradient = gradient * self.scale;
-        let (kept_first, kept_second) = match optimiser.moments.remove(&param.id) {
-            Some(old) => (old.first * beta1, old.second * beta2),
-            None => (gradient.zeros_like(), gradient.zeros_like()),
-        };
-        let first = kept_first + gradient.clone() * (1.0 - beta1);
-        let second = kept_second + gradient.square() * (1.0 - beta2);
-
-        let unbiased_first = first.clone() / (1.0 - beta1.powi(optimiser.steps));
-        let unbiased_second = second.clone() / (1.0 - beta2.powi(optimiser.steps));
-        let direction = unbiased_first / (unbiased_second.sqrt() + optimiser.epsilon);
-        optimiser.moments.insert(param.id, Moments { first, second });
-
-        let decay = if D >= 2 { self.lr * optimiser.weight_decay } else { 0.0 };
+        if !self.wanted.remove(&param.id) {
+            return param;
+        }
+        let id = param.id;
         param.map(|value| {
-            let direction = direction.reshape(value.dims());
-            // A new leaf of the next step's graph, off the device's autodiff meanwhile.
-            let updated = value.inner() * (1.0 - decay) - direction * self.lr;
-            Tensor::from_inner(updated).require_grad()
+            let (shape, device) = (value.shape(), value.device());
+            self.taken.insert(id, (value.inner().reshape([-1]), shape));
+            Tensor::empty([0; D], &device)
         })
+    }
+}
+
+/// Puts parameters back in their places, as leaves of the next step's graph.
+struct Put(HashMap<ParamId, (Tensor<1>, Shape)>);
+
+impl ModuleMapper for Put {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.0.remove(&param.id) {
+            Some((value, shape)) => {
+                param.map(|_| Tensor::from_inner(value.reshape::<D, _>(shape)).require_grad())
+            }
+            None => param,
+        }
     }
 }
 
 /// Puts running means in the place of parameters; zeros where there are none yet.
 struct Export<'a> {
-    moments: &'a HashMap<ParamId, Moments>,
-    pick: fn(&Moments) -> &Tensor<1>,
+    moments: &'a HashMap<ParamId, [Tensor<1>; 2]>,
+    which: usize,
 }
 
 impl ModuleMapper for Export<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let moments = self.moments.get(&param.id).map(self.pick);
+        let moments = self.moments.get(&param.id).map(|moments| &moments[self.which]);
         param.map(|value| match moments {
             Some(moment) => moment.clone().reshape(value.dims()),
             None => value.zeros_like(),
@@ -226,6 +304,36 @@ mod tests {
         let (layer, _) = optimiser.step(layer, grads, 0.01);
         let direction = (0.37 / 0.19) / (0.009991f64 / 0.001999).sqrt();
         assert_close(values(&layer), [0.989 * 0.999 - 0.01 * direction, 0.52]);
+    }
+
+    #[test]
+    fn momentum_and_adagrad_by_hand() {
+        // Nesterov's momentum, twice the gradient 2: b = 2, then 0.5 * 2 + 2 = 3.
+        let mut optimiser = Sgd { nesterov: true, ..Sgd::new(0.5) };
+        let mut module = layer();
+        for step in [2.0 + 0.5 * 2.0, 2.0 + 0.5 * 3.0] {
+            let before = values(&module);
+            let grads = gradients(&module, 2.0, 0.0);
+            module = optimiser.step(module, grads, 0.1);
+            assert_close(values(&module), [before[0] - 0.1 * step, 0.5]);
+        }
+        // Adagrad: each value moves by lr against the sign, then by lr g / √(2 g²).
+        let (mut optimiser, mut module) = (Adagrad::new(), layer());
+        for step in [1.0, 0.5f64.sqrt()] {
+            let before = values(&module);
+            let grads = gradients(&module, 3.0, -4.0);
+            module = optimiser.step(module, grads, 0.1);
+            assert_close(values(&module), [before[0] - 0.1 * step, before[1] + 0.1 * step]);
+        }
+    }
+
+    #[test]
+    fn a_module_that_is_kept_does_not_change_with_the_one_that_steps() {
+        let kept = layer();
+        let grads = gradients(&kept, 3.0, -4.0);
+        let (stepped, _) = AdamW::new(0.1, 0.0).step(kept.clone(), grads, 0.01);
+        assert_close(values(&kept), [1.0, 0.5]);
+        assert_close(values(&stepped), [0.989, 0.51]);
     }
 
     #[test]

@@ -198,10 +198,12 @@ fn settings<M>(config: &TrainConfig, task: &impl Task<M>, cx: &Context) -> Resul
     Ok(settings)
 }
 
+const IN_PLACE: &str = "the model is put back after every step";
+
 /// A run under way.
 struct Run<'a, M> {
-    /// In training mode.
-    model: M,
+    /// In training mode; out of here only while it makes a step, which works in place on what it owns alone.
+    model: Option<M>,
     best: Option<M>,
     optimiser: AdamW,
     schedule: Schedule,
@@ -235,7 +237,7 @@ impl<'a, M: Module> Run<'a, M> {
             None => TrainLog::in_memory(),
         };
         Ok(Self {
-            model: model.train(),
+            model: Some(model.train()),
             best: None,
             optimiser: AdamW::new(config.weight_decay, config.clip_norm),
             schedule: schedule(config),
@@ -263,7 +265,7 @@ impl<'a, M: Module> Run<'a, M> {
             folder.save_weights(&TensorFile::from_module(best))?;
         }
         Ok(Self {
-            model: restored.model.train(),
+            model: Some(restored.model.train()),
             best: restored.best,
             optimiser: restored.optimiser,
             schedule: schedule(config),
@@ -277,21 +279,27 @@ impl<'a, M: Module> Run<'a, M> {
         })
     }
 
+    fn model(&self) -> &M {
+        self.model.as_ref().expect(IN_PLACE)
+    }
+
     /// One step, with evaluation and checkpoint where they are due; returns the loss.
     fn step(&mut self, task: &mut impl Task<M>, config: &TrainConfig, cx: &Context) -> Result<f64> {
         let index = self.position.step;
         // Layers that draw at random, such as dropout, use the device's own generator.
         seed_device(&cx.device, &mut cx.rng("train", index as u64));
-        let (loss, tokens) = task.loss(&self.model, index)?;
+        let (loss, tokens) = task.loss(self.model(), index)?;
         if !loss.is_tracked() {
             return Err(Error::work("the loss does not depend on any trainable parameter"));
         }
         let loss_value = f64::from(loss.clone().into_scalar::<f32>());
         self.require_finite("loss", loss_value)?;
         let lr = self.schedule.at(index);
-        let (model, grad_norm) = self.optimiser.step(self.model.clone(), loss.backward(), lr);
+        let gradients = loss.backward();
+        let model = self.model.take().expect(IN_PLACE);
+        let (model, grad_norm) = self.optimiser.step(model, gradients, lr);
+        self.model = Some(model);
         self.require_finite("gradient norm", grad_norm)?;
-        self.model = model;
         self.position.step += 1;
         self.position.tokens += tokens;
         self.position.seconds = self.seconds_before + self.started.elapsed().as_secs_f64();
@@ -330,7 +338,7 @@ impl<'a, M: Module> Run<'a, M> {
 
     /// Measures the validation loss and keeps the weights when it is the lowest yet.
     fn evaluate(&mut self, task: &mut impl Task<M>) -> Result<f64> {
-        let snapshot = self.model.valid();
+        let snapshot = self.model().valid();
         let loss = task.validate(&snapshot)?;
         if !loss.is_finite() {
             return Err(Error::work(format!(
@@ -355,7 +363,7 @@ impl<'a, M: Module> Run<'a, M> {
         let Some(folder) = self.folder else { return Ok(()) };
         checkpoint::save(
             folder,
-            &self.model.valid(),
+            &self.model().valid(),
             self.best.as_ref(),
             &self.optimiser,
             &self.position,
@@ -369,7 +377,7 @@ impl<'a, M: Module> Run<'a, M> {
         if self.saved_step != Some(self.position.step) {
             self.save_checkpoint()?;
         }
-        let last = self.model.valid();
+        let last = self.model().valid();
         if let (None, Some(folder)) = (&self.best, self.folder) {
             folder.save_weights(&TensorFile::from_module(&last))?;
         }

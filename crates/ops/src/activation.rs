@@ -161,10 +161,10 @@ fn map(values: &mut [f32], f: impl Fn(f32) -> f32) {
     simd(
         #[inline(always)]
         || {
-            values.iter_mut().for_each(
-                #[inline(always)]
-                |x| *x = f(*x),
-            )
+            // A loop: `for_each` may be left out of line, and then computes without vector instructions.
+            for x in values.iter_mut() {
+                *x = f(*x);
+            }
         },
     );
 }
@@ -174,10 +174,9 @@ fn scale(x: &[f32], gradient: &mut [f32], f: impl Fn(f32) -> f32) {
     simd(
         #[inline(always)]
         || {
-            gradient.iter_mut().zip(x).for_each(
-                #[inline(always)]
-                |(g, &x)| *g *= f(x),
-            )
+            for (g, &x) in gradient.iter_mut().zip(x) {
+                *g *= f(x);
+            }
         },
     );
 }

@@ -81,7 +81,7 @@ pub fn apply<const N: usize, F: Function<N>>(function: &F, inputs: [DispatchTens
 }
 
 /// A tensor off the autodiff graph.
-fn primitive(x: DispatchTensor) -> FlexTensor {
+pub(crate) fn primitive(x: DispatchTensor) -> FlexTensor {
     match x.kind {
         DispatchTensorKind::Flex(tensor) => tensor.float(),
         other => panic!("a CPU kernel was given another backend's tensor: {other:?}"),

@@ -13,7 +13,14 @@
 //! result repeats bit for bit.
 
 mod activation;
+mod attention;
+mod batch_norm;
 mod blocks;
+mod conv;
+mod cross_entropy;
+mod dropout;
+mod embedding;
+mod fft;
 pub mod flex;
 pub mod function;
 mod gated;
@@ -22,11 +29,23 @@ mod linear;
 mod matmul;
 mod memory;
 mod norm;
+mod optimiser;
+mod pool;
+mod rows;
+mod segment;
 mod short_conv;
 mod simd;
+mod softmax;
 pub mod vector;
 
 pub use activation::{Activation, activate};
+pub use attention::{AttentionOptions, attention};
+pub use batch_norm::{BatchNormOutput, batch_norm, batch_norm_train, group_norm};
+pub use conv::{conv_transpose1d, conv_transpose2d, conv_transpose3d, conv1d, conv2d, conv3d};
+pub use cross_entropy::{CrossEntropyOptions, cross_entropy};
+pub use dropout::dropout;
+pub use embedding::{Pooling, embedding, embedding_bag};
+pub use fft::{fft, ifft, irfft, irfft2, rfft, rfft2};
 pub use function::{Function, apply, runs_natively};
 pub use gated::gated;
 pub use gemm::{Mat, gemm};
@@ -34,5 +53,9 @@ pub use linear::linear;
 pub use matmul::matmul;
 pub use memory::{keep_freed_memory, release_freed_memory};
 pub use norm::{layer_norm, rms_norm};
+pub use optimiser::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
+pub use pool::{adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d};
+pub use segment::{index_add, index_select, segment_max, segment_mean, segment_sum};
 pub use short_conv::short_conv;
 pub use simd::{LEVEL_VARIABLE, level, simd};
+pub use softmax::{log_softmax, softmax};

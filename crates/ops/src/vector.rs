@@ -176,7 +176,11 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
             sums[lane] = fma(a[lane], b[lane], sums[lane]);
         }
     }
-    a_tail.iter().zip(b_tail).fold(total(sums), |sum, (&a, &b)| fma(a, b, sum))
+    // The tail goes into the lanes: with a scalar sum of its own, LLVM builds the loop above from pairs of lanes.
+    for (sum, (&a, &b)) in sums.iter_mut().zip(a_tail.iter().zip(b_tail)) {
+        *sum = fma(a, b, *sum);
+    }
+    total(sums)
 }
 
 /// Adds up the lanes, halves at a time.

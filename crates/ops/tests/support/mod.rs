@@ -27,7 +27,7 @@ pub fn evaluate(
     let output = f(&leaves);
     let upstream = Tensor::from_inner(random(output.dims()[0], &mut rng(seed)));
     let gradients = (output.clone() * upstream).sum().backward();
-    let values = |x: Tensor<1>| x.into_data().try_to_vec::<f32>().unwrap();
+    let values = |x: Tensor<1>| x.into_data().try_to_vec::<f32>().expect("the values are f32");
     let of_leaf = |leaf: &Tensor<1>| leaf.grad(&gradients).map_or_else(|| vec![0.0; leaf.dims()[0]], values);
     (values(output.inner()), leaves.iter().map(of_leaf).collect())
 }

@@ -1,0 +1,286 @@
+//! Convolutions as matrix products with the inputs of every output gathered in the columns of a panel.
+//!
+//! A panel has a row for each input channel and tap and a column for each output position of a block.
+//! Blocks are small enough for their panel to stay in a core's cache.
+
+use rayon::prelude::*;
+
+use super::geometry::{Block, Blocks, Geometry, Segment};
+use crate::gemm::{Mat, Out, gemm};
+use crate::simd;
+
+/// Elements of a panel, about: half of a core's second-level cache.
+const PANEL: usize = 1 << 17;
+/// Fewest and most columns of a panel.
+const COLUMNS: [usize; 2] = [256, 2048];
+/// Rows of a product that one task computes.
+const ROWS: usize = 64;
+/// Partial sums of the weight's gradient.
+const RUNS: usize = 8;
+
+fn blocks(geometry: &Geometry) -> Blocks {
+    let columns = (PANEL / geometry.depth().max(1)).clamp(COLUMNS[0], COLUMNS[1]);
+    Blocks::new(geometry.batch, geometry.output_plane(), 1, columns)
+}
+
+/// `y = w ∗ x + b`.
+pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    let (outputs, depth) = (geometry.outputs, geometry.depth());
+    let channels = geometry.groups * outputs;
+    let mut y = vec![0.0; geometry.batch * channels * geometry.output_plane()];
+    if y.is_empty() {
+        return y;
+    }
+    let blocks = blocks(geometry);
+    let pieces = blocks.split(&mut y, channels);
+    let work = |scratch: &mut Scratch, (block, mut pieces): (Block, Vec<&mut [f32]>)| {
+        let columns = block.columns();
+        for group in 0..geometry.groups {
+            let panel = panel(geometry, x, &block, group, &mut scratch.panel);
+            let weight = &weight[geometry.weight_of(group)];
+            let product = sized(&mut scratch.product, outputs * columns);
+            product.par_chunks_mut(ROWS * columns).enumerate().for_each(|(part, product)| {
+                let weight = Mat::new(&weight[part * ROWS * depth..], product.len() / columns, depth);
+                gemm(product, columns, Out::Set, weight, panel.rows(0..depth));
+            });
+            for (image, pieces) in pieces.chunks_mut(channels).enumerate() {
+                let own = group * outputs..(group + 1) * outputs;
+                for ((channel, piece), row) in own.clone().zip(&mut pieces[own]).zip(product.chunks(columns))
+                {
+                    let row = &row[image * piece.len()..][..piece.len()];
+                    match bias.get(channel) {
+                        Some(bias) => piece.iter_mut().zip(row).for_each(|(y, row)| *y = row + bias),
+                        None => piece.copy_from_slice(row),
+                    }
+                }
+            }
+        }
+    };
+    blocks.list().into_par_iter().zip(pieces).for_each_init(Scratch::default, work);
+    y
+}
+
+/// The gradient of the input.
+pub(super) fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
+    let (inputs, outputs, depth) = (geometry.inputs, geometry.outputs, geometry.depth());
+    let (plane, taps) = (geometry.input_plane(), geometry.taps());
+    let image = geometry.groups * inputs * plane;
+    let mut d_input = vec![0.0; geometry.batch * image];
+    let blocks = blocks(geometry);
+    let list = blocks.list();
+    if d_input.is_empty() || list.is_empty() {
+        return d_input;
+    }
+    let channels = ROWS.div_ceil(taps);
+    // Blocks of one image add to the same elements: they follow one another.
+    let work = |scratch: &mut Scratch, (blocks, d_input): (&[Block], &mut [f32])| {
+        for (block, group) in blocks.iter().flat_map(|block| (0..geometry.groups).map(move |g| (block, g))) {
+            let columns = block.columns();
+            let d_output = outputs_of(geometry, d_output, block, group, &mut scratch.panel);
+            let weight = &weight[geometry.weight_of(group)];
+            let panel = sized(&mut scratch.product, depth * columns);
+            panel.par_chunks_mut(channels * taps * columns).enumerate().for_each(|(part, panel)| {
+                let rows = panel.len() / columns;
+                let weight = Mat::strided(&weight[part * channels * taps..], outputs, rows, depth);
+                gemm(panel, columns, Out::Set, weight.t(), d_output.rows(0..outputs));
+            });
+            let segments = geometry.segments(&block.positions);
+            let panel = &*panel;
+            d_input.par_chunks_mut(image).enumerate().for_each(|(image, d_input)| {
+                let planes = &mut d_input[group * inputs * plane..][..inputs * plane];
+                let rows = panel.par_chunks(taps * columns);
+                planes.par_chunks_mut(plane).zip(rows).for_each(|(d_plane, rows)| {
+                    for (tap, row) in geometry.each_tap().zip(rows.chunks(columns)) {
+                        let row = &row[image * block.positions.len()..];
+                        scatter(geometry, &segments, tap, row, d_plane);
+                    }
+                });
+            });
+        }
+    };
+    let per_image = geometry.output_plane().div_ceil(blocks.positions);
+    list.par_chunks(per_image)
+        .zip(d_input.par_chunks_mut(blocks.images * image))
+        .for_each_init(Scratch::default, work);
+    d_input
+}
+
+/// The gradient of the weight.
+pub(super) fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) -> Vec<f32> {
+    let depth = geometry.depth();
+    let len = geometry.groups * geometry.outputs * depth;
+    let list = blocks(geometry).list();
+    if list.is_empty() || len == 0 {
+        return vec![0.0; len];
+    }
+    let sum = |blocks: &[Block]| {
+        let mut scratch = Scratch::default();
+        let mut total = vec![0.0; len];
+        for (block, group) in blocks.iter().flat_map(|block| (0..geometry.groups).map(move |g| (block, g))) {
+            let panel = panel(geometry, x, block, group, &mut scratch.panel);
+            let d_output = outputs_of(geometry, d_output, block, group, &mut scratch.product);
+            let total = &mut total[geometry.weight_of(group)];
+            total.par_chunks_mut(ROWS * depth).enumerate().for_each(|(part, total)| {
+                let first = part * ROWS;
+                let d_output = d_output.rows(first..first + total.len() / depth);
+                gemm(total, depth, Out::Add, d_output, panel.rows(0..depth).t());
+            });
+        }
+        total
+    };
+    total_of(list.par_chunks(list.len().div_ceil(RUNS)).map(sum).collect())
+}
+
+/// The sum of lists of equal length.
+pub(super) fn total_of(parts: Vec<Vec<f32>>) -> Vec<f32> {
+    const BLOCK: usize = 1 << 14;
+    let mut parts = parts.into_iter();
+    let mut total = parts.next().unwrap_or_default();
+    let rest: Vec<Vec<f32>> = parts.collect();
+    if !rest.is_empty() {
+        total.par_chunks_mut(BLOCK).enumerate().for_each(|(block, total)| {
+            for part in &rest {
+                let part = &part[block * BLOCK..][..total.len()];
+                total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
+            }
+        });
+    }
+    total
+}
+
+/// Buffers that one task uses again from block to block.
+#[derive(Default)]
+struct Scratch {
+    panel: Vec<f32>,
+    product: Vec<f32>,
+}
+
+/// The first `len` elements of a buffer, whatever they hold.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// A matrix whose columns are those of a block.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    values: &'a [f32],
+    columns: usize,
+    stride: usize,
+}
+
+impl<'a> View<'a> {
+    fn rows(&self, rows: std::ops::Range<usize>) -> Mat<'a> {
+        Mat::strided(
+            &self.values[(rows.start * self.stride).min(self.values.len())..],
+            rows.len(),
+            self.columns,
+            self.stride,
+        )
+    }
+}
+
+/// The panel of one group, `[inputs taps, columns]`; in `buffer` where the input itself is not it.
+fn panel<'a>(
+    geometry: &Geometry,
+    x: &'a [f32],
+    block: &Block,
+    group: usize,
+    buffer: &'a mut Vec<f32>,
+) -> View<'a> {
+    let (inputs, plane, columns) = (geometry.inputs, geometry.input_plane(), block.columns());
+    if geometry.is_pointwise() {
+        return channels_of(x, geometry.groups, inputs, plane, block, group, buffer);
+    }
+    let taps = geometry.taps();
+    let segments = geometry.segments(&block.positions);
+    let values = sized(buffer, inputs * taps * columns);
+    values.par_chunks_mut(taps * columns).enumerate().for_each(|(channel, rows)| {
+        for (image, at) in block.images.clone().zip((0..).step_by(block.positions.len())) {
+            let x = &x[geometry.input_of(image, group)][channel * plane..][..plane];
+            for (tap, row) in geometry.each_tap().zip(rows.chunks_mut(columns)) {
+                gather(geometry, &segments, tap, x, &mut row[at..]);
+            }
+        }
+    });
+    View { values, columns, stride: columns }
+}
+
+/// One group's channels of a gradient of the output, `[outputs, columns]`.
+fn outputs_of<'a>(
+    geometry: &Geometry,
+    d_output: &'a [f32],
+    block: &Block,
+    group: usize,
+    buffer: &'a mut Vec<f32>,
+) -> View<'a> {
+    let (outputs, plane) = (geometry.outputs, geometry.output_plane());
+    channels_of(d_output, geometry.groups, outputs, plane, block, group, buffer)
+}
+
+/// The values of one group's channels at a block's positions; gathered in `buffer` where the block has
+/// several images.
+fn channels_of<'a>(
+    values: &'a [f32],
+    groups: usize,
+    channels: usize,
+    plane: usize,
+    block: &Block,
+    group: usize,
+    buffer: &'a mut Vec<f32>,
+) -> View<'a> {
+    let columns = block.columns();
+    let of = |image: usize| &values[(image * groups + group) * channels * plane..][..channels * plane];
+    if block.images.len() == 1 {
+        let values = &of(block.images.start)[block.positions.start.min(channels * plane)..];
+        return View { values, columns, stride: plane };
+    }
+    let gathered = sized(buffer, channels * columns);
+    for (image, at) in block.images.clone().zip((0..).step_by(plane)) {
+        for (row, values) in gathered.chunks_mut(columns).zip(of(image).chunks(plane)) {
+            row[at..at + plane].copy_from_slice(values);
+        }
+    }
+    View { values: gathered, columns, stride: columns }
+}
+
+/// Fills the segments' places in `row` with what they see of a plane through `tap`.
+fn gather(geometry: &Geometry, segments: &[Segment], tap: [usize; 3], plane: &[f32], row: &mut [f32]) {
+    let stride = geometry.stride[2];
+    for segment in segments {
+        let row = &mut row[segment.at..][..segment.len()];
+        let Some(seen) = geometry.seen(segment, tap) else {
+            row.fill(0.0);
+            continue;
+        };
+        row[..seen.outputs.start].fill(0.0);
+        row[seen.outputs.end..].fill(0.0);
+        let row = &mut row[seen.outputs];
+        if stride == 1 {
+            row.copy_from_slice(&plane[seen.start..][..row.len()]);
+        } else {
+            let seen = plane[seen.start..].chunks(stride);
+            row.iter_mut().zip(seen).for_each(|(value, seen)| *value = seen[0]);
+        }
+    }
+}
+
+/// Adds the segments' values in `row` to the elements of a plane that they see through `tap`.
+fn scatter(geometry: &Geometry, segments: &[Segment], tap: [usize; 3], row: &[f32], plane: &mut [f32]) {
+    let stride = geometry.stride[2];
+    for segment in segments {
+        let Some(seen) = geometry.seen(segment, tap) else { continue };
+        let row = &row[segment.at..][seen.outputs];
+        let plane = &mut plane[seen.start..];
+        if stride == 1 {
+            simd(
+                #[inline(always)]
+                || plane.iter_mut().zip(row).for_each(|(plane, value)| *plane += value),
+            );
+        } else {
+            plane.chunks_mut(stride).zip(row).for_each(|(plane, value)| plane[0] += value);
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! Convolutions and transposed convolutions over one to three axes.
+//!
+//! One [`Geometry`] describes both: the transposed convolution is the input gradient of the convolution
+//! that has its weight, and its own input gradient is that convolution. So there are three kernels,
+//! `forward`, `input_gradient` and `weight_gradient`, in each of the ways to compute them:
+//!
+//! - `depthwise`: plain loops, where every group has one input channel;
+//! - `winograd`: 3×3 kernels at stride 1, with enough channels, by a quarter of the products;
+//! - `columns`: everything else, as matrix products.
+
+mod columns;
+mod depthwise;
+mod geometry;
+mod winograd;
+
+use burn::tensor::ops::{ConvOptions, ConvTransposeOptions};
+use burn::tensor::{Tensor, module};
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use crate::flex::{floats, tensor};
+use crate::function::{Function, apply, runs_natively};
+use crate::simd;
+use geometry::Geometry;
+
+/// A convolution over one axis: `y[n, o, t] = b[o] + Σ_{c, k} w[o, c, k] x[n, c, t stride + k dilation - left]`,
+/// with zeros outside of `x`.
+///
+/// # Shapes
+/// - x: `[batch, inputs, length]`
+/// - weight: `[outputs, inputs / groups, kernel]`
+/// - bias: `[outputs]`
+/// - output: `[batch, outputs, (length + left + right - dilation (kernel - 1) - 1) / stride + 1]`
+///
+/// # Panics
+/// When the weight does not fit the input, or the kernel exceeds the padded input.
+pub fn conv1d(
+    x: Tensor<3>,
+    weight: Tensor<3>,
+    bias: Option<Tensor<1>>,
+    options: ConvOptions<1>,
+) -> Tensor<3> {
+    if !runs_natively(&x) || !runs_natively(&weight) {
+        return module::conv1d(x, weight, bias, options);
+    }
+    let geometry = Geometry::of_conv(x.dims(), weight.dims(), &options);
+    convolve(x, weight, bias, Direction::Forward, geometry)
+}
+
+/// A convolution over two axes; [`conv1d`] has the formula for one.
+///
+/// # Shapes
+/// - x: `[batch, inputs, height, width]`
+/// - weight: `[outputs, inputs / groups, kernel height, kernel width]`
+/// - bias: `[outputs]`
+/// - output: `[batch, outputs, height', width']`, each as in [`conv1d`]
+///
+/// # Panics
+/// When the weight does not fit the input, or the kernel exceeds the padded input.
+pub fn conv2d(
+    x: Tensor<4>,
+    weight: Tensor<4>,
+    bias: Option<Tensor<1>>,
+    options: ConvOptions<2>,
+) -> Tensor<4> {
+    if !runs_natively(&x) || !runs_natively(&weight) {
+        return module::conv2d(x, weight, bias, options);
+    }
+    let geometry = Geometry::of_conv(x.dims(), weight.dims(), &options);
+    convolve(x, weight, bias, Direction::Forward, geometry)
+}
+
+/// A convolution over three axes; [`conv1d`] has the formula for one.
+///
+/// # Shapes
+/// - x: `[batch, inputs, depth, height, width]`
+/// - weight: `[outputs, inputs / groups, kernel depth, kernel height, kernel width]`
+/// - bias: `[outputs]`
+/// - output: `[batch, outputs, depth', height', width']`, each as in [`conv1d`]
+///
+/// # Panics
+/// When the weight does not fit the input, or the kernel exceeds the padded input.
+pub fn conv3d(
+    x: Tensor<5>,
+    weight: Tensor<5>,
+    bias: Option<Tensor<1>>,
+    options: ConvOptions<3>,
+) -> Tensor<5> {
+    if !runs_natively(&x) || !runs_natively(&weight) {
+        return module::conv3d(x, weight, bias, options);
+    }
+    let geometry = Geometry::of_conv(x.dims(), weight.dims(), &options);
+    convolve(x, weight, bias, Direction::Forward, geometry)
+}
+
+/// A transposed convolution over one axis, the adjoint of [`conv1d`]: every `x[n, c, t]` adds
+/// `w[c, o, k] x[n, c, t]` to `y[n, o, t stride + k dilation - padding]`; then the bias is added.
+///
+/// # Shapes
+/// - x: `[batch, inputs, length]`
+/// - weight: `[inputs, outputs / groups, kernel]`
+/// - bias: `[outputs]`
+/// - output: `[batch, outputs, (length - 1) stride + dilation (kernel - 1) + 1 + padding_out - 2 padding]`
+///
+/// # Panics
+/// When the weight does not fit the input, or the padding leaves nothing.
+pub fn conv_transpose1d(
+    x: Tensor<3>,
+    weight: Tensor<3>,
+    bias: Option<Tensor<1>>,
+    options: ConvTransposeOptions<1>,
+) -> Tensor<3> {
+    if !runs_natively(&x) || !runs_natively(&weight) {
+        return module::conv_transpose1d(x, weight, bias, options);
+    }
+    let geometry = Geometry::of_transposed(x.dims(), weight.dims(), &options);
+    convolve(x, weight, bias, Direction::Transposed, geometry)
+}
+
+/// A transposed convolution over two axes; [`conv_transpose1d`] has the formula for one.
+///
+/// # Shapes
+/// - x: `[batch, inputs, height, width]`
+/// - weight: `[inputs, outputs / groups, kernel height, kernel width]`
+/// - bias: `[outputs]`
+/// - output: `[batch, outputs, height', width']`, each as in [`conv_transpose1d`]
+///
+/// # Panics
+/// When the weight does not fit the input, or the padding leaves nothing.
+pub fn conv_transpose2d(
+    x: Tensor<4>,
+    weight: Tensor<4>,
+    bias: Option<Tensor<1>>,
+    options: ConvTransposeOptions<2>,
+) -> Tensor<4> {
+    if !runs_natively(&x) || !runs_natively(&weight) {
+        return module::conv_transpose2d(x, weight, bias, options);
+    }
+    let geometry = Geometry::of_transposed(x.dims(), weight.dims(), &options);
+    convolve(x, weight, bias, Direction::Transposed, geometry)
+}
+
+/// A transposed convolution over three axes; [`conv_transpose1d`] has the formula for one.
+///
+/// # Shapes
+/// - x: `[batch, inputs, depth, height, width]`
+/// - weight: `[inputs, outputs / groups, kernel depth, kernel height, kernel width]`
+/// - bias: `[outputs]`
+/// - output: `[batch, outputs, depth', height', width']`, each as in [`conv_transpose1d`]
+///
+/// # Panics
+/// When the weight does not fit the input, or the padding leaves nothing.
+pub fn conv_transpose3d(
+    x: Tensor<5>,
+    weight: Tensor<5>,
+    bias: Option<Tensor<1>>,
+    options: ConvTransposeOptions<3>,
+) -> Tensor<5> {
+    if !runs_natively(&x) || !runs_natively(&weight) {
+        return module::conv_transpose3d(x, weight, bias, options);
+    }
+    let geometry = Geometry::of_transposed(x.dims(), weight.dims(), &options);
+    convolve(x, weight, bias, Direction::Transposed, geometry)
+}
+
+fn convolve<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<D>,
+    bias: Option<Tensor<1>>,
+    direction: Direction,
+    geometry: Geometry,
+) -> Tensor<D> {
+    let bias = bias.unwrap_or_else(|| Tensor::empty([0], &x.device()));
+    let function = Convolution { direction, geometry, rank: D };
+    let channels = function.output_channels();
+    assert!(
+        [0, channels].contains(&bias.dims()[0]),
+        "a bias {:?} does not fit a convolution's {channels} outputs",
+        bias.dims()
+    );
+    let inputs = [x.into_dispatch(), weight.into_dispatch(), bias.into_dispatch()];
+    Tensor::from_dispatch(apply(&function, inputs))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Forward,
+    Transposed,
+}
+
+#[derive(Debug, Clone)]
+struct Convolution {
+    direction: Direction,
+    geometry: Geometry,
+    /// Number of axes of input and output, with batch and channels.
+    rank: usize,
+}
+
+/// What the backward pass of [`Convolution`] needs.
+#[derive(Clone)]
+struct Saved {
+    x: FlexTensor,
+    weight: FlexTensor,
+    /// Whether there is a bias.
+    bias: bool,
+}
+
+impl Convolution {
+    fn output_channels(&self) -> usize {
+        self.geometry.groups
+            * match self.direction {
+                Direction::Forward => self.geometry.outputs,
+                Direction::Transposed => self.geometry.inputs,
+            }
+    }
+
+    fn output_extents(&self) -> [usize; 3] {
+        match self.direction {
+            Direction::Forward => self.geometry.output,
+            Direction::Transposed => self.geometry.input,
+        }
+    }
+}
+
+impl Function<3> for Convolution {
+    type Saved = Saved;
+
+    fn forward(&self, inputs: [FlexTensor; 3]) -> (FlexTensor, Saved) {
+        let [x, weight, bias] = &inputs;
+        let (x_values, weight_values, bias_values) = (floats(x), floats(weight), floats(bias));
+        let y = match self.direction {
+            Direction::Forward => forward(&self.geometry, &x_values, &weight_values, &bias_values),
+            Direction::Transposed => {
+                let mut y = input_gradient(&self.geometry, &x_values, &weight_values);
+                add_bias(&mut y, &bias_values, self.geometry.input_plane());
+                y
+            }
+        };
+        let mut shape = vec![self.geometry.batch, self.output_channels()];
+        shape.extend_from_slice(&self.output_extents()[5 - self.rank..]);
+        let [x, weight, bias] = inputs;
+        let bias = bias.layout().num_elements() > 0;
+        (tensor(y, shape), Saved { x, weight, bias })
+    }
+
+    fn backward(
+        &self,
+        Saved { x, weight, bias }: Saved,
+        upstream: FlexTensor,
+        [wants_x, wants_weight, wants_bias]: [bool; 3],
+    ) -> [Option<FlexTensor>; 3] {
+        let geometry = &self.geometry;
+        let (x_shape, weight_shape) = (x.layout().shape().clone(), weight.layout().shape().clone());
+        let (x, weight, d_output) = (floats(&x), floats(&weight), floats(&upstream));
+        let d_x = wants_x.then(|| {
+            let d_x = match self.direction {
+                Direction::Forward => input_gradient(geometry, &d_output, &weight),
+                Direction::Transposed => forward(geometry, &d_output, &weight, &[]),
+            };
+            tensor(d_x, x_shape)
+        });
+        let d_weight = wants_weight.then(|| {
+            let d_weight = match self.direction {
+                Direction::Forward => weight_gradient(geometry, &x, &d_output),
+                Direction::Transposed => weight_gradient(geometry, &d_output, &x),
+            };
+            tensor(d_weight, weight_shape)
+        });
+        let d_bias = (wants_bias && bias).then(|| {
+            let plane = self.output_extents().iter().product();
+            let sums = sum_planes(&d_output, self.output_channels(), plane);
+            tensor(sums, [self.output_channels()])
+        });
+        [d_x, d_weight, d_bias]
+    }
+}
+
+/// How a convolution is computed.
+enum Way {
+    Depthwise,
+    Winograd,
+    Columns,
+}
+
+impl Way {
+    fn of(geometry: &Geometry) -> Self {
+        /// Output channels of one input channel from which on a matrix product is faster.
+        const FEW: usize = 8;
+        if geometry.inputs == 1 && geometry.outputs < FEW {
+            Self::Depthwise
+        } else if winograd::pays(geometry) {
+            Self::Winograd
+        } else {
+            Self::Columns
+        }
+    }
+}
+
+fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    match Way::of(geometry) {
+        Way::Depthwise => depthwise::forward(geometry, x, weight, bias),
+        Way::Winograd => winograd::forward(geometry, x, weight, bias),
+        Way::Columns => columns::forward(geometry, x, weight, bias),
+    }
+}
+
+fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
+    match Way::of(geometry) {
+        Way::Depthwise => depthwise::input_gradient(geometry, d_output, weight),
+        Way::Winograd => winograd::input_gradient(geometry, d_output, weight),
+        Way::Columns => columns::input_gradient(geometry, d_output, weight),
+    }
+}
+
+fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) -> Vec<f32> {
+    match Way::of(geometry) {
+        Way::Depthwise => depthwise::weight_gradient(geometry, x, d_output),
+        Way::Winograd => winograd::weight_gradient(geometry, x, d_output),
+        Way::Columns => columns::weight_gradient(geometry, x, d_output),
+    }
+}
+
+/// Adds every channel's bias to its planes in `[batch, channels, plane]`.
+fn add_bias(values: &mut [f32], bias: &[f32], plane: usize) {
+    if bias.is_empty() || values.is_empty() {
+        return;
+    }
+    values.par_chunks_mut(plane).enumerate().for_each(|(row, values)| {
+        let bias = bias[row % bias.len()];
+        values.iter_mut().for_each(|value| *value += bias);
+    });
+}
+
+/// The sum over every channel's planes in `[batch, channels, plane]`.
+fn sum_planes(values: &[f32], channels: usize, plane: usize) -> Vec<f32> {
+    let sum = |channel: usize| {
+        let planes = values.chunks(plane.max(1)).skip(channel).step_by(channels);
+        planes
+            .map(|plane| {
+                simd(
+                    #[inline(always)]
+                    || sum_of(plane),
+                )
+            })
+            .sum()
+    };
+    (0..channels).into_par_iter().map(sum).collect()
+}
+
+/// The sum of a slice, in lanes that are added up at the end.
+#[inline(always)]
+fn sum_of(values: &[f32]) -> f32 {
+    let (body, tail) = values.as_chunks::<16>();
+    let mut sums = [0.0; 16];
+    for values in body {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
+    sums.iter().chain(tail).sum()
+}
