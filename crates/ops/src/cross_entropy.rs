@@ -144,8 +144,8 @@ impl Function<1> for CrossEntropy {
     ) -> [Option<FlexTensor>; 1] {
         let classes = logits.layout().shape()[1];
         let upstream = floats(&upstream);
-        let gradient = overwrite_rows(logits, classes, |start, logits| {
-            let rows = start / classes..(start + logits.len()) / classes;
+        let gradient = overwrite_rows(logits, classes, |first, logits| {
+            let rows = first..first + logits.len() / classes;
             let targets = &self.targets[rows.clone()];
             self.gradients(targets, &statistics[rows.clone()], &upstream[rows], logits);
         });

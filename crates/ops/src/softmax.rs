@@ -2,15 +2,12 @@
 
 use burn::tensor::{AsIndex, Tensor, activation as burn_activation};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
+use crate::rows::for_rows;
 use crate::simd;
 use crate::vector::{dot, fma};
-
-/// Elements that one task works on, at least: few enough to stay in a core's cache.
-const BLOCK: usize = 8192;
 
 /// `softmax(x)_i = e^x_i / Σ_j e^x_j` along `dim`, which counts from the end where it is negative.
 ///
@@ -70,8 +67,8 @@ impl Function<1> for Softmax {
         let values = floats(&x);
         let mut output = vec![0.0; values.len()];
         let width = last_axis(&x);
-        in_rows(&mut output, width, |start, rows| {
-            self.0.forward(&values[start..start + rows.len()], rows, width);
+        for_rows(&mut output, width, |first, rows| {
+            self.0.forward(&values[first * width..][..rows.len()], rows, width);
         });
         let output = tensor(output, x.layout().shape().clone());
         (output.clone(), output)
@@ -79,8 +76,8 @@ impl Function<1> for Softmax {
 
     fn backward(&self, output: FlexTensor, upstream: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let (y, width) = (floats(&output), last_axis(&output));
-        let gradient = overwrite_rows(upstream, width, |start, rows| {
-            self.0.backward(&y[start..start + rows.len()], rows, width);
+        let gradient = overwrite_rows(upstream, width, |first, rows| {
+            self.0.backward(&y[first * width..][..rows.len()], rows, width);
         });
         [Some(gradient)]
     }
@@ -142,7 +139,7 @@ impl Form {
     }
 }
 
-/// `x` with its rows of `width` overwritten by `work` as in [`in_rows`], in the same memory where nobody else
+/// `x` with its rows of `width` overwritten by `work` as in [`for_rows`], in the same memory where nobody else
 /// holds it.
 pub(crate) fn overwrite_rows(
     mut x: FlexTensor,
@@ -151,14 +148,14 @@ pub(crate) fn overwrite_rows(
 ) -> FlexTensor {
     let whole = x.is_contiguous() && x.bytes().len() == size_of::<f32>() * x.layout().num_elements();
     if let Some(values) = whole.then(|| x.try_storage_mut::<f32>()).flatten() {
-        in_rows(values, width, work);
+        for_rows(values, width, work);
         return x;
     }
     let old = floats(&x);
     let mut values = vec![0.0; old.len()];
-    in_rows(&mut values, width, |start, rows| {
-        rows.copy_from_slice(&old[start..start + rows.len()]);
-        work(start, rows);
+    for_rows(&mut values, width, |first, rows| {
+        rows.copy_from_slice(&old[first * width..][..rows.len()]);
+        work(first, rows);
     });
     tensor(values, x.layout().shape().clone())
 }
@@ -167,19 +164,6 @@ pub(crate) fn overwrite_rows(
 fn last_axis(x: &FlexTensor) -> usize {
     let shape = x.layout().shape();
     shape[shape.num_dims() - 1]
-}
-
-/// Hands `work` some whole rows of `values` at a time with the place of the first element, on all threads
-/// where there is much to do.
-pub(crate) fn in_rows(values: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    if values.is_empty() {
-        return;
-    }
-    if values.len() <= BLOCK {
-        return work(0, values);
-    }
-    let block = BLOCK.div_ceil(width) * width;
-    values.par_chunks_mut(block).enumerate().for_each(|(i, rows)| work(i * block, rows));
 }
 
 /// `e^x` to within 3 ulp for `x ≤ 1`, in fewer operations than [`exp`](crate::vector::exp) needs for all `x`;
