@@ -198,6 +198,7 @@ fn panel<'a>(
     let runs = geometry.runs(&block.positions);
     let values = sized(buffer, inputs * taps * columns);
     values.par_chunks_mut(taps * columns).enumerate().for_each(|(channel, rows)| {
+        rows.fill(0.0);
         for (image, at) in block.images.clone().zip((0..).step_by(block.positions.len())) {
             let x = &x[geometry.input_of(image, group)][channel * plane..][..plane];
             for (runs, row) in runs.iter().zip(rows.chunks_mut(columns)) {
@@ -246,16 +247,15 @@ fn channels_of<'a>(
     View { values: gathered, columns, stride: columns }
 }
 
-/// Fills `row` with what its outputs see of a plane through one tap.
+/// Fills `row`, which holds zeros, with what its outputs see of a plane through one tap.
 fn gather(runs: &[Run], stride: usize, plane: &[f32], row: &mut [f32]) {
-    for Run { outputs, seeing, start } in runs {
-        row[outputs.start..seeing.start].fill(0.0);
-        row[seeing.end..outputs.end].fill(0.0);
+    for Run { seeing, start } in runs {
         let row = &mut row[seeing.clone()];
+        let plane = &plane[*start..];
         if stride == 1 {
-            row.copy_from_slice(&plane[*start..][..row.len()]);
+            row.copy_from_slice(&plane[..row.len()]);
         } else {
-            row.iter_mut().zip(plane[*start..].chunks(stride)).for_each(|(value, plane)| *value = plane[0]);
+            row.iter_mut().zip(plane.chunks(stride)).for_each(|(value, plane)| *value = plane[0]);
         }
     }
 }
@@ -265,7 +265,7 @@ fn scatter(runs: &[Run], stride: usize, row: &[f32], plane: &mut [f32]) {
     simd(
         #[inline(always)]
         || {
-            for Run { seeing, start, .. } in runs {
+            for Run { seeing, start } in runs {
                 let row = &row[seeing.clone()];
                 let plane = &mut plane[*start..];
                 if stride == 1 {

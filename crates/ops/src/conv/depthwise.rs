@@ -71,7 +71,7 @@ fn plane_of<'a>(geometry: &Geometry, x: &'a [f32], row: usize) -> &'a [f32] {
 /// Hands `work` each tap with the outputs that see an input through it, row by row, and those inputs.
 fn each_seen(runs: &[Vec<Run>], stride: usize, mut work: impl FnMut(usize, Range<usize>, Range<usize>)) {
     for (tap, runs) in runs.iter().enumerate() {
-        for Run { seeing, start, .. } in runs.iter().filter(|run| !run.seeing.is_empty()) {
+        for Run { seeing, start } in runs {
             work(tap, seeing.clone(), *start..start + (seeing.len() - 1) * stride + 1);
         }
     }

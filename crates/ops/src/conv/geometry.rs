@@ -32,13 +32,11 @@ pub(super) struct Block {
     pub positions: Range<usize>,
 }
 
-/// Outputs of one row, and those of them that see the input through one tap of the kernel; the rest sees
-/// padding.
+/// Outputs of one row that see the input through one tap of the kernel; the others see padding.
 #[derive(Debug, Clone)]
 pub(super) struct Run {
-    pub outputs: Range<usize>,
     pub seeing: Range<usize>,
-    /// Where the first of those finds its input in the plane; the others are a stride further each.
+    /// Where the first of them finds its input in the plane; the others are a stride further each.
     pub start: usize,
 }
 
@@ -150,7 +148,8 @@ impl Geometry {
             while next < positions.end {
                 let column = next % self.output[2];
                 let len = (self.output[2] - column).min(positions.end - next);
-                runs.push(self.run(tap, next / self.output[2], column..column + len, next - positions.start));
+                let columns = column..column + len;
+                runs.extend(self.run(tap, next / self.output[2], columns, next - positions.start));
                 next += len;
             }
             runs
@@ -159,29 +158,23 @@ impl Geometry {
     }
 
     /// What the outputs in `columns` of one row, the first of them at `at`, see through `tap`.
-    fn run(&self, tap: [usize; 3], row: usize, columns: Range<usize>, at: usize) -> Run {
-        let outputs = at..at + columns.len();
+    fn run(&self, tap: [usize; 3], row: usize, columns: Range<usize>, at: usize) -> Option<Run> {
         let from = |axis: usize, output: usize| {
             (output * self.stride[axis] + tap[axis] * self.dilation[axis])
                 .checked_sub(self.before[axis])
                 .filter(|&input| input < self.input[axis])
         };
-        let line = from(0, row / self.output[1]).zip(from(1, row % self.output[1]));
+        let line = from(0, row / self.output[1])? * self.input[1] + from(1, row % self.output[1])?;
         let stride = self.stride[2];
         let offset = tap[2] * self.dilation[2];
         // The outputs `o` with 0 ≤ o stride + offset - before < extent.
         let first = self.before[2].saturating_sub(offset).div_ceil(stride).max(columns.start);
         let last = (self.input[2] + self.before[2]).saturating_sub(offset).div_ceil(stride);
         let last = last.min(columns.end);
-        match line {
-            Some((depth, row)) if first < last => Run {
-                outputs,
-                seeing: at + first - columns.start..at + last - columns.start,
-                start: (depth * self.input[1] + row) * self.input[2] + first * stride + offset
-                    - self.before[2],
-            },
-            _ => Run { seeing: outputs.start..outputs.start, outputs, start: 0 },
-        }
+        (first < last).then(|| Run {
+            seeing: at + first - columns.start..at + last - columns.start,
+            start: line * self.input[2] + first * stride + offset - self.before[2],
+        })
     }
 }
 
