@@ -17,7 +17,7 @@ fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 
 fn assert_close<const D: usize>(what: &str, found: Tensor<D>, expected: Tensor<D>) {
     assert_eq!(found.dims(), expected.dims(), "{what}");
-    let values = |x: Tensor<D>| x.into_data().try_to_vec::<f32>().unwrap();
+    let values = |x: Tensor<D>| x.into_data().try_to_vec::<f32>().expect("a float tensor");
     let (found, expected) = (values(found), values(expected));
     let largest = expected.iter().fold(1.0f32, |largest, x| largest.max(x.abs()));
     for (found, expected) in found.iter().zip(&expected) {

@@ -105,7 +105,7 @@ fn group_norm_equals_its_definition() {
     let mut rng = rng(4);
     for case in 0..40 {
         let shape = shape(&mut rng);
-        let groups = [1, shape[1], if shape[1] % 2 == 0 { 2 } else { 1 }][case % 3];
+        let groups = [1, shape[1], if shape[1].is_multiple_of(2) { 2 } else { 1 }][case % 3];
         let lengths = [shape.iter().product(), shape[1], shape[1]];
         assert_same(
             &format!("{shape:?} in {groups}"),

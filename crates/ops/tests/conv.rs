@@ -84,7 +84,7 @@ fn compare<const D: usize>(
     kernel: impl Fn(Tensor<D>, Tensor<D>, Option<Tensor<1>>) -> Tensor<D>,
     composed: impl Fn(Tensor<D>, Tensor<D>, Option<Tensor<1>>) -> Tensor<D>,
 ) {
-    let shape = |extents: &[usize]| -> [usize; D] { extents.try_into().unwrap() };
+    let shape = |extents: &[usize]| -> [usize; D] { extents.try_into().expect("as many extents as axes") };
     let run = |x: &[Tensor<1>], f: &dyn Fn(Tensor<D>, Tensor<D>, Option<Tensor<1>>) -> Tensor<D>| {
         let mut extents = shape(input);
         let x_in = match case % 3 {
@@ -94,7 +94,7 @@ fn compare<const D: usize>(
             }
             _ => x[0].clone().reshape(extents),
         };
-        let bias = (case % 2 == 0).then(|| x[2].clone());
+        let bias = case.is_multiple_of(2).then(|| x[2].clone());
         f(x_in, x[1].clone().reshape(shape(weight)), bias).reshape([-1])
     };
     let lengths = [input, weight, bias].map(|extents| extents.iter().product());

@@ -32,12 +32,12 @@ fn compare<const D: usize>(
 #[test]
 fn pooling_over_two_axes_equals_burns() {
     let mut rng = rng(1);
-    for case in 0..80 {
+    for case in 0..80usize {
         let kernel = [(); 2].map(|()| rng.random_range(1..5));
         let stride = [(); 2].map(|()| rng.random_range(1..4));
         let padding = kernel.map(|kernel: usize| rng.random_range(0..=kernel / 2));
         let dilation = [(); 2].map(|()| rng.random_range(1..3));
-        let ceil_mode = rng.random_range(0..2) == 0;
+        let ceil_mode = rng.random_bool(0.5);
         let [height, width] = [0, 1].map(|axis| {
             let reach = dilation[axis] * (kernel[axis] - 1) + 1;
             rng.random_range(1..20).max(reach)
@@ -56,7 +56,7 @@ fn pooling_over_two_axes_equals_burns() {
             AvgPoolOptions::new(kernel)
                 .with_stride(stride)
                 .with_padding(padding)
-                .with_count_include_pad(case % 2 == 0)
+                .with_count_include_pad(case.is_multiple_of(2))
                 .with_ceil_mode(ceil_mode)
         };
         let what = format!("{:?}", options());
@@ -76,12 +76,12 @@ fn pooling_over_two_axes_equals_burns() {
 #[test]
 fn pooling_over_one_axis_equals_burns() {
     let mut rng = rng(2);
-    for case in 0..60 {
+    for case in 0..60usize {
         let kernel = rng.random_range(1..6);
         let stride = rng.random_range(1..4);
         let padding = rng.random_range(0..=kernel / 2);
         // More on the right than on the left now and then.
-        let padding = (padding, if case % 2 == 0 { padding } else { kernel / 2 });
+        let padding = (padding, if case.is_multiple_of(2) { padding } else { kernel / 2 });
         let shape = [rng.random_range(1..4), rng.random_range(1..4), rng.random_range(1..30).max(kernel)];
         let options = || MaxPoolOptions::new([kernel]).with_stride([stride]).with_padding_pairs([padding]);
         let what = format!("{:?}", options());
@@ -90,7 +90,7 @@ fn pooling_over_one_axis_equals_burns() {
             AvgPoolOptions::new([kernel])
                 .with_stride([stride])
                 .with_padding_pairs([padding])
-                .with_count_include_pad(case % 3 == 0)
+                .with_count_include_pad(case.is_multiple_of(3))
         };
         let what = format!("{:?}", options());
         compare(&what, shape, case, |x| avg_pool1d(x, options()), |x| module::avg_pool1d(x, options()));

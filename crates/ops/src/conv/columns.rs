@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::geometry::{Block, Blocks, Geometry, Segment};
+use super::geometry::{Block, Blocks, Geometry, Run};
 use crate::gemm::{Mat, Out, gemm};
 use crate::simd;
 
@@ -84,15 +84,15 @@ pub(super) fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f3
                 let weight = Mat::strided(&weight[part * channels * taps..], outputs, rows, depth);
                 gemm(panel, columns, Out::Set, weight.t(), d_output.rows(0..outputs));
             });
-            let segments = geometry.segments(&block.positions);
+            let runs = geometry.runs(&block.positions);
             let panel = &*panel;
             d_input.par_chunks_mut(image).enumerate().for_each(|(image, d_input)| {
                 let planes = &mut d_input[group * inputs * plane..][..inputs * plane];
                 let rows = panel.par_chunks(taps * columns);
                 planes.par_chunks_mut(plane).zip(rows).for_each(|(d_plane, rows)| {
-                    for (tap, row) in geometry.each_tap().zip(rows.chunks(columns)) {
+                    for (runs, row) in runs.iter().zip(rows.chunks(columns)) {
                         let row = &row[image * block.positions.len()..];
-                        scatter(geometry, &segments, tap, row, d_plane);
+                        scatter(runs, geometry.stride[2], row, d_plane);
                     }
                 });
             });
@@ -195,13 +195,14 @@ fn panel<'a>(
         return channels_of(x, geometry.groups, inputs, plane, block, group, buffer);
     }
     let taps = geometry.taps();
-    let segments = geometry.segments(&block.positions);
+    let runs = geometry.runs(&block.positions);
     let values = sized(buffer, inputs * taps * columns);
     values.par_chunks_mut(taps * columns).enumerate().for_each(|(channel, rows)| {
+        rows.fill(0.0);
         for (image, at) in block.images.clone().zip((0..).step_by(block.positions.len())) {
             let x = &x[geometry.input_of(image, group)][channel * plane..][..plane];
-            for (tap, row) in geometry.each_tap().zip(rows.chunks_mut(columns)) {
-                gather(geometry, &segments, tap, x, &mut row[at..]);
+            for (runs, row) in runs.iter().zip(rows.chunks_mut(columns)) {
+                gather(runs, geometry.stride[2], x, &mut row[at..]);
             }
         }
     });
@@ -246,41 +247,33 @@ fn channels_of<'a>(
     View { values: gathered, columns, stride: columns }
 }
 
-/// Fills the segments' places in `row` with what they see of a plane through `tap`.
-fn gather(geometry: &Geometry, segments: &[Segment], tap: [usize; 3], plane: &[f32], row: &mut [f32]) {
-    let stride = geometry.stride[2];
-    for segment in segments {
-        let row = &mut row[segment.at..][..segment.len()];
-        let Some(seen) = geometry.seen(segment, tap) else {
-            row.fill(0.0);
-            continue;
-        };
-        row[..seen.outputs.start].fill(0.0);
-        row[seen.outputs.end..].fill(0.0);
-        let row = &mut row[seen.outputs];
+/// Fills `row`, which holds zeros, with what its outputs see of a plane through one tap.
+fn gather(runs: &[Run], stride: usize, plane: &[f32], row: &mut [f32]) {
+    for Run { seeing, start } in runs {
+        let row = &mut row[seeing.clone()];
+        let plane = &plane[*start..];
         if stride == 1 {
-            row.copy_from_slice(&plane[seen.start..][..row.len()]);
+            row.copy_from_slice(&plane[..row.len()]);
         } else {
-            let seen = plane[seen.start..].chunks(stride);
-            row.iter_mut().zip(seen).for_each(|(value, seen)| *value = seen[0]);
+            row.iter_mut().zip(plane.chunks(stride)).for_each(|(value, plane)| *value = plane[0]);
         }
     }
 }
 
-/// Adds the segments' values in `row` to the elements of a plane that they see through `tap`.
-fn scatter(geometry: &Geometry, segments: &[Segment], tap: [usize; 3], row: &[f32], plane: &mut [f32]) {
-    let stride = geometry.stride[2];
-    for segment in segments {
-        let Some(seen) = geometry.seen(segment, tap) else { continue };
-        let row = &row[segment.at..][seen.outputs];
-        let plane = &mut plane[seen.start..];
-        if stride == 1 {
-            simd(
-                #[inline(always)]
-                || plane.iter_mut().zip(row).for_each(|(plane, value)| *plane += value),
-            );
-        } else {
-            plane.chunks_mut(stride).zip(row).for_each(|(plane, value)| plane[0] += value);
-        }
-    }
+/// Adds the values in `row` to the elements of a plane that its outputs see through one tap.
+fn scatter(runs: &[Run], stride: usize, row: &[f32], plane: &mut [f32]) {
+    simd(
+        #[inline(always)]
+        || {
+            for Run { seeing, start } in runs {
+                let row = &row[seeing.clone()];
+                let plane = &mut plane[*start..];
+                if stride == 1 {
+                    plane.iter_mut().zip(row).for_each(|(plane, value)| *plane += value);
+                } else {
+                    plane.chunks_mut(stride).zip(row).for_each(|(plane, value)| plane[0] += value);
+                }
+            }
+        },
+    );
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::geometry::{Geometry, Segment};
+use super::geometry::{Geometry, Run};
 use crate::simd;
 use crate::vector::{axpy, dot, fma};
 
@@ -13,14 +13,14 @@ pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f3
     let (plane, taps) = (geometry.output_plane(), geometry.taps());
     let channels = geometry.groups * geometry.outputs;
     let mut y = vec![0.0; geometry.batch * channels * plane];
-    let segments = geometry.segments(&(0..plane));
+    let runs = geometry.runs(&(0..plane));
     y.par_chunks_mut(plane.max(1)).enumerate().for_each(|(row, y)| {
         let (channel, x) = (row % channels, plane_of(geometry, x, row));
         let weight = &weight[channel * taps..][..taps];
         if let Some(&bias) = bias.get(channel) {
             y.fill(bias);
         }
-        each_seen(geometry, &segments, |tap, outputs, inputs| {
+        each_seen(&runs, geometry.stride[2], |tap, outputs, inputs| {
             add(weight[tap], &x[inputs], geometry.stride[2], &mut y[outputs]);
         });
     });
@@ -31,12 +31,12 @@ pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f3
 pub(super) fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
     let (plane, taps, outputs) = (geometry.output_plane(), geometry.taps(), geometry.outputs);
     let mut d_input = vec![0.0; geometry.batch * geometry.groups * geometry.input_plane()];
-    let segments = geometry.segments(&(0..plane));
+    let runs = geometry.runs(&(0..plane));
     d_input.par_chunks_mut(geometry.input_plane().max(1)).enumerate().for_each(|(row, d_input)| {
         for output in 0..outputs {
             let d_output = &d_output[(row * outputs + output) * plane..][..plane];
             let weight = &weight[(row % geometry.groups * outputs + output) * taps..][..taps];
-            each_seen(geometry, &segments, |tap, outputs, inputs| {
+            each_seen(&runs, geometry.stride[2], |tap, outputs, inputs| {
                 add_back(weight[tap], &d_output[outputs], geometry.stride[2], &mut d_input[inputs]);
             });
         }
@@ -49,12 +49,12 @@ pub(super) fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) 
     let (plane, taps) = (geometry.output_plane(), geometry.taps());
     let channels = geometry.groups * geometry.outputs;
     let mut d_weight = vec![0.0; channels * taps];
-    let segments = geometry.segments(&(0..plane));
+    let runs = geometry.runs(&(0..plane));
     d_weight.par_chunks_mut(taps).enumerate().for_each(|(channel, d_weight)| {
         for image in 0..geometry.batch {
             let row = image * channels + channel;
             let (x, d_output) = (plane_of(geometry, x, row), &d_output[row * plane..][..plane]);
-            each_seen(geometry, &segments, |tap, outputs, inputs| {
+            each_seen(&runs, geometry.stride[2], |tap, outputs, inputs| {
                 d_weight[tap] += product(&x[inputs], geometry.stride[2], &d_output[outputs]);
             });
         }
@@ -69,18 +69,10 @@ fn plane_of<'a>(geometry: &Geometry, x: &'a [f32], row: usize) -> &'a [f32] {
 }
 
 /// Hands `work` each tap with the outputs that see an input through it, row by row, and those inputs.
-fn each_seen(
-    geometry: &Geometry,
-    segments: &[Segment],
-    mut work: impl FnMut(usize, Range<usize>, Range<usize>),
-) {
-    for segment in segments {
-        for (index, tap) in geometry.each_tap().enumerate() {
-            if let Some(seen) = geometry.seen(segment, tap) {
-                let outputs = segment.at + seen.outputs.start..segment.at + seen.outputs.end;
-                let inputs = seen.start..seen.start + (outputs.len() - 1) * geometry.stride[2] + 1;
-                work(index, outputs, inputs);
-            }
+fn each_seen(runs: &[Vec<Run>], stride: usize, mut work: impl FnMut(usize, Range<usize>, Range<usize>)) {
+    for (tap, runs) in runs.iter().enumerate() {
+        for Run { seeing, start } in runs {
+            work(tap, seeing.clone(), *start..start + (seeing.len() - 1) * stride + 1);
         }
     }
 }

@@ -32,21 +32,11 @@ pub(super) struct Block {
     pub positions: Range<usize>,
 }
 
-/// Consecutive outputs in one row of the output plane.
+/// Outputs of one row that see the input through one tap of the kernel; the others see padding.
 #[derive(Debug, Clone)]
-pub(super) struct Segment {
-    depth: usize,
-    row: usize,
-    columns: Range<usize>,
-    /// Where they begin among the positions of their block.
-    pub at: usize,
-}
-
-/// The part of a segment that sees the input through one tap of the kernel; the rest sees padding.
-pub(super) struct Seen {
-    /// Among the outputs of the segment.
-    pub outputs: Range<usize>,
-    /// Where the first of them finds its input in the plane; those after it are a stride further each.
+pub(super) struct Run {
+    pub seeing: Range<usize>,
+    /// Where the first of them finds its input in the plane; the others are a stride further each.
     pub start: usize,
 }
 
@@ -147,56 +137,44 @@ impl Geometry {
         group * len..(group + 1) * len
     }
 
-    /// The rows of the output plane that `positions` take part in.
-    pub fn segments(&self, positions: &Range<usize>) -> Vec<Segment> {
-        let [_, rows, columns] = self.output;
-        let mut segments = Vec::new();
-        let mut next = positions.start;
-        while next < positions.end {
-            let (row, column) = (next / columns, next % columns);
-            let len = (columns - column).min(positions.end - next);
-            segments.push(Segment {
-                depth: row / rows,
-                row: row % rows,
-                columns: column..column + len,
-                at: next - positions.start,
-            });
-            next += len;
-        }
-        segments
+    /// For every tap of the kernel, in the order of the weight, what the rows of `positions` see through it;
+    /// outputs count from the first position on.
+    pub fn runs(&self, positions: &Range<usize>) -> Vec<Vec<Run>> {
+        let [_, rows, columns] = self.kernel;
+        let tap = |tap: usize| {
+            let tap = [tap / (rows * columns), tap / columns % rows, tap % columns];
+            let mut runs = Vec::new();
+            let mut next = positions.start;
+            while next < positions.end {
+                let column = next % self.output[2];
+                let len = (self.output[2] - column).min(positions.end - next);
+                let columns = column..column + len;
+                runs.extend(self.run(tap, next / self.output[2], columns, next - positions.start));
+                next += len;
+            }
+            runs
+        };
+        (0..self.taps()).map(tap).collect()
     }
 
-    /// The taps of the kernel in the order of the weight.
-    pub fn each_tap(&self) -> impl Iterator<Item = [usize; 3]> + use<> {
-        let [depth, rows, columns] = self.kernel;
-        (0..depth * rows * columns)
-            .map(move |tap| [tap / (rows * columns), tap / columns % rows, tap % columns])
-    }
-
-    /// What `segment` sees through `tap`.
-    pub fn seen(&self, segment: &Segment, tap: [usize; 3]) -> Option<Seen> {
+    /// What the outputs in `columns` of one row, the first of them at `at`, see through `tap`.
+    fn run(&self, tap: [usize; 3], row: usize, columns: Range<usize>, at: usize) -> Option<Run> {
         let from = |axis: usize, output: usize| {
             (output * self.stride[axis] + tap[axis] * self.dilation[axis])
                 .checked_sub(self.before[axis])
-                .filter(|&at| at < self.input[axis])
+                .filter(|&input| input < self.input[axis])
         };
-        let plane = from(0, segment.depth)? * self.input[1] + from(1, segment.row)?;
+        let line = from(0, row / self.output[1])? * self.input[1] + from(1, row % self.output[1])?;
         let stride = self.stride[2];
         let offset = tap[2] * self.dilation[2];
         // The outputs `o` with 0 ≤ o stride + offset - before < extent.
-        let first = self.before[2].saturating_sub(offset).div_ceil(stride).max(segment.columns.start);
+        let first = self.before[2].saturating_sub(offset).div_ceil(stride).max(columns.start);
         let last = (self.input[2] + self.before[2]).saturating_sub(offset).div_ceil(stride);
-        let last = last.min(segment.columns.end);
-        (first < last).then(|| Seen {
-            outputs: first - segment.columns.start..last - segment.columns.start,
-            start: plane * self.input[2] + first * stride + offset - self.before[2],
+        let last = last.min(columns.end);
+        (first < last).then(|| Run {
+            seeing: at + first - columns.start..at + last - columns.start,
+            start: line * self.input[2] + first * stride + offset - self.before[2],
         })
-    }
-}
-
-impl Segment {
-    pub fn len(&self) -> usize {
-        self.columns.len()
     }
 }
 

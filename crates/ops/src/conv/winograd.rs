@@ -215,30 +215,28 @@ struct Tiles {
     first: usize,
     /// Height and width of the output.
     extents: [usize; 2],
+    /// Image, row and column of every tile.
+    places: Vec<[usize; 3]>,
 }
 
 impl Tiles {
     fn of(geometry: &Geometry, block: &Block) -> Self {
         let [_, height, width] = geometry.output;
         let rows = (block.positions.len() / width).div_ceil(TILE);
-        let first = block.positions.start / width;
         let columns = width.div_ceil(TILE);
-        Self { block: block.clone(), rows, columns, first, extents: [height, width] }
+        let first = block.positions.start / width;
+        let mut places = Vec::new();
+        for image in 0..block.images.len() {
+            for row in 0..rows {
+                places.extend((0..columns).map(|column| [image, row, column]));
+            }
+        }
+        Self { block: block.clone(), rows, columns, first, extents: [height, width], places }
     }
 
-    fn count(&self) -> usize {
-        self.block.images.len() * self.rows * self.columns
-    }
-
-    /// With those that fill the last group.
+    /// The number of tiles, with those that fill the last group.
     fn len(&self) -> usize {
-        self.count().next_multiple_of(LANES)
-    }
-
-    /// Image, row and column of tile `index`.
-    fn place(&self, index: usize) -> [usize; 3] {
-        let row = index / self.columns;
-        [row / self.rows, row % self.rows, index % self.columns]
+        self.places.len().next_multiple_of(LANES)
     }
 
     /// `Bᵀ x B` of all tiles, `[inputs, POINTS, len]`.
@@ -268,32 +266,35 @@ impl Tiles {
     ) {
         let len = self.len();
         let stride = (self.columns - 1) * TILE + N;
-        let padded_rows = (self.rows - 1) * TILE + N;
+        let padded_plane = ((self.rows - 1) * TILE + N) * stride;
+        let corner =
+            |&[image, row, column]: &[usize; 3]| image * padded_plane + row * TILE * stride + column * TILE;
+        let corners: Vec<usize> = self.places.iter().map(corner).collect();
         patches.resize(channels * POINTS * len, 0.0);
         patches.par_chunks_mut(POINTS * len).enumerate().for_each_init(
-            || vec![0.0; self.block.images.len() * padded_rows * stride],
-            |padded, (channel, patches)| {
-                for (image, padded) in self.block.images.clone().zip(padded.chunks_mut(padded_rows * stride))
-                {
+            || (vec![0.0; self.block.images.len() * padded_plane], [[[0.0; LANES]; N]; N]),
+            |(padded, patch), (channel, patches)| {
+                for (image, padded) in self.block.images.clone().zip(padded.chunks_mut(padded_plane)) {
                     let plane = &values[(image * channels + channel) * height * width..][..height * width];
                     pad(plane, width, origin, padded, stride);
                 }
-                for group in 0..len / LANES {
-                    let mut patch = [[[0.0; LANES]; N]; N];
-                    for lane in 0..LANES.min(self.count() - group * LANES) {
-                        let [image, row, column] = self.place(group * LANES + lane);
-                        let corner = (image * padded_rows + row * TILE) * stride + column * TILE;
-                        for (i, lanes) in patch.iter_mut().enumerate() {
-                            let values = &padded[corner + i * stride..][..N];
-                            for (lanes, value) in lanes.iter_mut().zip(values) {
-                                lanes[lane] = *value;
+                for (group, corners) in corners.chunks(LANES).enumerate() {
+                    if corners.len() < LANES {
+                        *patch = [[[0.0; LANES]; N]; N];
+                    }
+                    for (lane, corner) in corners.iter().enumerate() {
+                        let values = &padded[*corner..][..(N - 1) * stride + N];
+                        for i in 0..N {
+                            let values = &values[i * stride..][..N];
+                            for j in 0..N {
+                                patch[i][j][lane] = values[j];
                             }
                         }
                     }
                     simd(
                         #[inline(always)]
                         || {
-                            let patch = both_sides(&patch, &f);
+                            let patch = both_sides(patch, &f);
                             for (point, lanes) in patch.as_flattened().iter().enumerate() {
                                 patches[point * len + group * LANES..][..LANES].copy_from_slice(lanes);
                             }
@@ -307,12 +308,17 @@ impl Tiles {
     /// Puts a group's tiles where they belong in their images' pieces of one channel.
     fn put(&self, group: usize, tile: &[[Lanes; TILE]; TILE], bias: f32, planes: &mut [&mut [f32]]) {
         let width = self.extents[1];
-        for lane in 0..LANES.min(self.count() - group * LANES) {
-            let [image, row, column] = self.place(group * LANES + lane);
-            let rows = planes[image].chunks_mut(width).skip(row * TILE);
-            for (lanes, row) in tile.iter().zip(rows) {
-                for (lanes, y) in lanes.iter().zip(&mut row[column * TILE..]) {
-                    *y = lanes[lane] + bias;
+        for (lane, &[image, row, column]) in self.places[group * LANES..].iter().take(LANES).enumerate() {
+            let plane = &mut planes[image][row * TILE * width..];
+            let columns = TILE.min(width - column * TILE);
+            for (lanes, y) in tile.iter().zip(plane.chunks_mut(width)) {
+                let y = &mut y[column * TILE..][..columns];
+                if let Ok(y) = <&mut [f32; TILE]>::try_from(&mut *y) {
+                    for j in 0..TILE {
+                        y[j] = lanes[j][lane] + bias;
+                    }
+                } else {
+                    y.iter_mut().zip(lanes).for_each(|(y, lanes)| *y = lanes[lane] + bias);
                 }
             }
         }
