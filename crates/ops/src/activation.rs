@@ -2,9 +2,8 @@
 
 use burn::tensor::{Tensor, activation as burn_activation};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
-use crate::blocks::{BLOCK, BLOCKS_PER_TASK};
+use crate::blocks::{changed, in_place};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
@@ -214,19 +213,14 @@ impl Function<1> for Activate {
 impl Activation {
     /// `f(x)` for every element.
     pub(crate) fn of(self, x: &FlexTensor) -> FlexTensor {
-        let values = floats(x);
-        let mut output = vec![0.0; values.len()];
-        in_blocks(&mut output, |start, output| {
-            output.copy_from_slice(&values[start..start + output.len()]);
-            self.forward(output);
-        });
+        let (output, _) = changed(&floats(x), 1, |_, values| self.forward(values));
         tensor(output, x.layout().shape().clone())
     }
 
     /// `f(x)` for every element, in the memory of `x` where nobody else holds it.
     pub(crate) fn of_owned(self, mut x: FlexTensor) -> FlexTensor {
         match x.is_contiguous().then(|| x.try_storage_mut::<f32>()).flatten() {
-            Some(values) => in_blocks(values, |_, values| self.forward(values)),
+            Some(values) => in_place(values, 1, |_, values| self.forward(values)),
             None => return self.of(&x),
         }
         x
@@ -234,19 +228,10 @@ impl Activation {
 
     /// `upstream f'(x)` for every element.
     pub(crate) fn pull_back(self, x: &FlexTensor, upstream: &FlexTensor) -> FlexTensor {
-        let (x, upstream_values) = (floats(x), floats(upstream));
-        let mut gradient = vec![0.0; upstream_values.len()];
-        in_blocks(&mut gradient, |start, gradient| {
-            let at = start..start + gradient.len();
-            gradient.copy_from_slice(&upstream_values[at.clone()]);
-            self.backward(&x[at], gradient);
+        let x = floats(x);
+        let (gradient, _) = changed(&floats(upstream), 1, |first, gradient| {
+            self.backward(&x[first..first + gradient.len()], gradient);
         });
         tensor(gradient, upstream.layout().shape().clone())
     }
-}
-
-/// Hands `work` the blocks of `values` with their starts.
-fn in_blocks(values: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
-    let blocks = values.par_chunks_mut(BLOCK).enumerate().with_min_len(BLOCKS_PER_TASK);
-    blocks.for_each(|(block, values)| work(block * BLOCK, values));
 }

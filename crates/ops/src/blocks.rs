@@ -1,4 +1,6 @@
-//! How work on many elements is divided among threads.
+//! How work on many elements is divided among threads, and memory for its results.
+
+use rayon::prelude::*;
 
 /// Elements that are worked on at once: few enough to stay in a core's cache.
 pub const BLOCK: usize = 8192;
@@ -9,4 +11,62 @@ pub const BLOCKS_PER_TASK: usize = 4;
 /// Rows of `width` elements that make a block.
 pub fn rows_at_once(width: usize) -> usize {
     (BLOCK / width.max(1)).max(1)
+}
+
+/// Hands `work` blocks of whole rows of `width` elements, each with the place of its first element.
+pub fn in_place(values: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    let elements = rows_at_once(width) * width.max(1);
+    let blocks = values.par_chunks_mut(elements).enumerate().with_min_len(BLOCKS_PER_TASK);
+    blocks.for_each(|(block, values)| work(block * elements, values));
+}
+
+/// A copy of `source` whose blocks of whole rows of `width` elements `work` has changed, and what it returned
+/// for each block, in order.
+///
+/// Memory that is new from the system is written once, while the block is in the cache, instead of being
+/// cleared first.
+pub fn changed<R: Send>(
+    source: &[f32],
+    width: usize,
+    work: impl Fn(usize, &mut [f32]) -> R + Sync,
+) -> (Vec<f32>, Vec<R>) {
+    let elements = rows_at_once(width) * width.max(1);
+    let mut values = Vec::with_capacity(source.len());
+    let memory = &mut values.spare_capacity_mut()[..source.len()];
+    let blocks = memory.par_chunks_mut(elements).zip(source.par_chunks(elements)).enumerate();
+    let results = blocks
+        .with_min_len(BLOCKS_PER_TASK)
+        .map(|(block, (memory, source))| work(block * elements, memory.write_copy_of_slice(source)))
+        .collect();
+    #[allow(unsafe_code)]
+    // SAFETY: the capacity is at least `source.len()`, and `write_copy_of_slice` has initialised every element up to
+    // there: the chunks of memory and source have the same lengths and together cover all of both.
+    unsafe {
+        values.set_len(source.len());
+    }
+    (values, results)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_cover_every_row_once_whatever_their_width() {
+        for (rows, width) in [(0, 3), (1, 1), (5, 20_000), (9000, 3), (40_000, 2), (3, 8192), (70_001, 1)] {
+            let source: Vec<f32> = (0..rows * width).map(|i| i as f32).collect();
+            let (values, firsts) = changed(&source, width, |first, block| {
+                assert!(first % width == 0 && block.len() % width == 0, "rows stay whole");
+                block.iter_mut().enumerate().for_each(|(i, x)| *x += (first + i) as f32);
+                first
+            });
+            assert!(values.iter().enumerate().all(|(i, &x)| x == 2.0 * i as f32));
+            assert!(firsts.is_sorted() && firsts.first().is_none_or(|&first| first == 0));
+            let mut same = source;
+            in_place(&mut same, width, |first, block| {
+                block.iter_mut().enumerate().for_each(|(i, x)| *x += (first + i) as f32);
+            });
+            assert_eq!(same, values);
+        }
+    }
 }

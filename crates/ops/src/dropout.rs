@@ -2,9 +2,8 @@
 
 use burn::tensor::{Tensor, TensorData};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
-use crate::blocks::BLOCK;
+use crate::blocks::{BLOCK, changed, in_place};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
@@ -50,13 +49,7 @@ impl Dropout {
 
     /// Multiplies every element by 0 or by the scale.
     fn scale_all(&self, values: &mut [f32]) {
-        match values.len() {
-            0..=BLOCK => self.scale_block(0, values),
-            _ => values
-                .par_chunks_mut(BLOCK)
-                .enumerate()
-                .for_each(|(block, values)| self.scale_block(block, values)),
-        }
+        in_place(values, 1, |first, values| self.scale_block(first / BLOCK, values));
     }
 
     fn scale_block(&self, block: usize, values: &mut [f32]) {
@@ -75,8 +68,7 @@ impl Dropout {
     }
 
     fn of(&self, x: &FlexTensor) -> FlexTensor {
-        let mut values = floats(x).into_owned();
-        self.scale_all(&mut values);
+        let (values, _) = changed(&floats(x), 1, |first, values| self.scale_block(first / BLOCK, values));
         tensor(values, x.layout().shape().clone())
     }
 }

@@ -10,6 +10,10 @@ use crate::function::{Function, apply, runs_natively};
 use crate::rows::{Ids, Kind, add_rows, for_rows, scatter};
 use crate::segment::{index_select, segment_mean, segment_sum};
 use crate::simd;
+use crate::vector::prefetch;
+
+/// So many rows ahead of their use are asked for from memory.
+const AHEAD: usize = 16;
 
 /// The rows of a table with the given numbers.
 ///
@@ -112,20 +116,25 @@ impl Function<1> for EmbeddingBag {
     fn forward(&self, [weight]: [FlexTensor; 1]) -> (FlexTensor, ()) {
         let width = weight.layout().shape()[1];
         let bags = self.starts.len() - 1;
-        let table = floats(&weight);
+        let (table, ids) = (floats(&weight), &self.ids[..]);
+        let table_row = |id: i64| &table[id as usize * width..(id as usize + 1) * width];
         let mut output = vec![0.0; bags * width];
         for_rows(&mut output, width, |first, rows| {
             simd(
                 #[inline(always)]
                 || {
                     for (bag, row) in (first..).zip(rows.chunks_exact_mut(width)) {
-                        let ids = &self.ids[self.starts[bag]..self.starts[bag + 1]];
                         let factor = self.factor(bag);
                         add_rows(
                             row,
-                            ids.iter().map(
+                            (self.starts[bag]..self.starts[bag + 1]).map(
                                 #[inline(always)]
-                                |&id| (&table[id as usize * width..(id as usize + 1) * width], factor),
+                                |position| {
+                                    if let Some(&later) = ids.get(position + AHEAD) {
+                                        prefetch(table_row(later));
+                                    }
+                                    (table_row(ids[position]), factor)
+                                },
                             ),
                         );
                     }

@@ -2,10 +2,9 @@
 
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use crate::activation::Activation;
-use crate::blocks::{BLOCK, BLOCKS_PER_TASK};
+use crate::blocks::changed;
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
@@ -30,12 +29,9 @@ impl Function<2> for Gated {
 
     fn forward(&self, inputs: [FlexTensor; 2]) -> (FlexTensor, [FlexTensor; 2]) {
         let [gate, value] = inputs.each_ref().map(floats);
-        let mut output = vec![0.0; gate.len()];
-        let blocks = output.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(value.par_chunks(BLOCK));
-        blocks.with_min_len(BLOCKS_PER_TASK).for_each(|((output, gate), value)| {
-            output.copy_from_slice(gate);
+        let (output, _) = changed(&gate, 1, |first, output| {
             self.0.forward(output);
-            multiply(output, value);
+            multiply(output, &value[first..]);
         });
         drop((gate, value));
         (tensor(output, inputs[0].layout().shape().clone()), inputs)
@@ -48,31 +44,29 @@ impl Function<2> for Gated {
         _: [bool; 2],
     ) -> [Option<FlexTensor>; 2] {
         let [gate, value] = inputs.each_ref().map(floats);
-        let upstream_values = floats(&upstream);
-        let [mut d_gate, mut d_value] = [vec![0.0; gate.len()], vec![0.0; gate.len()]];
-        let blocks = d_gate
-            .par_chunks_mut(BLOCK)
-            .zip(d_value.par_chunks_mut(BLOCK))
-            .zip(gate.par_chunks(BLOCK))
-            .zip(value.par_chunks(BLOCK))
-            .zip(upstream_values.par_chunks(BLOCK));
-        blocks.with_min_len(BLOCKS_PER_TASK).for_each(|((((d_gate, d_value), gate), value), upstream)| {
-            d_value.copy_from_slice(gate);
+        let d_output = floats(&upstream);
+        let (d_gate, _) = changed(&d_output, 1, |first, d_gate| {
+            multiply(d_gate, &value[first..]);
+            self.0.backward(&gate[first..first + d_gate.len()], d_gate);
+        });
+        let (d_value, _) = changed(&gate, 1, |first, d_value| {
             self.0.forward(d_value);
-            multiply(d_value, upstream);
-            d_gate.copy_from_slice(upstream);
-            multiply(d_gate, value);
-            self.0.backward(gate, d_gate);
+            multiply(d_value, &d_output[first..]);
         });
         let shape = upstream.layout().shape();
         [d_gate, d_value].map(|gradient| Some(tensor(gradient, shape.clone())))
     }
 }
 
-/// `a ← a b`
+/// `a ← a b`, as far as `a` goes
 fn multiply(a: &mut [f32], b: &[f32]) {
+    let b = &b[..a.len()];
     simd(
         #[inline(always)]
-        || a.iter_mut().zip(b).for_each(|(a, b)| *a *= b),
+        || {
+            for (a, b) in a.iter_mut().zip(b) {
+                *a *= b;
+            }
+        },
     );
 }

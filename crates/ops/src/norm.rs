@@ -2,9 +2,8 @@
 
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
-use crate::blocks::{BLOCKS_PER_TASK, rows_at_once};
+use crate::blocks::changed;
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
@@ -57,7 +56,7 @@ struct Norm {
 }
 
 /// Mean (0 where rows are not centred) and reciprocal deviation of a row.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Statistics {
     mean: f32,
     scale: f32,
@@ -68,7 +67,6 @@ struct Saved {
     x: FlexTensor,
     weight: FlexTensor,
     bias: bool,
-    rows: Vec<Statistics>,
 }
 
 impl Function<3> for Norm {
@@ -82,75 +80,56 @@ impl Function<3> for Norm {
             width,
             "the weight of a norm must have as many elements as the input's last axis"
         );
-        let (values, scales, shifts) = (floats(&x), floats(&weight), floats(&bias));
-        let mut output = vec![0.0; values.len()];
-        let mut rows = vec![Statistics::default(); values.len() / width.max(1)];
-        let at_once = rows_at_once(width);
-        let blocks = output
-            .par_chunks_mut(at_once * width.max(1))
-            .zip(rows.par_chunks_mut(at_once))
-            .zip(values.par_chunks(at_once * width.max(1)));
-        blocks.with_min_len(BLOCKS_PER_TASK).for_each(|((output, rows), values)| {
+        let (scales, shifts) = (floats(&weight), floats(&bias));
+        let (output, _) = changed(&floats(&x), width, |_, rows| {
             simd(
                 #[inline(always)]
                 || {
-                    let lines = output.chunks_exact_mut(width).zip(values.chunks_exact(width)).zip(rows);
-                    for ((y, x), row) in lines {
-                        *row = self.statistics(x);
-                        normalise(y, x, *row, &scales, &shifts);
+                    for row in rows.chunks_exact_mut(width) {
+                        normalise(row, self.statistics(row), &scales, &shifts);
                     }
                 },
             );
         });
-        let has_bias = !shifts.is_empty();
-        let output = tensor(output, shape);
-        drop((values, scales, shifts));
-        (output, Saved { x, weight, bias: has_bias, rows })
+        let bias = !shifts.is_empty();
+        drop((scales, shifts));
+        (tensor(output, shape), Saved { x, weight, bias })
     }
 
     /// With `x̂` the normalised row and `g = dy · weight`:
     /// `dx = scale (g - mean(g) - x̂ mean(g x̂))`, the mean of `g` only where rows are centred;
-    /// `dweight = Σ dy x̂`, `dbias = Σ dy` over all rows.
-    fn backward(&self, saved: Saved, upstream: FlexTensor, _: [bool; 3]) -> [Option<FlexTensor>; 3] {
-        let Saved { x, weight, bias, rows } = saved;
-        let shape = x.layout().shape().clone();
+    /// `dweight = Σ dy x̂`, `dbias = Σ dy` over all rows. The statistics of a row are cheaper to compute again than to keep.
+    fn backward(
+        &self,
+        Saved { x, weight, bias }: Saved,
+        upstream: FlexTensor,
+        _: [bool; 3],
+    ) -> [Option<FlexTensor>; 3] {
         let width = weight.layout().num_elements();
-        let (values, scales, d_output) = (floats(&x), floats(&weight), floats(&upstream));
-        let mut d_x = vec![0.0; values.len()];
-        let at_once = rows_at_once(width);
-        let elements = at_once * width.max(1);
-        let blocks = d_x
-            .par_chunks_mut(elements)
-            .zip(values.par_chunks(elements))
-            .zip(d_output.par_chunks(elements))
-            .zip(rows.par_chunks(at_once));
-        // The gradients of weight and bias, block by block, one after the other.
-        let partial: Vec<[Vec<f32>; 2]> = blocks
-            .with_min_len(BLOCKS_PER_TASK)
-            .map(|(((d_x, values), d_output), rows)| {
-                let mut sums = [vec![0.0; width], vec![0.0; width]];
-                simd(
-                    #[inline(always)]
-                    || {
-                        let lines = d_x
-                            .chunks_exact_mut(width)
-                            .zip(values.chunks_exact(width))
-                            .zip(d_output.chunks_exact(width))
-                            .zip(rows);
-                        for (((d_x, x), d_y), row) in lines {
-                            self.pull_back(d_x, x, d_y, *row, &scales, &mut sums);
-                        }
-                    },
-                );
-                sums
-            })
-            .collect();
+        let (values, scales) = (floats(&x), floats(&weight));
+        // The gradients of weight and bias, block by block.
+        let (d_x, partial) = changed(&floats(&upstream), width, |first, rows| {
+            let mut sums = [vec![0.0; width], vec![0.0; width]];
+            simd(
+                #[inline(always)]
+                || {
+                    for (d, x) in rows.chunks_exact_mut(width).zip(values[first..].chunks_exact(width)) {
+                        self.pull_back(d, x, &scales, &mut sums);
+                    }
+                },
+            );
+            sums
+        });
         let [mut d_weight, mut d_bias] = [vec![0.0; width], vec![0.0; width]];
         for [weight, bias] in &partial {
             d_weight.iter_mut().zip(weight).for_each(|(sum, x)| *sum += x);
             d_bias.iter_mut().zip(bias).for_each(|(sum, x)| *sum += x);
         }
-        [Some(tensor(d_x, shape)), Some(tensor(d_weight, [width])), bias.then(|| tensor(d_bias, [width]))]
+        [
+            Some(tensor(d_x, upstream.layout().shape().clone())),
+            Some(tensor(d_weight, [width])),
+            bias.then(|| tensor(d_bias, [width])),
+        ]
     }
 }
 
@@ -158,61 +137,42 @@ impl Norm {
     #[inline(always)]
     fn statistics(&self, x: &[f32]) -> Statistics {
         let count = x.len() as f32;
-        let mean = if self.centred {
-            sum_of(
-                x,
-                #[inline(always)]
-                |x| x,
-            ) / count
-        } else {
-            0.0
-        };
-        let variance = sum_of(
-            x,
-            #[inline(always)]
-            |x| (x - mean) * (x - mean),
-        ) / count;
+        let mean = if self.centred { sum_of(x, #[inline(always)] |x| x) / count } else { 0.0 };
+        let variance = sum_of(x, #[inline(always)] |x| (x - mean) * (x - mean)) / count;
         Statistics { mean, scale: 1.0 / (variance + self.epsilon).sqrt() }
     }
 
+    /// Replaces a row's upstream gradient by that of its input `x`, and adds to those of weight and bias.
     #[inline(always)]
-    fn pull_back(
-        &self,
-        d_x: &mut [f32],
-        x: &[f32],
-        d_y: &[f32],
-        Statistics { mean, scale }: Statistics,
-        weight: &[f32],
-        [d_weight, d_bias]: &mut [Vec<f32>; 2],
-    ) {
-        let width = x.len();
+    fn pull_back(&self, d: &mut [f32], x: &[f32], weight: &[f32], [d_weight, d_bias]: &mut [Vec<f32>; 2]) {
+        let Statistics { mean, scale } = self.statistics(x);
+        let width = d.len();
+        let (x, weight) = (&x[..width], &weight[..width]);
         let (d_weight, d_bias) = (&mut d_weight[..width], &mut d_bias[..width]);
         for i in 0..width {
-            d_x[i] = d_y[i] * weight[i]; // g
-            d_weight[i] = fma(d_y[i], (x[i] - mean) * scale, d_weight[i]);
-            d_bias[i] += d_y[i];
+            d_weight[i] = fma(d[i], (x[i] - mean) * scale, d_weight[i]);
+            d_bias[i] += d[i];
+            d[i] *= weight[i]; // g
         }
         let count = width as f32;
-        let mean_g = sum_of(
-            d_x,
-            #[inline(always)]
-            |g| g,
-        ) / count;
+        let mean_g = sum_of(d, #[inline(always)] |g| g) / count;
         // mean(g x̂) = scale (Σ g x - mean Σ g) / count
-        let mean_gx = scale * (dot(d_x, x) / count - mean * mean_g);
+        let mean_gx = scale * (dot(d, x) / count - mean * mean_g);
         let mean_g = if self.centred { mean_g } else { 0.0 };
         for i in 0..width {
             let normalised = (x[i] - mean) * scale;
-            d_x[i] = scale * (d_x[i] - mean_g - normalised * mean_gx);
+            d[i] = scale * (d[i] - mean_g - normalised * mean_gx);
         }
     }
 }
 
 #[inline(always)]
-fn normalise(y: &mut [f32], x: &[f32], Statistics { mean, scale }: Statistics, weight: &[f32], bias: &[f32]) {
-    let (x, weight) = (&x[..y.len()], &weight[..y.len()]);
-    for i in 0..y.len() {
-        y[i] = (x[i] - mean) * scale * weight[i];
+fn normalise(x: &mut [f32], Statistics { mean, scale }: Statistics, weight: &[f32], bias: &[f32]) {
+    let weight = &weight[..x.len()];
+    for i in 0..x.len() {
+        x[i] = (x[i] - mean) * scale * weight[i];
     }
-    y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+    for (x, b) in x.iter_mut().zip(bias) {
+        *x += b;
+    }
 }

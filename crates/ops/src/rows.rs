@@ -7,11 +7,10 @@ use burn::tensor::{DType, Int, Tensor};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
+use crate::blocks::{BLOCK, in_place};
 use crate::simd;
 use crate::vector::{axpy, fma};
 
-/// Elements that one task copies or adds, at least.
-const BLOCK: usize = 8192;
 /// Ranges of rows that are added to side by side.
 const RANGES: usize = 64;
 
@@ -69,14 +68,7 @@ pub(crate) fn gather(table: &[f32], width: usize, ids: &[i64]) -> Vec<f32> {
 /// Hands `work` some rows of `values` at a time with the number of the first, on all threads where there is
 /// much to do.
 pub(crate) fn for_rows(values: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    if values.is_empty() {
-        return;
-    }
-    if values.len() <= BLOCK {
-        return work(0, values);
-    }
-    let rows = BLOCK.div_ceil(width);
-    values.par_chunks_mut(rows * width).enumerate().for_each(|(task, values)| work(task * rows, values));
+    in_place(values, width, |first, values| work(first / width, values));
 }
 
 /// Positions in a list of row numbers, sorted by the range of rows that they fall in, so that tasks with a

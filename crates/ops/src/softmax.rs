@@ -3,9 +3,9 @@
 use burn::tensor::{AsIndex, Tensor, activation as burn_activation};
 use burn_flex::FlexTensor;
 
+use crate::blocks::{changed, in_place};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
-use crate::rows::for_rows;
 use crate::simd;
 use crate::vector::{dot, fma};
 
@@ -64,12 +64,8 @@ impl Function<1> for Softmax {
     type Saved = FlexTensor;
 
     fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, FlexTensor) {
-        let values = floats(&x);
-        let mut output = vec![0.0; values.len()];
         let width = last_axis(&x);
-        for_rows(&mut output, width, |first, rows| {
-            self.0.forward(&values[first * width..][..rows.len()], rows, width);
-        });
+        let (output, _) = changed(&floats(&x), width, |_, rows| self.0.forward(rows, width));
         let output = tensor(output, x.layout().shape().clone());
         (output.clone(), output)
     }
@@ -84,25 +80,24 @@ impl Function<1> for Softmax {
 }
 
 impl Form {
-    /// The softmax `y` of rows of `width` numbers `x`.
-    fn forward(self, x: &[f32], y: &mut [f32], width: usize) {
+    /// Replaces rows of `width` numbers by their softmax.
+    fn forward(self, rows: &mut [f32], width: usize) {
         simd(
             #[inline(always)]
             || {
-                for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+                for x in rows.chunks_exact_mut(width) {
                     let largest = max(x);
                     match self {
                         Self::Probabilities => {
-                            y.copy_from_slice(x);
-                            let factor = 1.0 / exp_all(y, largest);
-                            for y in y.iter_mut() {
-                                *y *= factor;
+                            let factor = 1.0 / exp_all(x, largest);
+                            for x in x.iter_mut() {
+                                *x *= factor;
                             }
                         }
                         Self::Logarithms => {
                             let log_sum = sum_of_exp(x, largest).ln();
-                            for (y, x) in y.iter_mut().zip(x) {
-                                *y = x - largest - log_sum;
+                            for x in x.iter_mut() {
+                                *x = *x - largest - log_sum;
                             }
                         }
                     }
@@ -139,8 +134,8 @@ impl Form {
     }
 }
 
-/// `x` with its rows of `width` overwritten by `work` as in [`for_rows`], in the same memory where nobody else
-/// holds it.
+/// `x` with its rows of `width` changed by `work`, which is also given the number of a block's first row; in the same
+/// memory where nobody else holds it.
 pub(crate) fn overwrite_rows(
     mut x: FlexTensor,
     width: usize,
@@ -148,15 +143,10 @@ pub(crate) fn overwrite_rows(
 ) -> FlexTensor {
     let whole = x.is_contiguous() && x.bytes().len() == size_of::<f32>() * x.layout().num_elements();
     if let Some(values) = whole.then(|| x.try_storage_mut::<f32>()).flatten() {
-        for_rows(values, width, work);
+        in_place(values, width, |first, rows| work(first / width, rows));
         return x;
     }
-    let old = floats(&x);
-    let mut values = vec![0.0; old.len()];
-    for_rows(&mut values, width, |first, rows| {
-        rows.copy_from_slice(&old[first * width..][..rows.len()]);
-        work(first, rows);
-    });
+    let (values, _) = changed(&floats(&x), width, |first, rows| work(first / width, rows));
     tensor(values, x.layout().shape().clone())
 }
 

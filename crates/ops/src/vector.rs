@@ -67,36 +67,31 @@ pub fn tanh(x: f32) -> f32 {
     if size >= NEAR_ZERO { far } else { near }
 }
 
-/// The error function to within 3 ulp.
+/// The error function to within 6 ulp, never beyond ±1.
 ///
-/// An odd minimax polynomial near 0; `1 - e^p(|x|)` with a polynomial `p` for `ln erfc` elsewhere.
+/// `x P(x²) / Q(x²)` with a minimax ratio of polynomials up to where erf rounds to 1.
 #[inline(always)]
 pub fn erf(x: f32) -> f32 {
-    const NEAR_ZERO: f32 = 0.925;
-    const ONE: f32 = 4.0; // from here on erf rounds to 1
+    const ONE: f32 = 3.95;
+    // NaN stays NaN, as it would not with min and max.
+    let x = if x > ONE { ONE } else { x };
+    let x = if x < -ONE { -ONE } else { x };
     let t = x * x;
-    let mut p = 8.316_764e-5;
-    p = fma(p, t, -8.130_01e-4);
-    p = fma(p, t, 5.199_906_4e-3);
-    p = fma(p, t, -2.685_894e-2);
-    p = fma(p, t, 1.128_368_7e-1);
-    p = fma(p, t, -3.761_263_3e-1);
-    p = fma(p, t, 1.283_791_7e-1); // 2/√π - 1: the one is added apart, for its digits
-    let near = fma(p, x, x);
-
-    let size = x.abs().min(ONE);
-    let mut q = 3.854_386_8e-7;
-    q = fma(q, size, -6.610_988_6e-6);
-    q = fma(q, size, 3.034_314_5e-5);
-    q = fma(q, size, 1.954_392e-4);
-    q = fma(q, size, -3.443_872_9e-3);
-    q = fma(q, size, 2.363_419_8e-2);
-    q = fma(q, size, -1.062_701_9e-1);
-    q = fma(q, size, -6.350_648e-1);
-    q = fma(q, size, -1.286_803_6e-1);
-    let far = (1.0 - exp(fma(q, size, -size))).copysign(x);
-    // Written so that NaN takes the first branch and stays NaN.
-    if x.abs() >= NEAR_ZERO { far } else { near }
+    let mut p = 2.025_871_5e-6;
+    p = fma(p, t, 2.846_811_8e-4);
+    p = fma(p, t, 3.808_06e-3);
+    p = fma(p, t, 5.287_515_3e-2);
+    p = fma(p, t, 1.915_485_2e-1);
+    p = fma(p, t, 1.128_379_1);
+    let mut q = 3.783_106_9e-5;
+    q = fma(q, t, 1.170_692_5e-3);
+    q = fma(q, t, 1.505_490_3e-2);
+    q = fma(q, t, 1.145_588_3e-1);
+    q = fma(q, t, 5.030_881_3e-1);
+    q = fma(q, t, 1.0);
+    let y = x * p / q;
+    let y = if y > 1.0 { 1.0 } else { y };
+    if y < -1.0 { -1.0 } else { y }
 }
 
 /// The natural logarithm of a normal positive number to within 2 ulp; of 0 it is -∞, of ∞ it is ∞, of a
@@ -196,6 +191,23 @@ fn total(mut sums: [f32; LANES]) -> f32 {
     sums[0]
 }
 
+/// Asks for a slice that will be read soon, so that it is in the cache by then; a hint without effect on results.
+#[inline(always)]
+pub fn prefetch(slice: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in slice.chunks(64 / size_of::<f32>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        #[allow(unsafe_code)]
+        // SAFETY: SSE, which has the instruction, is part of every x86-64; the address lies in the slice, and nothing is
+        // read or written as far as the program can tell.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = slice;
+}
+
 /// `y += a x`.
 #[inline(always)]
 pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
@@ -267,8 +279,8 @@ mod tests {
             }
             sum * 2.0 / std::f64::consts::PI.sqrt()
         };
-        assert!(worst(erf, series, 1e-4, 4.2) <= 3);
-        assert!(worst(erf, series, -4.2, -1e-4) <= 3);
+        assert!(worst(erf, series, 1e-4, 4.2) <= 6);
+        assert!(worst(erf, series, -4.2, -1e-4) <= 6);
         assert_eq!((erf(0.0), erf(10.0), erf(f32::NEG_INFINITY)), (0.0, 1.0, -1.0));
     }
 
