@@ -1,5 +1,7 @@
 //! How work on many elements is divided among threads, and memory for its results.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 /// Elements that are worked on at once: few enough to stay in a core's cache.
@@ -36,15 +38,32 @@ pub fn changed<R: Send>(
     let blocks = memory.par_chunks_mut(elements).zip(source.par_chunks(elements)).enumerate();
     let results = blocks
         .with_min_len(BLOCKS_PER_TASK)
-        .map(|(block, (memory, source))| work(block * elements, memory.write_copy_of_slice(source)))
+        .map(|(block, (memory, source))| work(block * elements, copied(memory, source)))
         .collect();
     #[allow(unsafe_code)]
-    // SAFETY: the capacity is at least `source.len()`, and `write_copy_of_slice` has initialised every element up to
-    // there: the chunks of memory and source have the same lengths and together cover all of both.
+    // SAFETY: the capacity is at least `source.len()`, and `copied` has initialised every element up to there: the
+    // chunks of memory and source have the same lengths and together cover all of both.
     unsafe {
         values.set_len(source.len());
     }
     (values, results)
+}
+
+/// Writes a copy of `source` into `memory` of the same length.
+///
+/// In pieces, because the C library copies large ones with an instruction that is slow on some processors.
+fn copied<'a>(memory: &'a mut [MaybeUninit<f32>], source: &[f32]) -> &'a mut [f32] {
+    const PIECE: usize = 1024;
+    assert_eq!(memory.len(), source.len());
+    for (memory, source) in memory.chunks_mut(PIECE).zip(source.chunks(PIECE)) {
+        memory.write_copy_of_slice(source);
+    }
+    #[allow(unsafe_code)]
+    // SAFETY: the pieces of memory and source have the same lengths and cover all of both, so that every element has
+    // been written.
+    unsafe {
+        memory.assume_init_mut()
+    }
 }
 
 #[cfg(test)]

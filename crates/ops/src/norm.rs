@@ -7,7 +7,7 @@ use crate::blocks::changed;
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
-use crate::vector::{dot, fma, sum_of};
+use crate::vector::{fma, long_dot, sum_of};
 
 /// `(x - mean) / √(variance + ε) · weight + bias`, mean and variance over the last axis
 /// (Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450).
@@ -137,8 +137,20 @@ impl Norm {
     #[inline(always)]
     fn statistics(&self, x: &[f32]) -> Statistics {
         let count = x.len() as f32;
-        let mean = if self.centred { sum_of(x, #[inline(always)] |x| x) / count } else { 0.0 };
-        let variance = sum_of(x, #[inline(always)] |x| (x - mean) * (x - mean)) / count;
+        let mean = if self.centred {
+            sum_of(
+                x,
+                #[inline(always)]
+                |x| x,
+            ) / count
+        } else {
+            0.0
+        };
+        let variance = sum_of(
+            x,
+            #[inline(always)]
+            |x| (x - mean) * (x - mean),
+        ) / count;
         Statistics { mean, scale: 1.0 / (variance + self.epsilon).sqrt() }
     }
 
@@ -155,9 +167,13 @@ impl Norm {
             d[i] *= weight[i]; // g
         }
         let count = width as f32;
-        let mean_g = sum_of(d, #[inline(always)] |g| g) / count;
+        let mean_g = sum_of(
+            d,
+            #[inline(always)]
+            |g| g,
+        ) / count;
         // mean(g x̂) = scale (Σ g x - mean Σ g) / count
-        let mean_gx = scale * (dot(d, x) / count - mean * mean_g);
+        let mean_gx = scale * (long_dot(d, x) / count - mean * mean_g);
         let mean_g = if self.centred { mean_g } else { 0.0 };
         for i in 0..width {
             let normalised = (x[i] - mean) * scale;

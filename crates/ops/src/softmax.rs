@@ -7,7 +7,7 @@ use crate::blocks::{changed, in_place};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
-use crate::vector::{dot, fma};
+use crate::vector::{fma, fold, long_dot, sum_of};
 
 /// `softmax(x)_i = e^x_i / Σ_j e^x_j` along `dim`, which counts from the end where it is negative.
 ///
@@ -115,7 +115,7 @@ impl Form {
                     match self {
                         // y_i (dy_i - Σ_j y_j dy_j)
                         Self::Probabilities => {
-                            let mean = dot(y, gradient);
+                            let mean = long_dot(y, gradient);
                             for (gradient, y) in gradient.iter_mut().zip(y) {
                                 *gradient = y * (*gradient - mean);
                             }
@@ -181,32 +181,6 @@ pub(crate) fn exp_below(x: f32) -> f32 {
     if x < LOWEST { 0.0 } else { p * power }
 }
 
-/// Sums that a loop keeps side by side, so that no addition waits for the one before it.
-const LANES: usize = 64;
-
-/// Combines `f` of all elements with `join`, in [`LANES`] strands.
-#[inline(always)]
-fn fold(values: &[f32], start: f32, f: impl Fn(f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
-    let (body, tail) = values.as_chunks::<LANES>();
-    let mut strands = [start; LANES];
-    for chunk in body {
-        for lane in 0..LANES {
-            strands[lane] = join(strands[lane], f(chunk[lane]));
-        }
-    }
-    for (strand, &x) in strands.iter_mut().zip(tail) {
-        *strand = join(*strand, f(x));
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            strands[lane] = join(strands[lane], strands[lane + width]);
-        }
-        width /= 2;
-    }
-    strands[0]
-}
-
 /// The largest element that is a number; -∞ where there is none.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
@@ -222,28 +196,25 @@ pub(crate) fn max(values: &[f32]) -> f32 {
 /// The sum of all elements.
 #[inline(always)]
 pub(crate) fn sum(values: &[f32]) -> f32 {
-    fold(
+    sum_of(
         values,
-        0.0,
         #[inline(always)]
         |x| x,
-        #[inline(always)]
-        |a, b| a + b,
     )
 }
 
 /// `Σ e^(x - shift)`, where no `x` is larger than `shift`.
 #[inline(always)]
 pub(crate) fn sum_of_exp(values: &[f32], shift: f32) -> f32 {
-    fold(
+    sum_of(
         values,
-        0.0,
         #[inline(always)]
         |x| exp_below(x - shift),
-        #[inline(always)]
-        |a, b| a + b,
     )
 }
+
+/// Sums that [`exp_all`] keeps side by side.
+const LANES: usize = 64;
 
 /// `x ← e^(x - shift)` for all elements, none of them larger than `shift`; their sum.
 #[inline(always)]

@@ -144,51 +144,97 @@ pub fn softplus(x: f32) -> f32 {
     x.max(0.0) + ln_1p(exp(-x.abs()))
 }
 
-/// Partial sums that a reduction keeps, so that it compiles to vector code.
-const LANES: usize = 16;
+/// Results that a reduction keeps side by side, so that it compiles to vector code in which no operation waits
+/// for the one before it.
+const STRANDS: usize = 64;
 
-/// The sum of `term(a)` over a slice, in an order that depends on its length alone.
+/// Combines `f` of all elements with `join`, in an order that depends on their number alone.
 #[inline(always)]
-pub fn sum_of(a: &[f32], term: impl Fn(f32) -> f32) -> f32 {
-    let (body, tail) = a.as_chunks::<LANES>();
-    let mut sums = [0.0f32; LANES];
-    for a in body {
-        for lane in 0..LANES {
-            sums[lane] += term(a[lane]);
+pub fn fold(values: &[f32], start: f32, f: impl Fn(f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let (body, tail) = values.as_chunks::<STRANDS>();
+    let mut strands = [start; STRANDS];
+    for chunk in body {
+        for strand in 0..STRANDS {
+            strands[strand] = join(strands[strand], f(chunk[strand]));
         }
     }
-    tail.iter().fold(total(sums), |sum, &a| sum + term(a))
+    let last = padded::<STRANDS>(tail);
+    for strand in 0..STRANDS {
+        let with_last = join(strands[strand], f(last[strand]));
+        strands[strand] = if strand < tail.len() { with_last } else { strands[strand] };
+    }
+    joined(strands, join)
 }
 
-/// The scalar product of two slices of equal length.
+/// The sum of `term(x)` over a slice, in an order that depends on its length alone.
+#[inline(always)]
+pub fn sum_of(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    fold(
+        values,
+        0.0,
+        term,
+        #[inline(always)]
+        |a, b| a + b,
+    )
+}
+
+/// The scalar product of two slices of equal length, for short ones.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_body, a_tail) = a.as_chunks::<LANES>();
-    let (b_body, b_tail) = b.as_chunks::<LANES>();
-    let mut sums = [0.0f32; LANES];
-    for (a, b) in a_body.iter().zip(b_body) {
-        for lane in 0..LANES {
-            sums[lane] = fma(a[lane], b[lane], sums[lane]);
-        }
-    }
-    // The tail goes into the lanes: with a scalar sum of its own, LLVM builds the loop above from pairs of lanes.
-    for (sum, (&a, &b)) in sums.iter_mut().zip(a_tail.iter().zip(b_tail)) {
-        *sum = fma(a, b, *sum);
-    }
-    total(sums)
+    dot_in_strands::<16>(a, b)
 }
 
-/// Adds up the lanes, halves at a time.
+/// The scalar product of two slices of equal length, for those of hundreds of elements.
 #[inline(always)]
-fn total(mut sums: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            sums[lane] += sums[lane + width];
+pub fn long_dot(a: &[f32], b: &[f32]) -> f32 {
+    dot_in_strands::<STRANDS>(a, b)
+}
+
+#[inline(always)]
+fn dot_in_strands<const N: usize>(a: &[f32], b: &[f32]) -> f32 {
+    let (a_body, a_tail) = a.as_chunks::<N>();
+    let (b_body, b_tail) = b.as_chunks::<N>();
+    let mut sums = [0.0f32; N];
+    for (a, b) in a_body.iter().zip(b_body) {
+        for strand in 0..N {
+            sums[strand] = fma(a[strand], b[strand], sums[strand]);
         }
-        width /= 2;
     }
-    sums[0]
+    let (a_last, b_last) = (padded::<N>(a_tail), padded::<N>(b_tail));
+    for strand in 0..N {
+        sums[strand] = fma(a_last[strand], b_last[strand], sums[strand]);
+    }
+    joined(
+        sums,
+        #[inline(always)]
+        |a, b| a + b,
+    )
+}
+
+/// What is left of a slice, with zeros after it. Strands are only ever named by constants of an unrolled loop: an index
+/// that depends on the length of the tail would keep them in memory instead of registers.
+#[inline(always)]
+fn padded<const N: usize>(tail: &[f32]) -> [f32; N] {
+    let mut padded = [0.0; N];
+    padded[..tail.len()].copy_from_slice(tail);
+    padded
+}
+
+/// Combines the strands, a multiple of 16 of them: first into 16, then halves at a time.
+#[inline(always)]
+fn joined<const N: usize>(strands: [f32; N], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut rest = [0.0; 16];
+    rest.copy_from_slice(&strands[..16]);
+    for strand in 16..N {
+        rest[strand % 16] = join(rest[strand % 16], strands[strand]);
+    }
+    for strand in 0..8 {
+        rest[strand] = join(rest[strand], rest[strand + 8]);
+    }
+    for strand in 0..4 {
+        rest[strand] = join(rest[strand], rest[strand + 4]);
+    }
+    join(join(rest[0], rest[2]), join(rest[1], rest[3]))
 }
 
 /// Asks for a slice that will be read soon, so that it is in the cache by then; a hint without effect on results.
@@ -296,11 +342,12 @@ mod tests {
 
     #[test]
     fn dot_and_axpy_agree_with_plain_sums_for_every_tail() {
-        for n in 0..40 {
+        for n in 0..150 {
             let a: Vec<f32> = (0..n).map(|i| i as f32 * 0.25 - 3.0).collect();
             let b: Vec<f32> = (0..n).map(|i| 1.0 - i as f32 * 0.125).collect();
             let exact: f32 = a.iter().zip(&b).map(|(a, b)| a * b).sum();
             assert!((dot(&a, &b) - exact).abs() <= 1e-4 * exact.abs().max(1.0));
+            assert!((long_dot(&a, &b) - exact).abs() <= 1e-4 * exact.abs().max(1.0));
             assert_eq!(sum_of(&a, |x| 2.0 * x), 2.0 * a.iter().sum::<f32>());
             let mut y = b.clone();
             axpy(2.0, &a, &mut y);
