@@ -59,3 +59,8 @@ pub use segment::{index_add, index_select, segment_max, segment_mean, segment_su
 pub use short_conv::short_conv;
 pub use simd::{LEVEL_VARIABLE, level, simd};
 pub use softmax::{log_softmax, softmax};
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
