@@ -101,17 +101,17 @@ fn convolve(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec
         }
         planes.into_par_iter().enumerate().for_each(|(output, mut planes)| {
             let bias = bias.get(output).copied().unwrap_or(0.0);
+            let mut patch = [[[0.0; LANES]; PATCH]; PATCH];
+            let mut tile = [[[0.0; LANES]; TILE]; TILE];
             for group in 0..len / LANES {
                 let at = output * len + group * LANES;
-                let mut tile = [[[0.0; LANES]; TILE]; TILE];
                 simd(
                     #[inline(always)]
                     || {
-                        let mut patch = [[[0.0; LANES]; PATCH]; PATCH];
                         for (point, lanes) in patch.as_flattened_mut().iter_mut().enumerate() {
                             lanes.copy_from_slice(&products[point * outputs * len + at..][..LANES]);
                         }
-                        tile = both_sides(&patch, output_transform);
+                        both_sides(&patch, output_transform, &mut tile);
                     },
                 );
                 tiles.put(group, &tile, bias, &mut planes);
@@ -153,9 +153,10 @@ pub(super) fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) 
             for (point, values) in patch.as_flattened_mut().iter_mut().enumerate() {
                 values[..lanes].copy_from_slice(&total[point * outputs * inputs + at..][..lanes]);
             }
-            let kernel = simd(
+            let mut kernel = [[[0.0; LANES]; TAPS]; TAPS];
+            simd(
                 #[inline(always)]
-                || both_sides(&patch, weight_adjoint),
+                || both_sides(&patch, weight_adjoint, &mut kernel),
             );
             for (lane, d_weight) in d_weight.chunks_mut(TAPS * TAPS).enumerate() {
                 for (d_weight, values) in d_weight.iter_mut().zip(kernel.as_flattened()) {
@@ -193,9 +194,10 @@ fn transformed_weight(
                     }
                 }
             }
-            let patch = simd(
+            let mut patch = [[[0.0; LANES]; PATCH]; PATCH];
+            simd(
                 #[inline(always)]
-                || both_sides(&kernel, weight_transform),
+                || both_sides(&kernel, weight_transform, &mut patch),
             );
             for (values, transformed) in patch.as_flattened().iter().zip(transformed.chunks_mut(columns)) {
                 transformed[first..first + lanes].copy_from_slice(&values[..lanes]);
@@ -272,29 +274,31 @@ impl Tiles {
         let corners: Vec<usize> = self.places.iter().map(corner).collect();
         patches.resize(channels * POINTS * len, 0.0);
         patches.par_chunks_mut(POINTS * len).enumerate().for_each_init(
-            || (vec![0.0; self.block.images.len() * padded_plane], [[[0.0; LANES]; N]; N]),
-            |(padded, patch), (channel, patches)| {
+            || vec![0.0; self.block.images.len() * padded_plane],
+            |padded, (channel, patches)| {
+                let mut seen = [[[0.0; LANES]; N]; N];
+                let mut patch = [[[0.0; LANES]; PATCH]; PATCH];
                 for (image, padded) in self.block.images.clone().zip(padded.chunks_mut(padded_plane)) {
                     let plane = &values[(image * channels + channel) * height * width..][..height * width];
                     pad(plane, width, origin, padded, stride);
                 }
                 for (group, corners) in corners.chunks(LANES).enumerate() {
                     if corners.len() < LANES {
-                        *patch = [[[0.0; LANES]; N]; N];
+                        seen = [[[0.0; LANES]; N]; N];
                     }
                     for (lane, corner) in corners.iter().enumerate() {
                         let values = &padded[*corner..][..(N - 1) * stride + N];
                         for i in 0..N {
                             let values = &values[i * stride..][..N];
                             for j in 0..N {
-                                patch[i][j][lane] = values[j];
+                                seen[i][j][lane] = values[j];
                             }
                         }
                     }
                     simd(
                         #[inline(always)]
                         || {
-                            let patch = both_sides(patch, &f);
+                            both_sides(&seen, &f, &mut patch);
                             for (point, lanes) in patch.as_flattened().iter().enumerate() {
                                 patches[point * len + group * LANES..][..LANES].copy_from_slice(lanes);
                             }
@@ -343,12 +347,13 @@ fn pad(plane: &[f32], width: usize, [top, left]: [isize; 2], padded: &mut [f32],
     }
 }
 
-/// A transform along both axes of all lanes.
+/// A transform along both axes of all lanes, into `y`: results this large are not returned without a copy.
 #[inline(always)]
 fn both_sides<const N: usize, const M: usize>(
     x: &[[Lanes; N]; N],
     f: impl Fn([f32; N]) -> [f32; M],
-) -> [[Lanes; M]; M] {
+    y: &mut [[Lanes; M]; M],
+) {
     let mut half = [[[0.0; LANES]; N]; M];
     for j in 0..N {
         for lane in 0..LANES {
@@ -362,7 +367,6 @@ fn both_sides<const N: usize, const M: usize>(
             }
         }
     }
-    let mut y = [[[0.0; LANES]; M]; M];
     for i in 0..M {
         for lane in 0..LANES {
             let mut values = [0.0; N];
@@ -375,7 +379,6 @@ fn both_sides<const N: usize, const M: usize>(
             }
         }
     }
-    y
 }
 
 /// `Bᵀ x`
