@@ -45,7 +45,8 @@ fn forward(n: usize, repetitions: usize) -> f64 {
 }
 
 fn forward_backward(n: usize, repetitions: usize) -> f64 {
-    let inputs = operands(n, WIDTH, Distribution::Normal(0.0, 1.0)).map(|x| Tensor::from_inner(x).require_grad());
+    let inputs =
+        operands(n, WIDTH, Distribution::Normal(0.0, 1.0)).map(|x| Tensor::from_inner(x).require_grad());
     median_milliseconds(repetitions, || {
         black_box(attend(inputs.clone()).sum().backward());
     })
@@ -53,7 +54,8 @@ fn forward_backward(n: usize, repetitions: usize) -> f64 {
 
 /// Memory above the inputs of the exact algorithm, forward and backward; not a number where the system does not tell.
 fn peak_mib(n: usize) -> f64 {
-    let inputs = operands(n, WIDTH, Distribution::Normal(0.0, 1.0)).map(|x| Tensor::from_inner(x).require_grad());
+    let inputs =
+        operands(n, WIDTH, Distribution::Normal(0.0, 1.0)).map(|x| Tensor::from_inner(x).require_grad());
     let peak = MemoryGauge::start().and_then(|gauge| gauge.peak(|| attend(inputs).sum().backward()).1);
     peak.map_or(f64::NAN, |peak| peak as f64 / f64::from(1 << 20))
 }

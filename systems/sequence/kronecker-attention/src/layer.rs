@@ -106,7 +106,7 @@ impl KroneckerAttentionConfig {
             q_proj: projection(),
             k_projs: (0..self.order).map(|_| projection()).collect(),
             v_projs: (0..self.order).map(|_| projection()).collect(),
-            o_proj: LinearConfig::new(d, d).init(device),
+            o_proj: projection(),
             config: self.clone(),
         }
     }

@@ -155,7 +155,7 @@ impl KroneckerTransformerConfig {
             embedding: if let Input::Embed(symbols) = self.input { Some(embedding(symbols)) } else { None },
             input: (features > 0)
                 .then(|| LinearConfig::new(features, d).with_initializer(normal(std)).init(device)),
-            blank: normal(1.0).init([1, 1, d], device),
+            blank: normal(0.02).init([1, 1, d], device),
             blocks: self.orders.iter().map(block).collect(),
             head: LinearConfig::new(d, self.classes).init(device),
             config: self.clone(),
@@ -197,7 +197,7 @@ pub struct Block {
 impl Block {
     fn forward(&self, x: Tensor<3>, mask: Option<Tensor<2, Bool>>) -> Tensor<3> {
         let x = x.clone() + self.attention.forward(x, mask);
-        let hidden = self.up.forward_activated(self.norm.forward(x.clone()), Activation::Gelu);
+        let hidden = self.up.forward_activated(self.norm.forward(x.clone()), Activation::Relu);
         x + self.down.forward(hidden)
     }
 }

@@ -46,12 +46,14 @@ impl Desk {
 
     /// What a verb prints.
     fn json(&self, line: &str) -> Value {
+        self.cx.take_printed();
         self.run(line).unwrap();
         serde_json::from_str(&self.cx.take_printed()).unwrap()
     }
 
     /// Checks that a verb refuses with these words and prints nothing.
     fn assert_refused(&self, line: &str, words: &str) {
+        self.cx.take_printed();
         let error = self.run(line).unwrap_err();
         assert_eq!(self.cx.take_printed(), "");
         let refusal = format!("{error}; {}", error.hint_text().unwrap_or("no hint"));
@@ -64,7 +66,9 @@ fn run_op_gives_the_golden_output_and_an_error_within_its_certificate() {
     let desk = Desk::new();
     let exact = desk.json("run-op --in %order2_n9_d4.npz --impl exact --out @o.npz");
     assert_eq!((exact["impl"].as_str(), exact["order"].as_u64()), (Some("exact"), Some(2)));
-    let golden = read_npz(&PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/order2_n9_d4.npz"))).unwrap();
+    let golden =
+        read_npz(&PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/order2_n9_d4.npz")))
+            .unwrap();
     let (found, expected) = (read_npz(&desk.path("o.npz")).unwrap(), golden.get("O").unwrap().clone());
     let found = found.get("O").unwrap();
     assert_eq!(found.shape, expected.shape);
@@ -114,10 +118,7 @@ fn match3_instances_are_made_and_solved() {
 fn every_format_is_trained_on_evaluated_predicted_and_explained() {
     let desk = Desk::new();
     desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
-    desk.write(
-        "words.csv",
-        "t0,t1,t2,label\na,b,c,yes\nb,b,,no\nc,a,a,yes\na,,,no\nb,c,a,yes\nc,c,c,no\n",
-    );
+    desk.write("words.csv", "t0,t1,t2,label\na,b,c,yes\nb,b,,no\nc,a,a,yes\na,,,no\nb,c,a,yes\nc,c,c,no\n");
     let mut arrays = TensorFile::new();
     arrays.insert("x", HostTensor::float([6, 4, 2], (0..48).map(|i| (i as f32).sin()).collect()));
     arrays.insert("y", HostTensor::int([6], vec![0, 1, 2, 0, 1, 2]));
@@ -151,12 +152,14 @@ fn pairs_are_drawn() {
     let desk = Desk::new();
     desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
     desk.run(&format!("train --data @ids.jsonl --input fourier:7 {TINY} --out @m")).unwrap();
-    desk.cx.take_printed();
     let drawn = desk.json("plot --model @m --data @ids.jsonl --row 2 --token 4 --out @pairs.png");
     assert_eq!(drawn["strongest"].as_array().unwrap().len(), 5);
     assert!(desk.path("pairs.png").exists());
     desk.assert_refused("plot --model @m --data @ids.jsonl --row 25 --out @x.svg", "--row 25 is not 1 to 24");
-    desk.assert_refused("plot --model @m --data @ids.jsonl --token 5 --out @x.svg", "--token 5 is not below 5");
+    desk.assert_refused(
+        "plot --model @m --data @ids.jsonl --token 5 --out @x.svg",
+        "--token 5 is not below 5",
+    );
 }
 
 #[test]
@@ -164,7 +167,8 @@ fn a_resumed_run_ends_as_one_that_was_never_interrupted() {
     let desk = Desk::new();
     desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
     let train = |rest: &str| desk.run(&format!("train --data @ids.jsonl {rest}")).unwrap();
-    let options = "--input fourier:7 --dim 16 --heads 2 --batch 4 --warmup 1 --eval-every 3 --checkpoint-every 1";
+    let options =
+        "--input fourier:7 --dim 16 --heads 2 --batch 4 --warmup 1 --eval-every 3 --checkpoint-every 1";
     train(&format!("{options} --steps 6 --out @whole"));
     // Ctrl-C before the first step: the schedule is that of the whole run.
     desk.cx.interrupted.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -224,10 +228,16 @@ fn data_that_cannot_be_used_are_named_with_their_row() {
     let desk = Desk::new();
     desk.write("empty.jsonl", "\n");
     desk.write("broken.jsonl", "{\"tokens\": [1, 2], \"labels\": [0, 1]}\n{\"tokens\": [1,");
-    desk.write("short.jsonl", "{\"tokens\": [1, 2], \"labels\": [0, 1]}\n{\"tokens\": [1, 2], \"labels\": [0]}");
+    desk.write(
+        "short.jsonl",
+        "{\"tokens\": [1, 2], \"labels\": [0, 1]}\n{\"tokens\": [1, 2], \"labels\": [0]}",
+    );
     desk.write("one-class.jsonl", "{\"tokens\": [1], \"labels\": [0]}\n{\"tokens\": [2], \"labels\": [0]}");
     desk.write("large.jsonl", "{\"tokens\": [1], \"labels\": [0]}\n{\"tokens\": [9], \"labels\": [1]}");
-    desk.write("mixed.jsonl", "{\"tokens\": [[1.0, 2.0]], \"labels\": [0]}\n{\"tokens\": [[3.0]], \"labels\": [1]}");
+    desk.write(
+        "mixed.jsonl",
+        "{\"tokens\": [[1.0, 2.0]], \"labels\": [0]}\n{\"tokens\": [[3.0]], \"labels\": [1]}",
+    );
     desk.write("columns.csv", "a,b\n1,2\n");
     desk.write("gap.csv", "t0,t1,label\n1,2,0\n,2,1\n");
     for (data, options, words) in [
@@ -235,7 +245,11 @@ fn data_that_cannot_be_used_are_named_with_their_row() {
         ("broken.jsonl", "", "line 2: is not valid JSON"),
         ("short.jsonl", "", "sequence 2: has 1 labels, must have 2"),
         ("one-class.jsonl", "", "at least two classes"),
-        ("large.jsonl", "--input fourier:7", "sequence 2: token 0 is Symbol(\"9\"), must be a whole number below the modulus 7"),
+        (
+            "large.jsonl",
+            "--input fourier:7",
+            "sequence 2: token 0 is Symbol(\"9\"), must be a whole number below the modulus 7",
+        ),
         ("mixed.jsonl", "--input numeric", "sequence 2: token 0 has 1 numbers, must have 2"),
         ("mixed.jsonl", "", "is a vector, but symbols are embedded"),
         ("columns.csv", "", "has no column t0; its columns are a, b"),
@@ -255,12 +269,17 @@ fn data_that_cannot_be_used_are_named_with_their_row() {
 
     desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
     desk.run(&format!("train --data @ids.jsonl {TINY} --out @m")).unwrap();
-    desk.cx.take_printed();
     desk.assert_refused(&format!("train --data @ids.jsonl {TINY} --out @m"), "already holds a training run");
     desk.write("new.jsonl", "{\"tokens\": [1, 77]}");
-    desk.assert_refused("predict --model @m --data @new.jsonl --out @p.csv", "token 1 is \"77\", which is not in the vocabulary");
+    desk.assert_refused(
+        "predict --model @m --data @new.jsonl --out @p.csv",
+        "token 1 is \"77\", which is not in the vocabulary",
+    );
     desk.write("label.jsonl", "{\"tokens\": [1, 2], \"labels\": [0, \"maybe\"]}");
-    desk.assert_refused("eval --model @m --data @label.jsonl", "has the label \"maybe\", which the model does not know");
+    desk.assert_refused(
+        "eval --model @m --data @label.jsonl",
+        "has the label \"maybe\", which the model does not know",
+    );
     desk.write("unlabelled.jsonl", "{\"tokens\": [1, 2]}");
     desk.assert_refused("eval --model @m --data @unlabelled.jsonl", "has 0 labels, must have 2");
 }
