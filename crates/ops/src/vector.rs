@@ -82,12 +82,12 @@ pub fn erf(x: f32) -> f32 {
     p = fma(p, t, 3.808_06e-3);
     p = fma(p, t, 5.287_515_3e-2);
     p = fma(p, t, 1.915_485_2e-1);
-    p = fma(p, t, 1.128_379_1);
-    let mut q = 3.783_106_9e-5;
+    p = fma(p, t, std::f32::consts::FRAC_2_SQRT_PI);
+    let mut q = 3.783_107e-5;
     q = fma(q, t, 1.170_692_5e-3);
     q = fma(q, t, 1.505_490_3e-2);
     q = fma(q, t, 1.145_588_3e-1);
-    q = fma(q, t, 5.030_881_3e-1);
+    q = fma(q, t, 5.030_881e-1);
     q = fma(q, t, 1.0);
     let y = x * p / q;
     let y = if y > 1.0 { 1.0 } else { y };

@@ -1,4 +1,5 @@
 //! Reference values: exact and polynomial outputs, the heaviest tuples, Match3 labels.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
 //! What tensor attention must satisfy, whatever the matrices.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use kiln_core::random_stream;
