@@ -1,4 +1,5 @@
 //! Layers that Burn has too give Burn's results and gradients with Burn's parameters, under the same names.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
