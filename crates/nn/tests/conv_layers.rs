@@ -25,6 +25,14 @@ fn assert_close<const D: usize>(what: &str, found: Tensor<D>, expected: Tensor<D
     }
 }
 
+/// Makes sure that two results agree, and the gradients of `x` that a random upstream gradient gives.
+fn assert_same_gradients<const D: usize>(what: &str, x: &Tensor<D>, found: Tensor<D>, expected: Tensor<D>) {
+    assert_close(what, found.clone(), expected.clone());
+    let upstream = random(found.dims(), &device());
+    let gradient = |y: Tensor<D>| x.grad(&(y * upstream.clone()).sum().backward()).unwrap();
+    assert_close(what, gradient(found), gradient(expected));
+}
+
 /// The names and shapes of a module's parameters.
 fn parameters(module: &impl Module) -> Vec<(String, Vec<usize>)> {
     #[derive(Default)]
@@ -110,10 +118,10 @@ fn transposed_convolutions_are_burns() {
 macro_rules! assert_same_pooling {
     ($config:ident $arguments:tt $shape:expr; $($setting:ident $value:tt)*) => {{
         let device = device();
-        let x = random($shape, &device);
+        let x = random($shape, &device).require_grad();
         let found = ours::$config::new $arguments $(.$setting $value)*.init().forward(x.clone());
-        let expected = theirs::pool::$config::new $arguments $(.$setting $value)*.init().forward(x);
-        assert_close(stringify!($config $($setting $value)*), found, expected);
+        let expected = theirs::pool::$config::new $arguments $(.$setting $value)*.init().forward(x.clone());
+        assert_same_gradients(stringify!($config $($setting $value)*), &x, found, expected);
     }};
 }
 
@@ -166,14 +174,14 @@ fn a_frozen_batch_norm_keeps_its_statistics() {
 #[test]
 fn group_and_instance_norm_are_burns() {
     let device = device();
-    let x = random([2, 6, 4, 5], &device);
+    let x = random([2, 6, 4, 5], &device).require_grad();
     for affine in [true, false] {
         let found = ours::GroupNormConfig::new(3, 6).with_affine(affine).init(&device);
         let expected = theirs::GroupNormConfig::new(3, 6).with_affine(affine).init(&device);
         assert_eq!(parameters(&found), parameters(&expected));
-        assert_close("group norm", found.forward(x.clone()), expected.forward(x.clone()));
+        assert_same_gradients("group norm", &x, found.forward(x.clone()), expected.forward(x.clone()));
         let found = ours::InstanceNormConfig::new(6).with_affine(affine).init(&device);
         let expected = theirs::InstanceNormConfig::new(6).with_affine(affine).init(&device);
-        assert_close("instance norm", found.forward(x.clone()), expected.forward(x.clone()));
+        assert_same_gradients("instance norm", &x, found.forward(x.clone()), expected.forward(x.clone()));
     }
 }

@@ -10,7 +10,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use burn::tensor::ops::{ConvOptions, ConvTransposeOptions, MaxPoolOptions};
+use burn::tensor::ops::{AvgPoolOptions, ConvOptions, ConvTransposeOptions, MaxPoolOptions};
 use burn::tensor::{Device, Int, Tensor};
 use kiln_ops::*;
 use support::{assert_close, evaluate, random, rng};
@@ -72,6 +72,12 @@ const OPERATIONS: &[Operation] = &[
     }),
     ("max pooling", &[2 * 8 * 30 * 31], |x| {
         flat(max_pool2d(to(x, 0, [2, 8, 30, 31]), MaxPoolOptions::new([3, 3])))
+    }),
+    ("average pooling", &[2 * 8 * 30 * 31], |x| {
+        flat(avg_pool2d(to(x, 0, [2, 8, 30, 31]), AvgPoolOptions::new([3, 3])))
+    }),
+    ("group norm", &[9 * 6 * 150, 6, 6], |x| {
+        flat(group_norm(to::<3>(x, 0, [9, 6, 150]), Some(x[1].clone()), Some(x[2].clone()), 3, 1e-5))
     }),
     ("short conv", &[3 * 70 * 40, 4 * 40, 40], |x| {
         flat(short_conv(to(x, 0, [3, 70, 40]), to(x, 1, [4, 40]), Some(x[2].clone())))

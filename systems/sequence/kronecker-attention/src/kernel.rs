@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn_flex::FlexTensor;
 use kiln_ops::flex::{floats, tensor};
 use kiln_ops::gemm::{Mat, Out, gemm};
-use kiln_ops::vector::{axpy, dot, exp};
+use kiln_ops::vector::{axpy, dot, exp, fold, sum_of};
 use kiln_ops::{Function, simd};
 use rayon::prelude::*;
 
@@ -287,29 +287,16 @@ impl<'a> Head<'a> {
             let count = block.scores.len() / (queries.len() * last);
             for (i, scores) in block.scores.chunks_exact_mut(count * last).enumerate() {
                 let before = highest[i];
-                simd(
+                let (now, sum) = simd(
                     #[inline(always)]
-                    || {
-                        highest[i] = scores.iter().fold(before, |highest, &score| {
-                            // NaN wins, so that it reaches the output.
-                            if score > highest || score.is_nan() { score } else { highest }
-                        });
-                        if highest[i] == f32::NEG_INFINITY {
-                            return scores.fill(0.0);
-                        }
-                        let fade = exp(before - highest[i]);
-                        output[i * width..][..width].iter_mut().for_each(|o| *o *= fade);
-                        for score in scores.iter_mut() {
-                            *score = exp(*score - highest[i]);
-                        }
-                        sums[i] = sums[i] * fade
-                            + kiln_ops::vector::sum_of(
-                                scores,
-                                #[inline(always)]
-                                |w| w,
-                            );
-                    },
+                    || exponentiate(scores, before),
                 );
+                if now == f32::NEG_INFINITY {
+                    continue; // nothing seen yet
+                }
+                let fade = exp(before - now);
+                output[i * width..][..width].iter_mut().for_each(|o| *o *= fade);
+                (highest[i], sums[i]) = (now, sums[i] * fade + sum);
             }
             let read = self.read_last_values(block, last);
             for (row, read) in read.chunks_exact(width).enumerate() {
@@ -368,7 +355,11 @@ impl<'a> Head<'a> {
                 }
                 simd(
                     #[inline(always)]
-                    || scores.iter_mut().for_each(|score| *score = exp(*score - log_sum)),
+                    || {
+                        for score in scores.iter_mut() {
+                            *score = exp(*score - log_sum);
+                        }
+                    },
                 );
             }
             let weights = Mat::new(&block.scores, rows, last);
@@ -400,7 +391,11 @@ impl<'a> Head<'a> {
                 let (delta, scale) = (deltas[row / count], self.scale);
                 simd(
                     #[inline(always)]
-                    || d_scores.iter_mut().zip(weights).for_each(|(d, p)| *d = scale * p * (*d - delta)),
+                    || {
+                        for (d, p) in d_scores.iter_mut().zip(weights) {
+                            *d = scale * p * (*d - delta);
+                        }
+                    },
                 );
             }
             let d_scores_matrix = Mat::new(&d_scores, rows, last);
@@ -430,6 +425,31 @@ impl<'a> Head<'a> {
             }
         });
     }
+}
+
+/// Replaces scores by their exponentials relative to the highest of them and of `before`; that and their sum. Where all are
+/// -∞ the exponentials are 0.
+#[inline(always)]
+fn exponentiate(scores: &mut [f32], before: f32) -> (f32, f32) {
+    // NaN wins, so that it reaches the output.
+    let highest = fold(
+        scores,
+        before,
+        #[inline(always)]
+        |score| score,
+        #[inline(always)]
+        |a, b| if b > a || b.is_nan() { b } else { a },
+    );
+    let shift = if highest == f32::NEG_INFINITY { 0.0 } else { highest };
+    for score in scores.iter_mut() {
+        *score = exp(*score - shift);
+    }
+    let sum = sum_of(
+        scores,
+        #[inline(always)]
+        |weight| weight,
+    );
+    (highest, sum)
 }
 
 /// The gradient `d` of a product of rows, shared out to the rows: each gets `d` times the other rows.
