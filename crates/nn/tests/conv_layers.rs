@@ -1,4 +1,5 @@
 //! Convolutions, pooling and norms equal the layers of `burn::nn` of the same name and parameters.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{self as theirs, PaddingConfig1d, PaddingConfig2d, PaddingConfig3d};
