@@ -1,6 +1,7 @@
 //! Kiln's own chores, as `cargo xtask <chore>`.
 
 mod bench;
+mod memcheck;
 mod readme;
 mod test;
 mod workspace;

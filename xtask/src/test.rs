@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use crate::memcheck::{self, Memcheck};
 use crate::workspace::{cargo, each_line};
 use crate::{Outcome, readme};
 
@@ -21,6 +22,14 @@ pub fn run() -> Outcome {
     step(cargo(clippy), &mut count)?;
     // Unit, integration and documentation tests; the output of tests that pass tells of skipped ones.
     step(cargo(["test", "--release", "--workspace", "--no-fail-fast", "--", "--show-output"]), &mut count)?;
+    match memcheck::check()? {
+        Memcheck::Ran(true) => count.passed += 1,
+        Memcheck::Ran(false) => count.failed += 1,
+        Memcheck::Skipped(what) => {
+            println!("skipped: {what}");
+            count.skipped += 1;
+        }
+    }
     // What the READMEs tell people to type.
     let (worked, did_not) = readme::check()?;
     count.passed += worked;
