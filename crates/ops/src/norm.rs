@@ -121,10 +121,19 @@ impl Function<3> for Norm {
             sums
         });
         let [mut d_weight, mut d_bias] = [vec![0.0; width], vec![0.0; width]];
-        for [weight, bias] in &partial {
-            d_weight.iter_mut().zip(weight).for_each(|(sum, x)| *sum += x);
-            d_bias.iter_mut().zip(bias).for_each(|(sum, x)| *sum += x);
-        }
+        simd(
+            #[inline(always)]
+            || {
+                for [weight, bias] in &partial {
+                    for (sum, x) in d_weight.iter_mut().zip(weight) {
+                        *sum += x;
+                    }
+                    for (sum, x) in d_bias.iter_mut().zip(bias) {
+                        *sum += x;
+                    }
+                }
+            },
+        );
         [
             Some(tensor(d_x, upstream.layout().shape().clone())),
             Some(tensor(d_weight, [width])),
