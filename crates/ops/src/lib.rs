@@ -9,8 +9,8 @@
 //! is the way between Burn's CPU tensors and slices, and [`function`] gives a kernel its place in the
 //! autodiff graph.
 //!
-//! Kernels divide their work into pieces whose size does not depend on the number of threads, so that a
-//! result repeats bit for bit.
+//! Kernels divide their work into pieces that are combined in a fixed order, so that a result repeats bit for bit
+//! on the same number of threads; on another number it may differ by rounding.
 
 mod activation;
 mod attention;
@@ -57,7 +57,7 @@ pub use optimiser::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
 pub use pool::{adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d};
 pub use segment::{index_add, index_select, segment_max, segment_mean, segment_sum};
 pub use short_conv::short_conv;
-pub use simd::{LEVEL_VARIABLE, level, simd};
+pub use simd::{LEVEL_VARIABLE, simd};
 pub use softmax::{log_softmax, softmax};
 
 /// The README's example compiles and runs.

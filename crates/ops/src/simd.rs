@@ -26,21 +26,6 @@ pub fn simd<R>(kernel: impl FnOnce() -> R) -> R {
     arch().dispatch(Inlined(kernel))
 }
 
-/// What [`simd`] compiles for here, as a word.
-pub fn level() -> &'static str {
-    match arch() {
-        #[cfg(target_arch = "x86_64")]
-        Arch::V4(_) => "avx512",
-        #[cfg(target_arch = "x86_64")]
-        Arch::V3(_) => "avx2",
-        #[cfg(target_arch = "aarch64")]
-        Arch::Neon(_) => "neon",
-        #[cfg(target_arch = "wasm32")]
-        Arch::Simd128(_) => "simd128",
-        _ => "scalar",
-    }
-}
-
 fn arch() -> Arch {
     static ARCH: OnceLock<Arch> = OnceLock::new();
     *ARCH.get_or_init(|| {

@@ -21,6 +21,7 @@ use rayon::prelude::*;
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
+use crate::vector::sum_of;
 use geometry::Geometry;
 
 /// A convolution over one axis: `y[n, o, t] = b[o] + Σ_{c, k} w[o, c, k] x[n, c, t stride + k dilation - left]`,
@@ -339,23 +340,16 @@ fn sum_planes(values: &[f32], channels: usize, plane: usize) -> Vec<f32> {
             .map(|plane| {
                 simd(
                     #[inline(always)]
-                    || sum_of(plane),
+                    || {
+                        sum_of(
+                            plane,
+                            #[inline(always)]
+                            |x| x,
+                        )
+                    },
                 )
             })
             .sum()
     };
     (0..channels).into_par_iter().map(sum).collect()
-}
-
-/// The sum of a slice, in lanes that are added up at the end.
-#[inline(always)]
-fn sum_of(values: &[f32]) -> f32 {
-    let (body, tail) = values.as_chunks::<16>();
-    let mut sums = [0.0; 16];
-    for values in body {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum += value;
-        }
-    }
-    sums.iter().chain(tail).sum()
 }

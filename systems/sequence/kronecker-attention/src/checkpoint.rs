@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, DispatchTensor, Int, Tensor};
-use kiln_core::{Context, ModelFolder, Network, Port, PortKind, Result};
+use kiln_core::{Context, Error, ModelFolder, Network, Port, PortKind, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Coding;
@@ -22,6 +22,27 @@ pub struct Config {
     pub coding: Coding,
 }
 
+impl Config {
+    /// Makes sure that network and coding speak of the same inputs, labels and classes.
+    fn check(&self, folder: &ModelFolder) -> Result<()> {
+        let Self { network, coding } = self;
+        let symbols = match coding.input {
+            Input::Embed(symbols) => symbols,
+            _ => coding.vocabulary.len(),
+        };
+        let fit = network.input == coding.input
+            && network.target == coding.target
+            && network.classes == coding.classes.len()
+            && symbols == coding.vocabulary.len();
+        if fit {
+            return Ok(());
+        }
+        let found = "\"network\" and \"coding\" differ in input, target, vocabulary or classes";
+        Err(Error::input(folder.file("config.json").display(), found)
+            .hint("was it edited by hand? train the model again"))
+    }
+}
+
 /// Reads a model folder.
 ///
 /// # Errors
@@ -30,6 +51,7 @@ pub fn open(path: &Path, cx: &Context) -> Result<(Config, KroneckerTransformer)>
     let folder = ModelFolder::new(path);
     let config: Config = folder.config(KIND)?;
     config.network.check()?;
+    config.check(&folder)?;
     let model = folder.weights()?.into_module(config.network.init(&cx.device))?;
     Ok((config, model))
 }

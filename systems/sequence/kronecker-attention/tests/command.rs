@@ -280,6 +280,12 @@ fn data_that_cannot_be_used_are_named_with_their_row() {
         "eval --model @m --data @label.jsonl",
         "has the label \"maybe\", which the model does not know",
     );
+    let config = fs::read_to_string(desk.path("m").join("config.json")).unwrap();
+    let spoilt = config.replacen("\"classes\": 2", "\"classes\": 3", 1);
+    assert_ne!(config, spoilt);
+    fs::write(desk.path("m").join("config.json"), spoilt).unwrap();
+    desk.assert_refused("eval --model @m --data @ids.jsonl", "\"network\" and \"coding\" differ");
+    fs::write(desk.path("m").join("config.json"), config).unwrap();
     desk.write("unlabelled.jsonl", "{\"tokens\": [1, 2]}");
     desk.assert_refused("eval --model @m --data @unlabelled.jsonl", "has 0 labels, must have 2");
 }
