@@ -380,6 +380,13 @@ fn report_cost(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
             "Ω(n^3-o(1)) is unavoidable for large entries, under SETH",
             slope(&exact),
             "slope on logarithmic axes",
+            Threshold::AtLeast(2.6),
+        ),
+        Claim::new(
+            "And no more than that",
+            "O(n^3 d) for the exact algorithm",
+            slope(&exact),
+            "slope on logarithmic axes",
             Threshold::AtMost(3.3),
         ),
         Claim::new(
