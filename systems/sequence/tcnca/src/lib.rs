@@ -1,0 +1,1 @@
+//! Sequence models of dilated convolutions and chunked attention.

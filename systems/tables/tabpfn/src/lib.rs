@@ -1,0 +1,1 @@
+//! Class probabilities for small tables in one forward pass.
