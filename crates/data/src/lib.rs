@@ -1,15 +1,19 @@
 //! File formats, datasets and generators.
 
+mod matrix;
 mod npz;
 pub mod shakespeare;
 mod shared;
+pub mod table;
 mod tensors;
 mod text;
 mod tokenizer;
 mod windows;
 
+pub use matrix::Matrix;
 pub use npz::{read_npz, write_npz};
 pub use shared::shared_dir;
+pub use table::{Cells, Column, Encoder, Table, TableOptions};
 pub use tensors::{read_tensors, write_tensors};
 pub use text::Corpus;
 pub use tokenizer::{TokenStream, Tokenizer};
