@@ -1,1 +1,6 @@
 //! Class probabilities for small tables in one forward pass.
+
+pub mod checkpoint;
+pub mod network;
+
+pub use network::{LabelledRows, TabPfn, TabPfnConfig};
