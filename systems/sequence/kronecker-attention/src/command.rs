@@ -8,11 +8,9 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::Tensor;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{
-    Context, Error, HostTensor, MemoryGauge, ModelFolder, Plot, Result, TensorFile, write_atomic,
-};
+use kiln_core::{Context, Error, HostTensor, MemoryGauge, Plot, Result, TensorFile, write_atomic};
 use kiln_data::{read_tensors, write_tensors};
-use kiln_nn::{Outcome, TrainConfig, initialise, train};
+use kiln_nn::{TrainConfig, TrainRun, TrainSummary, initialise};
 use kiln_ops::release_freed_memory;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -583,31 +581,13 @@ fn run_plan(args: &PlanArgs, cx: &Context) -> Result<()> {
     })
 }
 
-/// What `train.json` keeps for resuming.
-#[derive(Serialize, Deserialize)]
-struct Run {
-    seed: u64,
-    steps: usize,
-    #[serde(flatten)]
-    recipe: Recipe,
-}
-
 fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
-    let resume = args.resume.is_some();
-    let path = args.resume.as_ref().or(args.out.as_ref()).cloned();
-    let folder = ModelFolder::new(path.ok_or_else(|| Error::usage("--out or --resume is needed"))?);
-    let run = if resume {
-        let run: Run = read_json(&folder.file("train.json"))?;
-        let steps = args.steps.unwrap_or(run.steps);
-        if steps < run.steps {
-            return Err(Error::usage(format!("the run was begun for {} steps, not {steps}", run.steps))
-                .hint("--steps may only grow when a run is resumed"));
-        }
-        Run { steps, ..run }
-    } else {
-        Run { seed: cx.seed, steps: args.steps.unwrap_or(900), recipe: args.recipe.clone() }
+    let run = match (&args.resume, &args.out) {
+        (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
+        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(900), args.recipe.clone(), cx),
+        (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
-    let cx = &Context { seed: run.seed, ..cx.clone() };
+    let cx = &run.context(cx);
     let recipe = &run.recipe;
     if recipe.batch == 0 {
         return Err(Error::usage("--batch must be at least 1"));
@@ -621,8 +601,8 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         return Err(Error::input(args.data.display(), "holds one sequence, needs at least two")
             .hint("one is held out for validation"));
     }
-    let config = if resume {
-        let config: Config = folder.config(KIND)?;
+    let config = if run.resumed {
+        let config: Config = run.folder.config(KIND)?;
         config.coding.check(&sequences, &args.data, true)?;
         config
     } else {
@@ -657,17 +637,7 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         ..TrainConfig::default()
     };
     train_config.check()?;
-    if !resume {
-        if folder.file("checkpoint.safetensors").exists() {
-            return Err(Error::usage(format!("{} already holds a training run", folder.path().display()))
-                .hint("continue it with --resume, or choose another --out"));
-        }
-        folder.create()?;
-        folder.save_config(KIND, &config)?;
-    }
-    let json =
-        serde_json::to_vec_pretty(&run).map_err(|e| Error::work("cannot write train.json").caused_by(e))?;
-    write_atomic(&folder.file("train.json"), &json)?;
+    run.save(|folder| folder.save_config(KIND, &config))?;
 
     let model = initialise(&cx.device, &mut cx.rng("init", 0), |device| config.network.init(device));
     let (train_part, valid_part) = split(sequences, recipe.val_fraction, cx);
@@ -678,41 +648,28 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         valid_part.len()
     ));
     let mut task = ClassificationTask::new(&train_part, &valid_part, &config.coding, recipe.batch, cx);
-    let trained = train(model, &mut task, &train_config, Some(&folder), resume, cx)?;
-    if trained.outcome == Outcome::Interrupted {
-        return Err(Error::interrupted(format!("stopped after step {}", trained.log.len())).hint(format!(
-            "continue with `kiln kronecker-attention train --data {} --resume {}`",
-            args.data.display(),
-            folder.path().display()
-        )));
-    }
-    let losses = |value: fn(&kiln_nn::LogRow) -> Option<f64>| {
-        trained.log.iter().filter_map(|row| Some((row.step as f64, value(row)?))).collect()
-    };
-    Plot::lines("Loss", "step", "nats per label")
-        .series("training", losses(|row| Some(row.loss)))
-        .series("validation", losses(|row| row.val_loss))
-        .save(&folder.file("loss.svg"))?;
+    let data = format!("--data {}", args.data.display());
+    let trained = run.train(model, &mut task, &train_config, &data, cx)?;
+    let summary = run.finish(&trained, "nats per label")?;
     let predictions = predict(&trained.model, &config.coding, &valid_part, cx);
-    let scores = Scores::new(&predictions, &valid_part, &config.coding);
-    let result = json!({
-        "model": folder.path(),
-        "steps": trained.log.len(),
-        "best_val_loss": trained.best_loss,
-        "best_step": trained.best_step,
-        "early_stopped": trained.outcome == Outcome::EarlyStopped,
-        "validation": scores,
-    });
-    cx.emit(&result, |_| {
+    let result = TrainResult { summary, validation: Scores::new(&predictions, &valid_part, &config.coding) };
+    cx.emit(&result, |TrainResult { summary, validation }| {
         format!(
-            "trained {} steps; best validation loss {:.4} nats a label, after step {}\n{}model in {}\n",
-            trained.log.len(),
-            trained.best_loss,
-            trained.best_step,
-            scores_text(&scores),
-            folder.path().display()
+            "{}{}model in {}\n",
+            summary.to_text("nats a label"),
+            scores_text(validation),
+            summary.model.display()
         )
     })
+}
+
+/// What `train` prints.
+#[derive(Serialize)]
+struct TrainResult {
+    #[serde(flatten)]
+    summary: TrainSummary,
+    /// Of the best weights, on the sequences held out.
+    validation: Scores,
 }
 
 fn input_kind(text: &str) -> Result<InputKind> {
@@ -725,15 +682,6 @@ fn input_kind(text: &str) -> Result<InputKind> {
             .map_err(|_| Error::usage(format!("the modulus \"{modulus}\" is not a whole number"))),
         _ => Err(Error::usage(format!("--input {text} is neither embed, fourier:M nor numeric"))),
     }
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read_to_string(path).map_err(|e| {
-        Error::io("read", path)(e)
-            .hint("only a folder that `kiln kronecker-attention train` wrote can be resumed")
-    })?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::input(path.display(), "does not describe a training run").caused_by(e))
 }
 
 fn scores_text(scores: &Scores) -> String {
