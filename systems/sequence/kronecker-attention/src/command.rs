@@ -15,7 +15,7 @@ use kiln_ops::release_freed_memory;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::attention::{AttentionOptions, tensor_attention};
+use crate::attention::{AttentionOptions, MAX_ORDER, tensor_attention};
 use crate::checkpoint::{self, Config, KIND};
 use crate::data::{self, Coding, InputKind, Sequence};
 use crate::explain::QueryWeights;
@@ -25,6 +25,9 @@ use crate::model::{KroneckerTransformerConfig, Target};
 use crate::plan::{self, Algorithm, admissible_entries, plan};
 use crate::polynomial::{Basis, ExpPolynomial, Monomials, tensor_attention_poly};
 use crate::training::{ClassificationTask, Scores, likeliest, predict, split};
+
+/// Beyond this many tokens in a tuple, exact attention is out of reach for all but the shortest sequences.
+const LARGE_ORDER: usize = 4;
 
 /// `kiln kronecker-attention …`
 #[derive(Debug, Parser)]
@@ -106,6 +109,9 @@ struct RunOpArgs {
     /// Refuse more multiplications than this
     #[arg(long, default_value_t = 1e13)]
     max_ops: f64,
+    /// Compute exact attention over tuples of more than 4 tokens
+    #[arg(long)]
+    force: bool,
     /// Refuse more monomials than this
     #[arg(long, default_value_t = 100_000)]
     max_rank: usize,
@@ -150,6 +156,9 @@ struct TrainArgs {
     /// Optimisation steps in all [default: 900]
     #[arg(long)]
     steps: Option<usize>,
+    /// Train on tuples of more than 4 tokens
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     recipe: Recipe,
 }
@@ -190,6 +199,9 @@ struct Recipe {
     /// A token sees only those before it
     #[arg(long, conflicts_with = "resume")]
     causal: bool,
+    /// Probability that a channel is dropped in training
+    #[arg(long, default_value_t = 0.0, conflicts_with = "resume")]
+    dropout: f64,
     /// Sequences a batch
     #[arg(long, default_value_t = 64, conflicts_with = "resume")]
     batch: usize,
@@ -426,10 +438,6 @@ fn run_op(args: &RunOpArgs, cx: &Context) -> Result<()> {
     let matrices = Matrices::read(&args.input, order, cx)?;
     let Matrices { q, keys, values, .. } = &matrices;
     let order = keys.len();
-    if order > 4 {
-        let message = format!("order {order} costs n^{}", order + 1);
-        return Err(Error::usage(message).hint("orders up to 4 are computed"));
-    }
     let scale = matrices.scale(&args.scale)?;
     let options = AttentionOptions::new(scale).causal(args.causal);
     let range = plan::score_bound(q, keys, scale);
@@ -450,7 +458,11 @@ fn run_op(args: &RunOpArgs, cx: &Context) -> Result<()> {
         Implementation::Exact => None,
     };
     let operations = plan::exact_operations(q, keys, values) * q.dims()[0] as f64;
-    if (polynomial.is_none() || args.compare) && operations > args.max_ops {
+    let exactly = polynomial.is_none() || args.compare;
+    if exactly {
+        affordable(order, args.force, &format!("{operations:.1e} multiplications"))?;
+    }
+    if exactly && operations > args.max_ops {
         return Err(Error::usage(format!(
             "{operations:.1e} multiplications are more than --max-ops {:.1e}",
             args.max_ops
@@ -505,6 +517,21 @@ fn run_op(args: &RunOpArgs, cx: &Context) -> Result<()> {
         }
         text + &format!("; {seconds:.3} s; O in {}\n", args.out.display())
     })
+}
+
+/// Exact attention over tuples of more than [`LARGE_ORDER`] tokens must be asked for twice.
+fn affordable(order: usize, force: bool, cost: &str) -> Result<()> {
+    if order > MAX_ORDER {
+        return Err(Error::usage(format!(
+            "order {order} is above {MAX_ORDER}, the highest that is computed"
+        ))
+        .hint("polynomial attention has no highest order: --impl poly"));
+    }
+    if order > LARGE_ORDER && !force {
+        let message = format!("order {order} costs n^{} times the width: {cost}", order + 1);
+        return Err(Error::usage(message).hint("use --force if you mean it, or a lower --order"));
+    }
+    Ok(())
 }
 
 /// The polynomial, if it is positive and has few enough monomials.
@@ -608,12 +635,16 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
     } else {
         let coding = Coding::of(&sequences, input_kind(&recipe.input)?, recipe.task, &args.data)?;
         let order = if recipe.attention == Attention::Pair { 1 } else { recipe.order };
+        let longest = sequences.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or(0);
+        let tuples = (longest as f64 + 1.0).powi(order as i32);
+        affordable(order, args.force, &format!("{tuples:.1e} tuples a token of the longest sequence"))?;
         let network = KroneckerTransformerConfig {
             orders: vec![order; recipe.layers],
             scale: recipe.score_scale,
             implementation: recipe.implementation,
             causal: recipe.causal,
             positions: recipe.positions,
+            dropout: recipe.dropout,
             ..KroneckerTransformerConfig::new(
                 coding.input.clone(),
                 recipe.task,
