@@ -38,8 +38,8 @@ pub struct TrainRun<R> {
     pub steps: usize,
     /// What decides the outcome besides data, seed and steps.
     pub recipe: R,
-    /// The system, as `kiln` calls it.
-    slug: &'static str,
+    /// The command that it belongs to, such as `gla train`.
+    command: &'static str,
 }
 
 /// What a run came to.
@@ -58,21 +58,21 @@ pub struct TrainSummary {
 }
 
 impl<R: Serialize + DeserializeOwned> TrainRun<R> {
-    /// A new run of the system `slug` in `out`; nothing is written yet.
-    pub fn begin(slug: &'static str, out: &Path, steps: usize, recipe: R, cx: &Context) -> Self {
-        Self { folder: ModelFolder::new(out), resumed: false, seed: cx.seed, steps, recipe, slug }
+    /// A new run of `command`, such as `gla train`, in `out`; nothing is written yet.
+    pub fn begin(command: &'static str, out: &Path, steps: usize, recipe: R, cx: &Context) -> Self {
+        Self { folder: ModelFolder::new(out), resumed: false, seed: cx.seed, steps, recipe, command }
     }
 
     /// The run that `folder` holds, as long as it was begun or for more `steps`.
     ///
     /// # Errors
     /// When the folder holds none, or the steps are fewer.
-    pub fn resume(slug: &'static str, folder: &Path, steps: Option<usize>) -> Result<Self> {
+    pub fn resume(command: &'static str, folder: &Path, steps: Option<usize>) -> Result<Self> {
         let folder = ModelFolder::new(folder);
         let path = folder.file(FILE_NAME);
         let text = fs::read_to_string(&path).map_err(|e| {
             Error::io("read", &path)(e)
-                .hint(format!("only a folder that `kiln {slug} train` wrote can be resumed"))
+                .hint(format!("only a folder that `kiln {command}` wrote can be resumed"))
         })?;
         let kept: Kept<R> = serde_json::from_str(&text)
             .map_err(|e| Error::input(path.display(), "does not describe a training run").caused_by(e))?;
@@ -81,7 +81,7 @@ impl<R: Serialize + DeserializeOwned> TrainRun<R> {
             return Err(Error::usage(format!("the run was begun for {} steps, not {steps}", kept.steps))
                 .hint("--steps may only grow when a run is resumed"));
         }
-        Ok(Self { folder, resumed: true, seed: kept.seed, steps, recipe: kept.recipe, slug })
+        Ok(Self { folder, resumed: true, seed: kept.seed, steps, recipe: kept.recipe, command })
     }
 
     /// `cx` with the seed of the run.
@@ -123,9 +123,10 @@ impl<R: Serialize + DeserializeOwned> TrainRun<R> {
     ) -> Result<Trained<M>> {
         let trained = train(model, task, config, Some(&self.folder), self.resumed, cx)?;
         if trained.outcome == Outcome::Interrupted {
-            let (slug, folder) = (self.slug, self.folder.path().display());
+            let words = [self.command, data, "--resume"].into_iter().filter(|word| !word.is_empty());
+            let words = words.collect::<Vec<_>>().join(" ");
             return Err(Error::interrupted(format!("stopped after step {}", trained.log.len()))
-                .hint(format!("continue with `kiln {slug} train {data} --resume {folder}`")));
+                .hint(format!("continue with `kiln {words} {}`", self.folder.path().display())));
         }
         Ok(trained)
     }
@@ -175,30 +176,31 @@ mod tests {
     fn a_run_is_resumed_with_its_own_seed_and_recipe_and_may_only_grow() {
         let dir = tempfile::tempdir().unwrap();
         let cx = Context { seed: 7, ..Context::for_tests("unused") };
-        let begun = TrainRun::begin("gla", dir.path(), 20, Recipe { batch: 3 }, &cx);
+        let begun = TrainRun::begin("gla train", dir.path(), 20, Recipe { batch: 3 }, &cx);
         begun.save(|folder| folder.save_config("gla", &Recipe { batch: 3 })).unwrap();
         assert_eq!(begun.folder.kind().unwrap(), "gla");
 
-        let resumed = TrainRun::<Recipe>::resume("gla", dir.path(), None).unwrap();
+        let resumed = TrainRun::<Recipe>::resume("gla train", dir.path(), None).unwrap();
         assert_eq!((resumed.seed, resumed.steps, &resumed.recipe), (7, 20, &begun.recipe));
         assert_eq!(resumed.context(&Context::for_tests("unused")).seed, 7);
-        let longer = TrainRun::<Recipe>::resume("gla", dir.path(), Some(21)).unwrap();
+        let longer = TrainRun::<Recipe>::resume("gla train", dir.path(), Some(21)).unwrap();
         longer.save(|_| panic!("the configuration stays as it was")).unwrap();
-        let error = TrainRun::<Recipe>::resume("gla", dir.path(), Some(20)).unwrap_err();
+        let error = TrainRun::<Recipe>::resume("gla train", dir.path(), Some(20)).unwrap_err();
         assert!(error.to_string().contains("begun for 21 steps, not 20"), "{error}");
     }
 
     #[test]
     fn a_folder_without_a_run_is_not_resumed_and_one_with_a_run_not_begun_in() {
         let dir = tempfile::tempdir().unwrap();
-        let error = TrainRun::<Recipe>::resume("gla", dir.path(), None).unwrap_err();
+        let error = TrainRun::<Recipe>::resume("gla train", dir.path(), None).unwrap_err();
         assert!(error.hint_text().unwrap().contains("`kiln gla train`"));
         fs::write(dir.path().join(FILE_NAME), "{\"seed\": 1}").unwrap();
-        let error = TrainRun::<Recipe>::resume("gla", dir.path(), None).unwrap_err().to_string();
+        let error = TrainRun::<Recipe>::resume("gla train", dir.path(), None).unwrap_err().to_string();
         assert!(error.contains("does not describe a training run"), "{error}");
 
         fs::write(dir.path().join(checkpoint::FILE_NAME), "").unwrap();
-        let run = TrainRun::begin("gla", dir.path(), 1, Recipe { batch: 1 }, &Context::for_tests("unused"));
+        let run =
+            TrainRun::begin("gla train", dir.path(), 1, Recipe { batch: 1 }, &Context::for_tests("unused"));
         let error = run.save(|_| Ok(())).unwrap_err().to_string();
         assert!(error.contains("already holds a training run"), "{error}");
     }

@@ -25,6 +25,8 @@ use crate::server;
 use crate::stopped_text::StoppedText;
 use crate::training::{self, HeadMemory, LanguageTask};
 
+/// The command whose runs a model folder keeps.
+const TRAIN: &str = "gla train";
 /// A text is read in pieces of so many tokens when the state is carried along.
 const PIECE: usize = 1024;
 /// More tokens in a training step are a slip of the pen: their logits alone fill a machine.
@@ -372,8 +374,8 @@ impl Command {
 
 fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     let run = match (&args.resume, &args.out) {
-        (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
-        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(2000), args.recipe, cx),
+        (Some(folder), _) => TrainRun::resume(TRAIN, folder, args.steps)?,
+        (None, Some(out)) => TrainRun::begin(TRAIN, out, args.steps.unwrap_or(2000), args.recipe, cx),
         (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
     let cx = &run.context(cx);

@@ -26,6 +26,8 @@ use crate::plan::{self, Algorithm, admissible_entries, plan};
 use crate::polynomial::{Basis, ExpPolynomial, Monomials, tensor_attention_poly};
 use crate::training::{ClassificationTask, Scores, likeliest, predict, split};
 
+/// The command whose runs a model folder keeps.
+const TRAIN: &str = "kronecker-attention train";
 /// Beyond this many tokens in a tuple, exact attention is out of reach for all but the shortest sequences.
 const LARGE_ORDER: usize = 4;
 
@@ -610,8 +612,8 @@ fn run_plan(args: &PlanArgs, cx: &Context) -> Result<()> {
 
 fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
     let run = match (&args.resume, &args.out) {
-        (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
-        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(900), args.recipe.clone(), cx),
+        (Some(folder), _) => TrainRun::resume(TRAIN, folder, args.steps)?,
+        (None, Some(out)) => TrainRun::begin(TRAIN, out, args.steps.unwrap_or(900), args.recipe.clone(), cx),
         (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
     let cx = &run.context(cx);
