@@ -30,6 +30,17 @@ fn read_config(path: &Path) -> Result<TabPfnConfig> {
         .map_err(|e| Error::input(path.display(), "does not describe such a model").caused_by(e))
 }
 
+/// The network that Kiln trained and ships; `model/README.md` tells how.
+///
+/// # Errors
+/// When the crate was built with a damaged file.
+pub fn built_in(cx: &Context) -> Result<TabPfn> {
+    let config: TabPfnConfig = serde_json::from_str(include_str!("../model/config.json"))
+        .map_err(|e| Error::work("the shipped configuration is damaged").caused_by(e))?;
+    let bytes = include_bytes!("../model/model.safetensors");
+    TensorFile::from_bytes(bytes, "the shipped model")?.into_module(config.init(&cx.device))
+}
+
 /// Writes a model folder.
 ///
 /// # Errors

@@ -201,7 +201,7 @@ impl TabPfnClassifier {
             for columns in &parts {
                 for word in 0..fitted.words.len() {
                     let mut rng = cx.rng("members", fitted.views.len() as u64);
-                    let view = fitted.view(rows, columns, word, shared, &mut rng, &cx.device);
+                    let view = fitted.view(rows, columns, word, shared, &mut rng);
                     fitted.views.push(view);
                 }
             }
@@ -508,7 +508,7 @@ impl Labelled {
     fn rows(&self) -> usize {
         match self {
             Self::Kept(_) => 0,
-            Self::Anew { y, .. } => y.shape.num_elements(),
+            Self::Anew { y, .. } => y.shape().num_elements(),
         }
     }
 

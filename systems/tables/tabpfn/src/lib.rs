@@ -3,12 +3,50 @@
 pub mod baselines;
 pub mod checkpoint;
 pub mod classifier;
+mod command;
 pub mod ensemble;
 pub mod examples;
+pub mod fit;
 pub mod metrics;
 pub mod network;
 pub mod preprocess;
+pub mod prior;
 mod trees;
+
+use clap::{CommandFactory, FromArgMatches};
+use kiln_core::{Card, Context, Error, Report, Result, Scale, System};
 
 pub use classifier::{ClassifierOptions, TabPfnClassifier};
 pub use network::{LabelledRows, TabPfn, TabPfnConfig};
+
+/// The system, as the binary sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Tabpfn;
+
+impl System for Tabpfn {
+    fn card(&self) -> Card {
+        Card {
+            slug: checkpoint::KIND,
+            family: "tables",
+            title: "TabPFN",
+            paper: "Noah Hollmann et al., \"TabPFN: A Transformer That Solves Small Tabular Classification Problems in a \
+                    Second\", arXiv 2207.01848",
+            year: 2022,
+            claim: "One forward pass over a small table classifies its unlabelled rows as well as tuned boosted trees.",
+            purpose: "Classify the rows of small tables without training or tuning",
+        }
+    }
+
+    fn command(&self) -> clap::Command {
+        command::Command::command()
+    }
+
+    fn execute(&self, args: &clap::ArgMatches, cx: &Context) -> Result<()> {
+        let command = command::Command::from_arg_matches(args).map_err(|e| Error::usage(e.to_string()))?;
+        command.run(cx)
+    }
+
+    fn experiment(&self, _: Scale, _: &Context) -> Result<Report> {
+        Err(Error::work("not here yet"))
+    }
+}

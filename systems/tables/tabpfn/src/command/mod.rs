@@ -1,0 +1,101 @@
+//! The verbs of `kiln tabpfn`.
+
+mod fit_prior;
+mod forward;
+mod graph_drawing;
+mod sample_prior;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kiln_core::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint;
+use crate::network::TabPfn;
+
+/// `kiln tabpfn …`
+#[derive(Debug, Parser)]
+#[command(name = "tabpfn", about = "Class probabilities for small tables in one forward pass")]
+pub struct Command {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Train a network on synthetic tables
+    #[command(after_help = "Examples:
+  kiln tabpfn fit-prior --minutes 60 --out my-model/
+  kiln tabpfn fit-prior --emsize 64 --layers 3 --max-features 20 --steps 2000 --out small/
+  kiln tabpfn fit-prior --resume my-model/      after Ctrl-C or a crash")]
+    FitPrior(fit_prior::FitPriorArgs),
+    /// Write synthetic tables, as the network is trained on them
+    #[command(after_help = "Examples:
+  kiln tabpfn sample-prior --n 16 --rows 200 --out tables/ --plot
+  kiln tabpfn sample-prior --prior scm --max-features 8 --max-classes 3 --out tables/")]
+    SamplePrior(sample_prior::SamplePriorArgs),
+    /// Run the network on prepared tensors
+    #[command(after_help = "Examples:
+  kiln tabpfn forward --model my-model/ --in tables.safetensors --out logits.safetensors")]
+    Forward(forward::ForwardArgs),
+    /// Make a model folder of a published checkpoint
+    #[command(after_help = "Examples:
+  kiln tabpfn import --checkpoint official.safetensors --out official/
+  kiln tabpfn predict --model official/ --train a.csv --test b.csv --target y")]
+    Import(forward::ImportArgs),
+}
+
+/// Which network.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// Model folder; by default the network that comes with Kiln
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    fn open(&self, cx: &Context) -> Result<TabPfn> {
+        match &self.model {
+            Some(path) => checkpoint::open(path, cx),
+            None => checkpoint::built_in(cx),
+        }
+    }
+}
+
+/// Where synthetic data sets come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Prior {
+    /// Structural causal models
+    Scm,
+    /// Bayesian neural networks
+    Bnn,
+    /// Both, in equal shares
+    Mix,
+}
+
+impl Prior {
+    fn causal_share(self) -> f64 {
+        match self {
+            Self::Scm => 1.0,
+            Self::Bnn => 0.0,
+            Self::Mix => 0.5,
+        }
+    }
+}
+
+impl Command {
+    /// Runs the verb.
+    ///
+    /// # Errors
+    /// Whatever the verb's work runs into.
+    pub fn run(self, cx: &Context) -> Result<()> {
+        match self.verb {
+            Verb::FitPrior(args) => fit_prior::run(args, cx),
+            Verb::SamplePrior(args) => sample_prior::run(&args, cx),
+            Verb::Forward(args) => forward::forward(&args, cx),
+            Verb::Import(args) => forward::import(&args, cx),
+        }
+    }
+}
