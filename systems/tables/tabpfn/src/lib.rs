@@ -1,16 +1,22 @@
 //! TabPFN: class probabilities for small tables in one forward pass.
 
 pub mod baselines;
+pub mod boundary;
 pub mod checkpoint;
 pub mod classifier;
 mod command;
 pub mod ensemble;
+pub mod evaluate;
 pub mod examples;
+mod experiment;
+pub mod explain;
 pub mod fit;
 pub mod metrics;
 pub mod network;
 pub mod preprocess;
 pub mod prior;
+pub mod results;
+pub mod server;
 mod trees;
 
 use clap::{CommandFactory, FromArgMatches};
@@ -46,7 +52,7 @@ impl System for Tabpfn {
         command.run(cx)
     }
 
-    fn experiment(&self, _: Scale, _: &Context) -> Result<Report> {
-        Err(Error::work("not here yet"))
+    fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> {
+        experiment::run(self.card(), scale, cx)
     }
 }
