@@ -16,6 +16,7 @@ mod progress;
 mod report;
 mod system;
 mod tensor_file;
+pub mod testing;
 mod text;
 
 pub use context::{Context, OutputMode, random_stream};
