@@ -28,4 +28,4 @@ pub use plot::Plot;
 pub use progress::Progress;
 pub use report::{Claim, Report, Table, Threshold};
 pub use system::{Card, Scale, System};
-pub use tensor_file::{HostTensor, TensorFile, Values};
+pub use tensor_file::{HostTensor, ModulePath, TensorFile, Values};
