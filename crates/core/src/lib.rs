@@ -16,6 +16,7 @@ mod progress;
 mod report;
 mod system;
 mod tensor_file;
+pub mod testing;
 mod text;
 
 pub use context::{Context, OutputMode, random_stream};
@@ -27,4 +28,4 @@ pub use plot::Plot;
 pub use progress::Progress;
 pub use report::{Claim, Report, Table, Threshold};
 pub use system::{Card, Scale, System};
-pub use tensor_file::{HostTensor, TensorFile, Values};
+pub use tensor_file::{HostTensor, ModulePath, TensorFile, Values};

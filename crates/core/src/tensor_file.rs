@@ -459,32 +459,37 @@ fn is_plain_file_name(name: &str) -> bool {
     Path::new(name).file_name().is_some_and(|file| file == name)
 }
 
-/// The path of the parameter being visited, and the module type that holds it.
-#[derive(Default)]
-struct ModulePath {
+/// The path of the parameter that a visitor or mapper of modules is at, and the type of the module that holds it.
+///
+/// It gives parameters the names that files have: a norm's scale is `weight`, its shift `bias`.
+#[derive(Debug, Clone, Default)]
+pub struct ModulePath {
     names: Vec<String>,
     containers: Vec<String>,
 }
 
 impl ModulePath {
-    fn enter(&mut self, name: &str, container: &str) {
+    /// To be called in `enter_module`, with the same arguments.
+    pub fn enter(&mut self, name: &str, container: &str) {
         // Which variant of an enum a network is says its configuration, not the names of its parameters.
         let name = if container.starts_with("Enum:") { "" } else { name };
         self.names.push(name.into());
         self.containers.push(container.into());
     }
 
-    fn exit(&mut self) {
+    /// To be called in `exit_module`.
+    pub fn exit(&mut self) {
         self.names.pop();
         self.containers.pop();
     }
 
-    fn holder(&self) -> &str {
+    /// The type of the module that holds the parameter, such as `Linear`.
+    pub fn holder(&self) -> &str {
         self.containers.last().map_or("", |c| c.trim_start_matches("Struct:"))
     }
 
-    /// The parameter's name in a file.
-    fn file_name(&self) -> String {
+    /// The parameter's name in a file, such as `layers.0.weight`.
+    pub fn name(&self) -> String {
         let mut names = self.names.clone();
         if self.holder().ends_with("Norm")
             && let Some(last) = names.last_mut()
@@ -522,7 +527,7 @@ impl ModuleVisitor for Collector {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = HostTensor::from_tensor(param.val());
         let tensor = if self.path.is_transposed() { tensor.transposed() } else { tensor };
-        self.file.insert(self.path.file_name(), tensor);
+        self.file.insert(self.path.name(), tensor);
     }
 }
 
@@ -534,7 +539,7 @@ struct Loader {
 
 impl Loader {
     fn load<const D: usize>(&mut self, param: &Param<Tensor<D>>) -> Result<Tensor<D>> {
-        let name = self.path.file_name();
+        let name = self.path.name();
         let mut expected = param.lazy_shape().to_vec();
         if self.path.is_transposed() {
             expected.reverse();

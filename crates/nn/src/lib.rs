@@ -7,7 +7,8 @@
 //!
 //! [`train()`] is the one training loop: a system describes its objective as a [`Task`], and checkpoints,
 //! resume, early stopping, the log and Ctrl-C come with it. A command keeps its options and its results beside
-//! them with a [`TrainRun`]. Networks over token ids implement [`LanguageModel`] and get [`generate()`] and the
+//! them with a [`TrainRun`]. [`WeightSpec`] and [`Weights`] run any module with weights that another network makes,
+//! [`functional`] has layers with one set of weights a sample. Networks over token ids implement [`LanguageModel`] and get [`generate()`] and the
 //! scores in [`evaluate`].
 
 mod attention;
@@ -19,6 +20,7 @@ mod cross_entropy;
 mod dropout;
 mod embedding;
 pub mod evaluate;
+pub mod functional;
 mod generate;
 mod group_norm;
 mod init;
@@ -37,6 +39,7 @@ mod swiglu;
 mod train;
 mod train_log;
 mod train_run;
+mod weights;
 
 pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
 pub use batch_norm::{BatchNorm, BatchNormConfig};
@@ -69,3 +72,4 @@ pub use swiglu::{SwiGlu, SwiGluConfig, swiglu_hidden};
 pub use train::{Outcome, Task, TrainConfig, Trained, train};
 pub use train_log::LogRow;
 pub use train_run::{TrainRun, TrainSummary};
+pub use weights::{ParamSpec, WeightSpec, Weights};

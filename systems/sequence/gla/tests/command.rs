@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering;
 
 use burn::tensor::Tensor;
 use half::{bf16, f16};
-use kiln_core::{Context, Error, ErrorKind, HostTensor, ModelFolder, OutputMode, Result, System, TensorFile};
+use kiln_core::testing::Desk;
+use kiln_core::{ErrorKind, HostTensor, ModelFolder, OutputMode, Result, TensorFile};
 use kiln_data::{Corpus, Tokenizer};
 use kiln_gla::training::LanguageTask;
 use kiln_gla::{Gla, Lm, checkpoint};
@@ -19,86 +20,39 @@ use serde_json::{Map, Value, json};
 /// Options of a model that trains in milliseconds.
 const TINY: &str = "--d-model 16 --layers 1 --heads 2 --seq-len 32 --batch 2 --warmup 2";
 
-/// A folder for the files of one test, and a context that keeps what is printed.
-struct Desk {
-    folder: tempfile::TempDir,
-    cx: Context,
+fn desk() -> Desk {
+    Desk::new(&Gla)
 }
 
-impl Desk {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let cx = Context { output: OutputMode::Json, ..Context::for_tests(folder.path()) };
-        Self { folder, cx }
-    }
+/// A desk on which lies `text.txt` with `bytes` bytes of text.
+fn desk_with_text(bytes: usize) -> Desk {
+    let desk = desk();
+    desk.write("text.txt", b"the cat sat on the mat; ".repeat(bytes.div_ceil(24)).split_at(bytes).0);
+    desk
+}
 
-    /// A desk on which lies `text.txt` with `bytes` bytes of text.
-    fn with_text(bytes: usize) -> Self {
-        let desk = Self::new();
-        let text: Vec<u8> = b"the cat sat on the mat; ".iter().copied().cycle().take(bytes).collect();
-        fs::write(desk.path("text.txt"), text).unwrap();
-        desk
-    }
+fn tensors(desk: &Desk, name: &str) -> TensorFile {
+    TensorFile::read(&desk.path(name)).unwrap()
+}
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
+/// A copy of the golden model of newer layout with `config.json` changed.
+fn golden_copy(desk: &Desk, name: &str, change: impl FnOnce(&mut Map<String, Value>)) -> ModelFolder {
+    let folder = ModelFolder::new(desk.path(name));
+    folder.create().unwrap();
+    let text = fs::read_to_string(golden("model_split_mlp/config.json")).unwrap();
+    let mut config: Map<String, Value> = serde_json::from_str(&text).unwrap();
+    change(&mut config);
+    fs::write(folder.file("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+    fs::copy(golden("model_split_mlp/model.safetensors"), folder.file("model.safetensors")).unwrap();
+    folder
+}
 
-    /// Runs a verb; in `line`, `@` stands for this folder and `%` for the golden files.
-    fn run(&self, line: &str) -> Result<()> {
-        let (here, golden) =
-            (format!("{}/", self.folder.path().display()), format!("{}/", golden("").display()));
-        let words = line.split_whitespace().map(|word| word.replace('@', &here).replace('%', &golden));
-        let arguments = std::iter::once("gla".to_string()).chain(words);
-        let matches =
-            Gla.command().try_get_matches_from(arguments).map_err(|e| Error::usage(e.to_string()))?;
-        Gla.execute(&matches, &self.cx)
-    }
-
-    /// What a verb prints.
-    fn json(&self, line: &str) -> Value {
-        self.run(line).unwrap();
-        serde_json::from_str(&self.cx.take_printed()).unwrap()
-    }
-
-    /// Why a verb refuses; nothing may have been printed.
-    fn refusal(&self, line: &str) -> String {
-        let error = self.run(line).unwrap_err();
-        assert_eq!(self.cx.take_printed(), "");
-        format!("{error}; {}", error.hint_text().unwrap_or("no hint"))
-    }
-
-    /// Checks that a verb refuses with these words.
-    fn assert_refused(&self, line: &str, words: &str) {
-        let refusal = self.refusal(line);
-        assert!(refusal.contains(words), "`{line}` gave: {refusal}");
-    }
-
-    fn tensors(&self, name: &str) -> TensorFile {
-        TensorFile::read(&self.path(name)).unwrap()
-    }
-
-    /// A copy of the golden model of newer layout with `config.json` changed.
-    fn golden_copy(&self, name: &str, change: impl FnOnce(&mut Map<String, Value>)) -> ModelFolder {
-        let folder = ModelFolder::new(self.path(name));
-        folder.create().unwrap();
-        let text = fs::read_to_string(golden("model_split_mlp/config.json")).unwrap();
-        let mut config: Map<String, Value> = serde_json::from_str(&text).unwrap();
-        change(&mut config);
-        fs::write(folder.file("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
-        fs::copy(golden("model_split_mlp/model.safetensors"), folder.file("model.safetensors")).unwrap();
-        folder
-    }
-
-    /// The logits of a model folder on the golden ids.
-    fn golden_logits(&self, model: &str) -> HostTensor {
-        self.run(&format!(
-            "logits --model {model} --ids %model_fused_mlp/io.safetensors --out @l.safetensors"
-        ))
+/// The logits of a model folder on the golden ids.
+fn golden_logits(desk: &Desk, model: &str) -> HostTensor {
+    desk.run(&format!("logits --model {model} --ids %model_fused_mlp/io.safetensors --out @l.safetensors"))
         .unwrap();
-        self.cx.take_printed();
-        self.tensors("l.safetensors").take("logits").unwrap()
-    }
+    desk.cx.take_printed();
+    tensors(desk, "l.safetensors").take("logits").unwrap()
 }
 
 fn golden(name: &str) -> PathBuf {
@@ -120,7 +74,7 @@ fn difference(a: &HostTensor, b: &HostTensor) -> f32 {
 
 #[test]
 fn training_writes_a_model_its_log_and_what_resuming_needs() {
-    let desk = Desk::with_text(600);
+    let mut desk = desk_with_text(600);
     let result = desk.json(&format!("train --text @text.txt --out @m --steps 4 --eval-every 2 {TINY}"));
     assert_eq!(result["steps"], 4);
     assert!(result["best_val_loss"].as_f64().unwrap() < 6.0);
@@ -135,16 +89,16 @@ fn training_writes_a_model_its_log_and_what_resuming_needs() {
     assert!(read("loss.svg").contains("</svg>") && read("memory.svg").contains("</svg>"));
     assert!(desk.path("m/model.safetensors").exists() && !desk.path("m/tokenizer.json").exists());
 
-    let other_seed = Desk { cx: Context { seed: 1, ..desk.cx.clone() }, ..desk };
-    other_seed.run(&format!("train --text @text.txt --out @n --steps 4 --eval-every 2 {TINY}")).unwrap();
-    other_seed.cx.take_printed();
-    let weights = |name: &str| fs::read(other_seed.path(name).join("model.safetensors")).unwrap();
+    desk.cx.seed = 1;
+    desk.run(&format!("train --text @text.txt --out @n --steps 4 --eval-every 2 {TINY}")).unwrap();
+    desk.cx.take_printed();
+    let weights = |name: &str| fs::read(desk.path(name).join("model.safetensors")).unwrap();
     assert_ne!(weights("m"), weights("n"));
 }
 
 #[test]
 fn every_architecture_trains_scores_and_writes() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     for arch in ["gla", "llama", "mamba", "retnet", "linear"] {
         desk.json(&format!("train --arch {arch} --text @text.txt --out @{arch} --steps 2 {TINY}"));
         let score = desk.json(&format!("eval --model @{arch} --text @text.txt"));
@@ -182,7 +136,7 @@ impl Task<Lm> for Interrupted<'_> {
 
 #[test]
 fn an_interrupted_run_resumes_to_the_result_of_an_uninterrupted_one() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     let options = format!("--text @text.txt --valid @text.txt --steps 9 --eval-every 3 --lr 0.001 {TINY}");
     desk.json(&format!("train --out @whole {options}"));
 
@@ -209,7 +163,7 @@ fn an_interrupted_run_resumes_to_the_result_of_an_uninterrupted_one() {
     let weights = |run: &str| fs::read(desk.path(run).join("model.safetensors")).unwrap();
     assert_eq!(weights("whole"), weights("parts"));
     let (whole, parts) =
-        (desk.tensors("whole/checkpoint.safetensors"), desk.tensors("parts/checkpoint.safetensors"));
+        (tensors(&desk, "whole/checkpoint.safetensors"), tensors(&desk, "parts/checkpoint.safetensors"));
     assert!(whole.names().eq(parts.names()));
     assert!(whole.names().all(|name| whole.get(name) == parts.get(name)));
 
@@ -228,7 +182,7 @@ fn an_interrupted_run_resumes_to_the_result_of_an_uninterrupted_one() {
 
 #[test]
 fn training_can_start_from_a_trained_model_and_with_a_tokenizer() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     let tokenizer = json!({
         "version": "1.0",
         "pre_tokenizer": { "type": "Whitespace" },
@@ -260,7 +214,7 @@ fn training_can_start_from_a_trained_model_and_with_a_tokenizer() {
 
 #[test]
 fn any_bytes_are_text_for_the_byte_tokenizer() {
-    let desk = Desk::new();
+    let desk = desk();
     let bytes: Vec<u8> = (0..600u32).map(|i| (i * i % 251) as u8).collect();
     fs::write(desk.path("binary"), bytes).unwrap();
     desk.json(&format!("train --text @binary --out @m --steps 1 {TINY}"));
@@ -269,7 +223,7 @@ fn any_bytes_are_text_for_the_byte_tokenizer() {
 
 #[test]
 fn training_refuses_what_cannot_work_before_it_writes() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     fs::write(desk.path("empty.txt"), "").unwrap();
     fs::write(desk.path("short.txt"), vec![b'a'; 40]).unwrap();
     for (options, words) in [
@@ -314,7 +268,7 @@ fn training_refuses_what_cannot_work_before_it_writes() {
 
 #[test]
 fn training_refuses_a_folder_in_use_and_one_that_cannot_be_made() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     desk.json(&format!("train --text @text.txt --out @m --steps 1 {TINY}"));
     let before = fs::read(desk.path("m/config.json")).unwrap();
     let again = format!("train --text @text.txt --out @m --steps 1 {TINY} --short-conv");
@@ -328,14 +282,14 @@ fn training_refuses_a_folder_in_use_and_one_that_cannot_be_made() {
 
 #[test]
 fn a_loss_that_is_no_number_stops_training_and_keeps_the_last_good_checkpoint() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     let line = format!(
         "train --text @text.txt --out @m --steps 12 --eval-every 1 --checkpoint-every 1 --lr 1e30 --clip 0 {TINY}"
     );
     let error = desk.run(&line).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Work, "{error}");
     assert!(error.to_string().contains(" step "), "{error}");
-    let kept = desk.tensors("m/checkpoint.safetensors");
+    let kept = tensors(&desk, "m/checkpoint.safetensors");
     assert!(
         kept.names().all(|name| kept
             .get(name)
@@ -349,7 +303,7 @@ fn a_loss_that_is_no_number_stops_training_and_keeps_the_last_good_checkpoint() 
 
 #[test]
 fn eval_gives_the_golden_likelihood_whole_and_in_windows() {
-    let desk = Desk::new();
+    let desk = desk();
     let text = fs::read_to_string(golden("model_fused_mlp/expected.json")).unwrap();
     let expected =
         serde_json::from_str::<Value>(&text).unwrap()["mean_nll_nats_model_fused_mlp"].as_f64().unwrap();
@@ -368,7 +322,7 @@ fn eval_gives_the_golden_likelihood_whole_and_in_windows() {
 
 #[test]
 fn eval_gives_a_row_for_every_context_length() {
-    let desk = Desk::with_text(400);
+    let desk = desk_with_text(400);
     let rows = desk.json("eval --model %model_split_mlp --text @text.txt --lengths 8,16,32");
     let contexts: Vec<u64> =
         rows.as_array().unwrap().iter().map(|row| row["context"].as_u64().unwrap()).collect();
@@ -389,22 +343,22 @@ fn eval_gives_a_row_for_every_context_length() {
 
 #[test]
 fn logits_are_the_golden_ones_in_both_layouts() {
-    let desk = Desk::new();
+    let desk = desk();
     let reference =
         TensorFile::read(&golden("model_fused_mlp/io.safetensors")).unwrap().take("logits").unwrap();
-    let fused = desk.golden_logits("%model_fused_mlp");
+    let fused = golden_logits(&desk, "%model_fused_mlp");
     assert!(difference(&fused, &reference) <= 2e-3);
-    assert_eq!(fused, desk.golden_logits("%model_split_mlp"));
+    assert_eq!(fused, golden_logits(&desk, "%model_split_mlp"));
 
     fs::write(desk.path("abc"), "abc").unwrap();
     let told = desk.json("logits --model %model_split_mlp --text @abc --out @abc.safetensors");
     assert_eq!(told["logits"], json!([1, 3, 256]));
-    assert_eq!(desk.tensors("abc.safetensors").get("logits").unwrap().shape, [1, 3, 256]);
+    assert_eq!(tensors(&desk, "abc.safetensors").get("logits").unwrap().shape, [1, 3, 256]);
 }
 
 #[test]
 fn token_ids_must_be_tokens_of_the_model() {
-    let desk = Desk::new();
+    let desk = desk();
     let write = |name: &str, ids: HostTensor| {
         let mut file = TensorFile::new();
         file.insert("input_ids", ids);
@@ -438,7 +392,7 @@ fn token_ids_must_be_tokens_of_the_model() {
 
 #[test]
 fn greedy_text_is_the_golden_one_in_one_go_and_with_a_saved_state() {
-    let desk = Desk::new();
+    let desk = desk();
     let mut io = TensorFile::read(&golden("model_fused_mlp/io.safetensors")).unwrap();
     let expected: Vec<u64> =
         io.take("greedy_ids").unwrap().as_ints().unwrap().iter().map(|&id| id as u64).collect();
@@ -469,7 +423,7 @@ fn greedy_text_is_the_golden_one_in_one_go_and_with_a_saved_state() {
 
 #[test]
 fn the_state_of_short_convolutions_and_shared_heads_is_saved_too() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     let options = "--short-conv --kv-heads 1 --feature-map silu";
     desk.json(&format!("train --text @text.txt --out @m --steps 3 --lr 0.01 {options} {TINY}"));
     let start = "generate --model @m --greedy --prompt the";
@@ -493,34 +447,34 @@ fn the_state_of_short_convolutions_and_shared_heads_is_saved_too() {
 
 #[test]
 fn generation_streams_stops_and_starts_from_a_line_break_when_nothing_is_given() {
-    let desk = Desk::new();
+    let mut desk = desk();
     let generate = "generate --model %model_split_mlp --greedy --max-tokens 12";
     let nothing = desk.json(generate);
     fs::write(desk.path("newline"), "\n").unwrap();
     assert_eq!(nothing, desk.json(&format!("{generate} --prompt-file @newline")));
 
-    let quiet = Desk { cx: Context { output: OutputMode::Quiet, ..desk.cx.clone() }, ..desk };
+    desk.cx.output = OutputMode::Quiet;
     let text = nothing["text"].as_str().unwrap();
     for stream in ["", "--stream"] {
-        quiet.run(&format!("{generate} {stream}")).unwrap();
-        assert_eq!(quiet.cx.take_printed(), format!("{text}\n"));
+        desk.run(&format!("{generate} {stream}")).unwrap();
+        assert_eq!(desk.cx.take_printed(), format!("{text}\n"));
     }
     let stop = text.chars().skip(2).find(char::is_ascii_graphic).unwrap();
     let before = text.split(stop).next().unwrap();
     for stream in ["", "--stream"] {
-        quiet.run(&format!("{generate} --stop {stop} {stream}")).unwrap();
-        assert_eq!(quiet.cx.take_printed(), format!("{before}\n"));
+        desk.run(&format!("{generate} --stop {stop} {stream}")).unwrap();
+        assert_eq!(desk.cx.take_printed(), format!("{before}\n"));
     }
 }
 
 #[test]
 fn sampling_repeats_with_the_seed_and_refuses_what_makes_no_sense() {
-    let desk = Desk::new();
+    let mut desk = desk();
     let line = "generate --model %model_split_mlp --prompt a --max-tokens 20 --temperature 2";
     let first = desk.json(line);
     assert_eq!(first, desk.json(line));
-    let other = Desk { cx: Context { seed: 5, ..desk.cx.clone() }, ..desk };
-    assert_ne!(first, other.json(line));
+    desk.cx.seed = 5;
+    assert_ne!(first, desk.json(line));
     for (options, words) in [
         ("--temperature 0", "the temperature is 0, but must be above 0"),
         ("--top-p 1.5", "top-p is 1.5"),
@@ -528,7 +482,7 @@ fn sampling_repeats_with_the_seed_and_refuses_what_makes_no_sense() {
         ("--prompt-file @nowhere", "cannot read"),
         ("--prompt a --prompt-file @nowhere", "cannot be used with"),
     ] {
-        other.assert_refused(&format!("generate --model %model_split_mlp {options}"), words);
+        desk.assert_refused(&format!("generate --model %model_split_mlp {options}"), words);
     }
 }
 
@@ -536,7 +490,7 @@ fn sampling_repeats_with_the_seed_and_refuses_what_makes_no_sense() {
 
 #[test]
 fn half_precision_checkpoints_give_the_logits_of_the_rounded_weights() {
-    let desk = Desk::new();
+    let desk = desk();
     let weights = TensorFile::read(&golden("model_split_mlp/model.safetensors")).unwrap();
     for dtype in [Dtype::F16, Dtype::BF16] {
         let round = |x: f32| match dtype {
@@ -554,12 +508,12 @@ fn half_precision_checkpoints_give_the_logits_of_the_rounded_weights() {
         let views = bytes
             .iter()
             .map(|(name, shape, bytes)| (*name, TensorView::new(dtype, shape.to_vec(), bytes).unwrap()));
-        let half = desk.golden_copy("half", |_| ());
+        let half = golden_copy(&desk, "half", |_| ());
         fs::write(half.file("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-        wide.write(&desk.golden_copy("wide", |_| ()).file("model.safetensors")).unwrap();
-        let found = desk.golden_logits("@half");
-        assert_eq!(found, desk.golden_logits("@wide"));
-        let worst = difference(&found, &desk.golden_logits("%model_split_mlp"));
+        wide.write(&golden_copy(&desk, "wide", |_| ()).file("model.safetensors")).unwrap();
+        let found = golden_logits(&desk, "@half");
+        assert_eq!(found, golden_logits(&desk, "@wide"));
+        let worst = difference(&found, &golden_logits(&desk, "%model_split_mlp"));
         assert!(worst > 0.0 && worst < 0.5, "{dtype:?} differs by {worst}");
     }
 }
@@ -585,18 +539,18 @@ fn shard(folder: &ModelFolder) {
 
 #[test]
 fn a_sharded_checkpoint_is_the_single_file() {
-    let desk = Desk::new();
-    let folder = desk.golden_copy("shards", |_| ());
+    let desk = desk();
+    let folder = golden_copy(&desk, "shards", |_| ());
     shard(&folder);
-    assert_eq!(desk.golden_logits("@shards"), desk.golden_logits("%model_split_mlp"));
+    assert_eq!(golden_logits(&desk, "@shards"), golden_logits(&desk, "%model_split_mlp"));
     fs::remove_file(folder.file("model-00002-of-00002.safetensors")).unwrap();
     desk.assert_refused("info --model @shards", "model-00002-of-00002.safetensors");
 }
 
 #[test]
 fn models_convert_to_kilns_layout_and_back() {
-    let desk = Desk::new();
-    let folder = desk.golden_copy("apart", |config| {
+    let desk = desk();
+    let folder = golden_copy(&desk, "apart", |config| {
         config.insert("fuse_norm".into(), false.into());
     });
     let mut weights = TensorFile::read(&folder.file("model.safetensors")).unwrap();
@@ -606,13 +560,13 @@ fn models_convert_to_kilns_layout_and_back() {
     }
     weights.write(&folder.file("model.safetensors")).unwrap();
 
-    let expected = desk.golden_logits("%model_fused_mlp");
+    let expected = golden_logits(&desk, "%model_fused_mlp");
     for (from, original) in [("%model_fused_mlp", "%model_split_mlp"), ("@apart", "@apart")] {
         desk.json(&format!("convert --from {from} --to @kiln"));
         desk.json("convert --from @kiln --to @fla --layout fla");
         desk.json("convert --from @fla --to @again");
         for model in [from, "@kiln", "@fla", "@again"] {
-            assert_eq!(desk.golden_logits(model), expected, "{from} as {model}");
+            assert_eq!(golden_logits(&desk, model), expected, "{from} as {model}");
         }
         let config = |model: &str| ModelFolder::new(desk.path(model)).config_value().unwrap();
         assert_eq!(config("kiln")["kind"], "gla");
@@ -621,10 +575,10 @@ fn models_convert_to_kilns_layout_and_back() {
         assert_eq!(config("kiln"), config("again"));
         // The newer public layout comes back tensor by tensor.
         let original = match original.strip_prefix('@') {
-            Some(name) => desk.tensors(&format!("{name}/model.safetensors")),
+            Some(name) => tensors(&desk, &format!("{name}/model.safetensors")),
             None => TensorFile::read(&golden("model_split_mlp/model.safetensors")).unwrap(),
         };
-        let written = desk.tensors("fla/model.safetensors");
+        let written = tensors(&desk, "fla/model.safetensors");
         assert!(written.names().eq(original.names()));
         assert!(written.names().all(|name| written.get(name) == original.get(name)));
     }
@@ -634,7 +588,7 @@ fn models_convert_to_kilns_layout_and_back() {
 
 #[test]
 fn only_models_of_another_layout_are_converted_to_it() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     desk.json(&format!("train --arch retnet --text @text.txt --out @m --steps 1 {TINY}"));
     desk.assert_refused("convert --from @m --to @fla --layout fla", "is a retnet model; only GLA models");
     assert!(!desk.path("fla").exists());
@@ -642,10 +596,10 @@ fn only_models_of_another_layout_are_converted_to_it() {
 
 #[test]
 fn folders_that_are_no_gla_model_are_refused_by_name() {
-    let desk = Desk::new();
+    let desk = desk();
     desk.assert_refused("info --model @nowhere", "nowhere/config.json");
     let change = |name: &'static str, value: Value| {
-        desk.golden_copy(name, |config| {
+        golden_copy(&desk, name, |config| {
             config.insert(name.into(), value);
         });
     };
@@ -681,9 +635,9 @@ fn folders_that_are_no_gla_model_are_refused_by_name() {
 
 #[test]
 fn sizes_that_only_the_configuration_claims_take_no_memory() {
-    let desk = Desk::new();
+    let desk = desk();
     for (name, size) in [("vocab_size", 1_000_000_000u64), ("intermediate_size", 500_000_000)] {
-        desk.golden_copy(name, |config| {
+        golden_copy(&desk, name, |config| {
             config.insert(name.into(), size.into());
         });
         desk.assert_refused(
@@ -695,8 +649,8 @@ fn sizes_that_only_the_configuration_claims_take_no_memory() {
 
 #[test]
 fn broken_weights_are_named() {
-    let desk = Desk::new();
-    let folder = desk.golden_copy("m", |_| ());
+    let desk = desk();
+    let folder = golden_copy(&desk, "m", |_| ());
     let path = folder.file("model.safetensors");
     let whole = fs::read(&path).unwrap();
     for length in [0, 100, whole.len() / 2, whole.len() - 4] {
@@ -728,7 +682,7 @@ fn broken_weights_are_named() {
 
 #[test]
 fn info_tells_sizes_and_draws_how_long_heads_remember() {
-    let desk = Desk::with_text(600);
+    let desk = desk_with_text(600);
     let info = desk.json("info --model %model_split_mlp --text @text.txt --prune-report @memory.svg");
     // Two layers of 2 heads with 12 × 24 states in f32; a Transformer's cache has 2 × 48 numbers a layer and token.
     assert_eq!(info["state_bytes_per_sequence"], 2 * 2 * 12 * 24 * 4);
@@ -745,12 +699,12 @@ fn info_tells_sizes_and_draws_how_long_heads_remember() {
 
 #[test]
 fn every_form_of_the_operator_gives_the_golden_result_and_gradients() {
-    let desk = Desk::new();
+    let desk = desk();
     for (form, options) in
         [("recurrent", ""), ("parallel", ""), ("chunk", ""), ("chunk", "--chunk 16 --sub-chunk 8")]
     {
         desk.json(&format!("op --in %op_b2h3t37.safetensors --form {form} {options} --out @out.safetensors"));
-        let found = desk.tensors("out.safetensors");
+        let found = tensors(&desk, "out.safetensors");
         let reference = TensorFile::read(&golden("op_b2h3t37.safetensors")).unwrap();
         assert!(found.names().eq(["dg", "dh0", "dk", "dq", "dv", "ht", "o"]));
         for name in found.names() {
@@ -765,7 +719,7 @@ fn every_form_of_the_operator_gives_the_golden_result_and_gradients() {
 
 #[test]
 fn the_operator_needs_neither_a_state_nor_gradients() {
-    let desk = Desk::new();
+    let desk = desk();
     let mut file = TensorFile::read(&golden("op_b2h3t37.safetensors")).unwrap();
     for name in ["h0", "dht", "do"] {
         file.take(name).unwrap();
@@ -777,7 +731,7 @@ fn the_operator_needs_neither_a_state_nor_gradients() {
 
 #[test]
 fn the_operator_refuses_what_it_is_not_defined_for() {
-    let desk = Desk::new();
+    let desk = desk();
     let reference = TensorFile::read(&golden("op_b1h1t1.safetensors")).unwrap();
     let [key, value] = ["k", "v"].map(|name| reference.get(name).unwrap().shape[3]);
     let with = |name: &str, shape: [usize; 4], x: f32| {

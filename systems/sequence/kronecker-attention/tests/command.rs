@@ -4,7 +4,8 @@
 use std::fs;
 use std::path::PathBuf;
 
-use kiln_core::{Context, Error, HostTensor, OutputMode, Result, System, TensorFile};
+use kiln_core::testing::Desk;
+use kiln_core::{HostTensor, TensorFile};
 use kiln_data::{read_npz, write_npz};
 use kiln_kronecker_attention::Kronecker;
 use serde_json::Value;
@@ -12,58 +13,9 @@ use serde_json::Value;
 /// Options of a model that trains in milliseconds.
 const TINY: &str = "--dim 16 --heads 2 --steps 4 --batch 4 --warmup 1 --eval-every 2";
 
-/// A folder for the files of one test, and a context that keeps what is printed.
-struct Desk {
-    folder: tempfile::TempDir,
-    cx: Context,
-}
-
-impl Desk {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let cx = Context { output: OutputMode::Json, ..Context::for_tests(folder.path()) };
-        Self { folder, cx }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.path(name), text).unwrap();
-    }
-
-    /// Runs a verb; in `line`, `@` stands for this folder and `%` for the golden files.
-    fn run(&self, line: &str) -> Result<()> {
-        let here = format!("{}/", self.folder.path().display());
-        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/");
-        let words = line.split_whitespace().map(|word| word.replace('@', &here).replace('%', golden));
-        let arguments = std::iter::once("kronecker-attention".to_string()).chain(words);
-        let matches =
-            Kronecker.command().try_get_matches_from(arguments).map_err(|e| Error::usage(e.to_string()))?;
-        Kronecker.execute(&matches, &self.cx)
-    }
-
-    /// What a verb prints.
-    fn json(&self, line: &str) -> Value {
-        self.cx.take_printed();
-        self.run(line).unwrap();
-        serde_json::from_str(&self.cx.take_printed()).unwrap()
-    }
-
-    /// Checks that a verb refuses with these words and prints nothing.
-    fn assert_refused(&self, line: &str, words: &str) {
-        self.cx.take_printed();
-        let error = self.run(line).unwrap_err();
-        assert_eq!(self.cx.take_printed(), "");
-        let refusal = format!("{error}; {}", error.hint_text().unwrap_or("no hint"));
-        assert!(refusal.contains(words), "`{line}` gave: {refusal}");
-    }
-}
-
 #[test]
 fn run_op_gives_the_golden_output_and_an_error_within_its_certificate() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     let exact = desk.json("run-op --in %order2_n9_d4.npz --impl exact --out @o.npz");
     assert_eq!((exact["impl"].as_str(), exact["order"].as_u64()), (Some("exact"), Some(2)));
     let golden =
@@ -85,7 +37,7 @@ fn run_op_gives_the_golden_output_and_an_error_within_its_certificate() {
 
 #[test]
 fn a_plan_tells_both_costs_and_draws_the_trade_off() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     let plan = desk.json("plan --in %order2_n9_d4.npz --trade-off @entries.svg");
     assert_eq!(plan["order"], 2);
     assert!(plan["rank"].as_u64() < plan["taylor_rank"].as_u64(), "{plan}");
@@ -96,7 +48,7 @@ fn a_plan_tells_both_costs_and_draws_the_trade_off() {
 
 #[test]
 fn match3_instances_are_made_and_solved() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     let made = desk.json("match3 --n 6 --modulus 11 --count 20 --convention any --out @m.jsonl");
     assert_eq!(made["instances"], 20);
     let lines = fs::read_to_string(desk.path("m.jsonl")).unwrap();
@@ -116,7 +68,7 @@ fn match3_instances_are_made_and_solved() {
 
 #[test]
 fn every_format_is_trained_on_evaluated_predicted_and_explained() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
     desk.write("words.csv", "t0,t1,t2,label\na,b,c,yes\nb,b,,no\nc,a,a,yes\na,,,no\nb,c,a,yes\nc,c,c,no\n");
     let mut arrays = TensorFile::new();
@@ -149,7 +101,7 @@ fn every_format_is_trained_on_evaluated_predicted_and_explained() {
 
 #[test]
 fn pairs_are_drawn() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
     desk.run(&format!("train --data @ids.jsonl --input fourier:7 {TINY} --out @m")).unwrap();
     let drawn = desk.json("plot --model @m --data @ids.jsonl --row 2 --token 4 --out @pairs.png");
@@ -164,7 +116,7 @@ fn pairs_are_drawn() {
 
 #[test]
 fn a_resumed_run_ends_as_one_that_was_never_interrupted() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
     let train = |rest: &str| desk.run(&format!("train --data @ids.jsonl {rest}")).unwrap();
     let options =
@@ -181,7 +133,7 @@ fn a_resumed_run_ends_as_one_that_was_never_interrupted() {
 
 #[test]
 fn matrices_that_do_not_fit_are_named() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     let save = |name: &str, matrices: &[(&str, [usize; 2])], spoilt: Option<f32>| {
         let mut file = TensorFile::new();
         for (matrix, shape) in matrices {
@@ -225,7 +177,7 @@ fn matrices_that_do_not_fit_are_named() {
 
 #[test]
 fn tuples_of_more_than_four_tokens_must_be_forced_unless_they_are_cheap() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     let mut file = TensorFile::new();
     for name in ["Q", "K1", "K2", "K3", "K4", "K5", "V1", "V2", "V3", "V4", "V5"] {
         file.insert(name, HostTensor::float([3, 2], vec![0.5, -0.5, 0.25, 1.0, -1.0, 0.0]));
@@ -240,7 +192,7 @@ fn tuples_of_more_than_four_tokens_must_be_forced_unless_they_are_cheap() {
 
 #[test]
 fn data_that_cannot_be_used_are_named_with_their_row() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Kronecker);
     desk.write("empty.jsonl", "\n");
     desk.write("broken.jsonl", "{\"tokens\": [1, 2], \"labels\": [0, 1]}\n{\"tokens\": [1,");
     desk.write(

@@ -179,3 +179,36 @@ impl Task<TabPfn> for PriorFitting {
         value.as_object().cloned().unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::module::Param;
+    use burn::nn::Initializer;
+
+    #[test]
+    fn a_network_that_knows_nothing_is_surprised_by_the_logarithm_of_the_classes() {
+        let cx = Context::for_tests("unused");
+        let network =
+            TabPfnConfig { max_features: 5, max_classes: 7, emsize: 8, layers: 1, heads: 2, hidden: 8 };
+        let mut model = network.init(&cx.device);
+        model.decoder.2.weight = Initializer::Zeros.init([8, 7], &cx.device);
+        model.decoder.2.bias = Some(Param::from_tensor(Tensor::zeros([7], &cx.device)));
+        let fit = FitConfig { rows: 32, batch: 2, causal_share: 0.5 };
+        let loss = PriorFitting::new(fit, network, &cx).validate(&model).unwrap();
+        assert!((loss - 7f64.ln()).abs() < 1e-5, "{loss}");
+    }
+
+    #[test]
+    fn a_step_has_the_same_data_sets_whether_they_were_drawn_ahead_or_not() {
+        let cx = Context::for_tests("unused");
+        let network =
+            TabPfnConfig { max_features: 5, max_classes: 3, emsize: 8, layers: 1, heads: 2, hidden: 8 };
+        let fit = FitConfig { rows: 32, batch: 2, causal_share: 0.5 };
+        let mut fitting = PriorFitting::new(fit, network.clone(), &cx);
+        let in_order: Vec<Batch> = (0..3).map(|step| fitting.batch(step).unwrap()).collect();
+        let again = PriorFitting::new(fit, network, &cx).batch(2).unwrap();
+        assert_eq!((&in_order[2].x, &in_order[2].y), (&again.x, &again.y));
+        assert!(in_order[1].y != again.y || in_order[1].x != again.x);
+    }
+}

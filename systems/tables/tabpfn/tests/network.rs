@@ -1,6 +1,7 @@
 //! The network against the reference implementation, and what must not change its results.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use kiln_core::{ModelFolder, TensorFile};
 use kiln_tabpfn::{TabPfn, TabPfnConfig};
@@ -57,4 +58,46 @@ fn the_order_of_labelled_rows_means_nothing() {
     let turned = x.clone().narrow(1, 0, labelled).flip([1]);
     let x = Tensor::cat(vec![turned, x.narrow(1, labelled, logits.dims()[1])], 1);
     assert!(difference(model().forward(x, y.flip([1])), logits) < 1e-4);
+}
+
+/// Mean of the squared logits of a case, as a function of the parameters.
+fn objective(model: &TabPfn) -> Tensor<1> {
+    let (x, y, _) = case("b");
+    model.forward(x, y).powi_scalar(2).mean()
+}
+
+#[test]
+fn gradients_are_the_slopes_of_the_objective() {
+    let trained = model().train();
+    let gradients = objective(&trained).backward();
+    let layer = &trained.transformer_encoder.layers[1];
+    let slope = |weight: &Param<Tensor<2>>, place: fn(&mut TabPfn) -> &mut Param<Tensor<2>>| {
+        let gradient = weight.val().grad(&gradients).unwrap();
+        let norm = gradient.clone().powi_scalar(2).sum().sqrt().into_scalar::<f32>();
+        let at = |step: f32| {
+            let mut moved = model();
+            let parameter = place(&mut moved);
+            *parameter = Param::from_tensor(parameter.val() + gradient.clone() * (step / norm));
+            f64::from(objective(&moved).into_scalar::<f32>())
+        };
+        let step = 0.02;
+        ((at(step) - at(-step)) / f64::from(2.0 * step), f64::from(norm))
+    };
+    let pairs = [
+        slope(&layer.self_attn.in_proj_weight, |m| {
+            &mut m.transformer_encoder.layers[1].self_attn.in_proj_weight
+        }),
+        slope(&layer.self_attn.out_proj.weight, |m| {
+            &mut m.transformer_encoder.layers[1].self_attn.out_proj.weight
+        }),
+        slope(&layer.linear2.weight, |m| &mut m.transformer_encoder.layers[1].linear2.weight),
+        slope(&trained.encoder.weight, |m| &mut m.encoder.weight),
+        slope(&trained.y_encoder.weight, |m| &mut m.y_encoder.weight),
+    ];
+    for (number, (measured, expected)) in pairs.into_iter().enumerate() {
+        assert!(
+            (measured - expected).abs() < 0.01 * expected + 1e-5,
+            "{number}: {measured} against {expected}"
+        );
+    }
 }
