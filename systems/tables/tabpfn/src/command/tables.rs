@@ -87,6 +87,7 @@ fn from_arrays(path: &Path) -> Result<(Table, Option<Table>)> {
         Error::input(path.display(), found)
             .hint("expected X_train [rows, columns], y_train [rows] and X_test [rows, columns]")
     };
+    let has_test = file.get("X_test").is_some();
     let mut matrix = |name: &str| -> Result<Vec<Column>> {
         let array = file.take(name)?;
         let &[rows, width] = &array.shape[..] else {
@@ -107,7 +108,7 @@ fn from_arrays(path: &Path) -> Result<(Table, Option<Table>)> {
         Ok((0..width).map(|c| Column::numbers(format!("x{}", c + 1), column(c))).collect())
     };
     let mut train = matrix("X_train")?;
-    let test = if file.get("X_test").is_some() { Some(matrix("X_test")?) } else { None };
+    let test = if has_test { Some(matrix("X_test")?) } else { None };
     let labels = file.take("y_train")?;
     let texts: Vec<f64> = match &labels.values {
         kiln_core::Values::Int(values) => values.iter().map(|&y| y as f64).collect(),
