@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import time
+import typing
 import warnings
 
 import numpy as np
@@ -17,10 +18,13 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from tabpfn.scripts.transformer_prediction_interface import transformer_predict
-from tabpfn.transformer import TransformerModel
-from tabpfn import encoders
 from xgboost import XGBClassifier
+
+# The package imports this name from a module of PyTorch that no longer has it.
+torch.nn.modules.transformer.Optional = typing.Optional
+from tabpfn import encoders  # noqa: E402
+from tabpfn.scripts.transformer_prediction_interface import transformer_predict  # noqa: E402
+from tabpfn.transformer import TransformerModel  # noqa: E402
 
 THREADS = 2
 TABLES = [(100, 100, 10), (500, 500, 30), (1000, 1000, 100)]
