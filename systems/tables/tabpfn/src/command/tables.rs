@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kiln_core::{Context, Error, Result};
+use kiln_core::{Context, Error, Result, TensorFile};
 use kiln_data::{Column, Table, TableOptions, read_npz};
 
 use crate::classifier::ClassifierOptions;
@@ -87,8 +87,7 @@ fn from_arrays(path: &Path) -> Result<(Table, Option<Table>)> {
         Error::input(path.display(), found)
             .hint("expected X_train [rows, columns], y_train [rows] and X_test [rows, columns]")
     };
-    let has_test = file.get("X_test").is_some();
-    let mut matrix = |name: &str| -> Result<Vec<Column>> {
+    let matrix = |file: &mut TensorFile, name: &str| -> Result<Vec<Column>> {
         let array = file.take(name)?;
         let &[rows, width] = &array.shape[..] else {
             return Err(wrong(format!("\"{name}\" has the shape {:?}", array.shape)));
@@ -107,14 +106,14 @@ fn from_arrays(path: &Path) -> Result<(Table, Option<Table>)> {
         let column = |c: usize| (0..rows).map(|row| values[row * width + c]).collect();
         Ok((0..width).map(|c| Column::numbers(format!("x{}", c + 1), column(c))).collect())
     };
-    let mut train = matrix("X_train")?;
-    let test = if has_test { Some(matrix("X_test")?) } else { None };
+    let mut train = matrix(&mut file, "X_train")?;
+    let test = if file.get("X_test").is_some() { Some(matrix(&mut file, "X_test")?) } else { None };
     let labels = file.take("y_train")?;
-    let texts: Vec<f64> = match &labels.values {
+    let numbers: Vec<f64> = match &labels.values {
         kiln_core::Values::Int(values) => values.iter().map(|&y| y as f64).collect(),
         kiln_core::Values::Float(values) => values.iter().map(|&y| f64::from(y)).collect(),
     };
-    train.push(Column::numbers(NPZ_TARGET, texts));
+    train.push(Column::numbers(NPZ_TARGET, numbers));
     let source = path.display().to_string();
     let test = test.map(|columns| Table::from_columns(&format!("{source}, X_test"), columns)).transpose()?;
     Ok((Table::from_columns(&source, train)?, test))
