@@ -1,9 +1,10 @@
 //! Any network as one whose weights depend on a condition (§4.2 of the paper: the additive formulation).
 
-use burn::module::Module;
+use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Device, Tensor};
 use kiln_core::{Result, TensorFile, Values};
-use kiln_nn::{WeightSpec, Weights};
+use kiln_nn::{WeightSpec, Weights, initialise};
+use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::encoding::Encoding;
@@ -88,17 +89,39 @@ impl MipConfig {
         self
     }
 
-    /// Draws a hypernetwork for a network. Those of its parameters that are selected become θ0.
+    /// The parameters of a network that will depend on the condition.
     ///
     /// # Errors
     /// When the settings do not fit, or a pattern matches no parameter or one that is not trained.
-    pub fn init<M: Module>(&self, module: M, device: &Device) -> Result<MipHyper<M>> {
+    pub fn check<M: Module>(&self, module: &M) -> Result<WeightSpec> {
         self.hypernet.check()?;
         let patterns: Vec<&str> = self.select.iter().map(String::as_str).collect();
-        let spec = WeightSpec::of(&module).select(&patterns)?;
+        WeightSpec::of(module).select(&patterns)
+    }
+
+    /// Draws a hypernetwork for a network. Those of its parameters that are selected become θ0.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn init<M: Module>(&self, module: M, device: &Device) -> Result<MipHyper<M>> {
+        let spec = self.check(&module)?;
         let base = if self.additive { module } else { zeroed(module, &spec)? };
         let hyper = self.hypernet.init(&spec, device);
         Ok(MipHyper { hyper, base, spec, freeze_base: self.freeze_base })
+    }
+
+    /// Draws a hypernetwork for a network from a random stream, the same every time.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn draw<M: Module + ModuleDisplay>(
+        &self,
+        module: M,
+        rng: &mut impl Rng,
+        device: &Device,
+    ) -> Result<MipHyper<M>> {
+        self.check(&module)?;
+        Ok(initialise(device, rng, |device| self.init(module, device).expect("the settings were checked just above")))
     }
 }
 
