@@ -655,7 +655,7 @@ fn sample_rows(labels: &[usize], classes: usize, most: usize, rng: &mut impl Rng
     for class in 0..classes {
         let mut rows: Vec<usize> = (0..labels.len()).filter(|&row| labels[row] == class).collect();
         rows.shuffle(rng);
-        let share = (most * rows.len() / labels.len()).max(1);
+        let share = (most * rows.len()).div_ceil(labels.len());
         for (number, sample) in samples.iter_mut().enumerate() {
             let part = number * rows.len() / count..(number + 1) * rows.len() / count;
             match part.is_empty() {

@@ -11,7 +11,6 @@ const BINS: usize = 256;
 
 /// The columns of a table, each cut into bins of about as many rows.
 pub struct Binned {
-    rows: usize,
     /// For each column, the least value of every bin but the first.
     edges: Vec<Vec<f64>>,
     /// For each column, the bin of every row.
@@ -27,17 +26,7 @@ impl Binned {
             edges[column].partition_point(|&edge| edge <= x) as u8
         };
         let bins = (0..table.columns).map(|column| (0..table.rows).map(|row| bin(column, row)).collect());
-        Self { rows: table.rows, bins: bins.collect(), edges }
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Number of columns.
-    pub fn columns(&self) -> usize {
-        self.edges.len()
+        Self { bins: bins.collect(), edges }
     }
 }
 
