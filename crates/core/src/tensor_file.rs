@@ -165,6 +165,36 @@ impl View for &HostTensor {
     }
 }
 
+/// A tensor whose floats are written as f16.
+struct Half<'a>(&'a HostTensor);
+
+impl View for Half<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.0.values {
+            Values::Float(_) => Dtype::F16,
+            Values::Int(_) => Dtype::I64,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.0.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match &self.0.values {
+            Values::Float(values) => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+            Values::Int(_) => self.0.data(),
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        match &self.0.values {
+            Values::Float(values) => 2 * values.len(),
+            Values::Int(_) => self.0.data_len(),
+        }
+    }
+}
+
 /// Tensors by name, as read from or written to safetensors.
 #[derive(Debug, Clone, Default)]
 pub struct TensorFile {
@@ -191,13 +221,23 @@ impl TensorFile {
     /// # Errors
     /// When the file is missing, truncated, malformed, or holds a type that Kiln does not read.
     pub fn read(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        let size = file.metadata().map_err(Error::io("read", path))?.len();
+        Self::parse(BufReader::new(file), size, path)
+    }
+
+    /// Reads every tensor of a file that is in memory; messages call it `source`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn from_bytes(bytes: &[u8], source: impl AsRef<Path>) -> Result<Self> {
+        Self::parse(bytes, bytes.len() as u64, source.as_ref())
+    }
+
+    fn parse(mut reader: impl Read, size: u64, path: &Path) -> Result<Self> {
         let malformed = |found: String| {
             Error::input(path.display(), found).hint("is it a complete file in the safetensors format?")
         };
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        let size = file.metadata().map_err(Error::io("read", path))?.len();
-        let mut reader = BufReader::new(file);
-
         let mut buffer = vec![0u8; 8];
         if size < 8 {
             return Err(malformed(format!("has {size} bytes, too few for a header")));
@@ -268,9 +308,26 @@ impl TensorFile {
     /// # Errors
     /// When the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
+        self.write_views(self.tensors.iter(), path)
+    }
+
+    /// Writes all tensors atomically with floats as f16, half the size: a number keeps eleven binary digits, and
+    /// one beyond 65504 becomes infinite.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_half(&self, path: &Path) -> Result<()> {
+        self.write_views(self.tensors.iter().map(|(name, tensor)| (name, Half(tensor))), path)
+    }
+
+    fn write_views<'a>(
+        &self,
+        tensors: impl Iterator<Item = (&'a String, impl View)>,
+        path: &Path,
+    ) -> Result<()> {
         let metadata = (!self.metadata.is_empty())
             .then(|| self.metadata.iter().map(|(k, v)| (k.clone(), v.clone())).collect());
-        let bytes = safetensors::serialize(self.tensors.iter(), metadata)
+        let bytes = safetensors::serialize(tensors, metadata)
             .map_err(|e| Error::work(format!("cannot lay out {}", path.display())).caused_by(e))?;
         write_atomic(path, &bytes)
     }
@@ -569,6 +626,20 @@ mod tests {
         file.metadata.insert("step".into(), "12".into());
         file.write(&path).unwrap();
         assert_eq!(TensorFile::read(&path).unwrap().metadata, file.metadata);
+    }
+
+    #[test]
+    fn half_precision_keeps_what_it_can_and_reads_from_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("half.safetensors");
+        let mut file = TensorFile::new();
+        file.insert("x", HostTensor::float([2], vec![1.0 / 3.0, -2.5]));
+        file.insert("n", HostTensor::int([1], vec![7]));
+        file.write_half(&path).unwrap();
+        let read = TensorFile::from_bytes(&std::fs::read(&path).unwrap(), "memory").unwrap();
+        let x = read.get("x").unwrap().as_floats().unwrap();
+        assert!((x[0] - 1.0 / 3.0).abs() < 2e-4 && x[1] == -2.5);
+        assert_eq!(read.get("n").unwrap().as_ints().unwrap(), [7]);
     }
 
     #[test]

@@ -6,8 +6,9 @@
 //! from [`burn::nn`] becomes one from here, and nothing else changes.
 //!
 //! [`train()`] is the one training loop: a system describes its objective as a [`Task`], and checkpoints,
-//! resume, early stopping, the log and Ctrl-C come with it. Networks over token ids implement
-//! [`LanguageModel`] and get [`generate()`] and the scores in [`evaluate`].
+//! resume, early stopping, the log and Ctrl-C come with it. A command keeps its options and its results beside
+//! them with a [`TrainRun`]. Networks over token ids implement [`LanguageModel`] and get [`generate()`] and the
+//! scores in [`evaluate`].
 
 mod attention;
 mod batch_norm;
@@ -35,6 +36,7 @@ mod schedule;
 mod swiglu;
 mod train;
 mod train_log;
+mod train_run;
 
 pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
 pub use batch_norm::{BatchNorm, BatchNormConfig};
@@ -66,3 +68,4 @@ pub use schedule::Schedule;
 pub use swiglu::{SwiGlu, SwiGluConfig, swiglu_hidden};
 pub use train::{Outcome, Task, TrainConfig, Trained, train};
 pub use train_log::LogRow;
+pub use train_run::{TrainRun, TrainSummary};

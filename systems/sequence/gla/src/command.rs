@@ -7,13 +7,11 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{
-    Context, Error, HostTensor, ModelFolder, OutputMode, Plot, Result, TensorFile, write_atomic,
-};
+use kiln_core::{Context, Error, HostTensor, OutputMode, Result, TensorFile};
 use kiln_data::{Corpus, Tokenizer};
 use kiln_nn::{
-    LanguageModel, Outcome, Sampling, Score, TrainConfig, generate, score_carried, score_context_lengths,
-    score_windows, train,
+    LanguageModel, Sampling, Score, TrainConfig, TrainRun, TrainSummary, generate, score_carried,
+    score_context_lengths, score_windows,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -25,7 +23,7 @@ use crate::model::GlaLmConfig;
 use crate::op::{self, GlaOpConfig};
 use crate::server;
 use crate::stopped_text::StoppedText;
-use crate::training::{self, LanguageTask};
+use crate::training::{self, HeadMemory, LanguageTask};
 
 /// A text is read in pieces of so many tokens when the state is carried along.
 const PIECE: usize = 1024;
@@ -372,33 +370,16 @@ impl Command {
     }
 }
 
-/// What `train.json` keeps for resuming.
-#[derive(Serialize, Deserialize)]
-struct Run {
-    seed: u64,
-    steps: usize,
-    #[serde(flatten)]
-    recipe: Recipe,
-}
-
 fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
-    let resume = args.resume.is_some();
-    let path = args.resume.as_ref().or(args.out.as_ref()).cloned();
-    let folder = ModelFolder::new(path.ok_or_else(|| Error::usage("--out or --resume is needed"))?);
-    let (run, tokenizer) = if resume {
-        let run: Run = read_json(&folder.file("train.json"))?;
-        let steps = args.steps.unwrap_or(run.steps);
-        if steps < run.steps {
-            return Err(Error::usage(format!("the run was begun for {} steps, not {steps}", run.steps))
-                .hint("--steps may only grow when a run is resumed"));
-        }
-        (Run { steps, ..run }, Tokenizer::open(&folder)?)
-    } else {
-        let tokenizer = Tokenizer::load(&args.recipe.tokenizer)?;
-        (Run { seed: cx.seed, steps: args.steps.unwrap_or(2000), recipe: args.recipe }, tokenizer)
+    let run = match (&args.resume, &args.out) {
+        (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
+        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(2000), args.recipe, cx),
+        (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
-    let cx = &Context { seed: run.seed, ..cx.clone() };
+    let cx = &run.context(cx);
     let recipe = &run.recipe;
+    let tokenizer =
+        if run.resumed { Tokenizer::open(&run.folder)? } else { Tokenizer::load(&recipe.tokenizer)? };
     if recipe.seq_len == 0 || recipe.batch == 0 {
         return Err(Error::usage("--seq-len and --batch must be at least 1"));
     }
@@ -411,9 +392,9 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     }
 
     let (train_text, valid_text) = read_texts(&args.text, args.valid.as_deref(), recipe, &tokenizer)?;
-    let (config, model) = match (&args.init_from, resume) {
+    let (config, model) = match (&args.init_from, run.resumed) {
         (_, true) => {
-            let config = checkpoint::read_config(&folder)?;
+            let config = checkpoint::read_config(&run.folder)?;
             let model = config.init(cx);
             (config, model)
         }
@@ -446,16 +427,7 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
         ..TrainConfig::default()
     };
     train_config.check()?;
-    if !resume {
-        if folder.file("checkpoint.safetensors").exists() {
-            return Err(Error::usage(format!("{} already holds a training run", folder.path().display()))
-                .hint("continue it with --resume, or choose another --out"));
-        }
-        checkpoint::save(&folder, &config, &tokenizer, None)?;
-    }
-    let json =
-        serde_json::to_vec_pretty(&run).map_err(|e| Error::work("cannot write train.json").caused_by(e))?;
-    write_atomic(&folder.file("train.json"), &json)?;
+    run.save(|folder| checkpoint::save(folder, &config, &tokenizer, None))?;
 
     cx.note(format!(
         "{} with {} parameters on {} tokens, {} held out",
@@ -471,57 +443,31 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
         batch: recipe.batch,
         cx,
     };
-    let trained = train(model, &mut task, &train_config, Some(&folder), resume, cx)?;
-    if trained.outcome == Outcome::Interrupted {
-        return Err(Error::interrupted(format!("stopped after step {}", trained.log.len())).hint(format!(
-            "continue with `kiln gla train --text {} --resume {}`",
-            args.text.display(),
-            folder.path().display()
-        )));
-    }
-
-    let losses = |value: fn(&kiln_nn::LogRow) -> Option<f64>| {
-        trained.log.iter().filter_map(|row| Some((row.step as f64, value(row)?))).collect()
-    };
-    Plot::lines("Loss", "step", "nats per token")
-        .series("training", losses(|row| Some(row.loss)))
-        .series("validation", losses(|row| row.val_loss))
-        .save(&folder.file("loss.svg"))?;
+    let text = format!("--text {}", args.text.display());
+    let trained = run.train(model, &mut task, &train_config, &text, cx)?;
+    let summary = run.finish(&trained, "nats per token")?;
     let memory = match config.arch() {
         Arch::Gla => training::head_memory(&trained.model, &valid_text.ids, cx),
         _ => Vec::new(),
     };
     if !memory.is_empty() {
-        training::memory_plot(&memory).save(&folder.file("memory.svg"))?;
+        training::memory_plot(&memory).save(&run.folder.file("memory.svg"))?;
     }
-    let result = json!({
-        "model": folder.path(),
-        "steps": trained.log.len(),
-        "best_val_loss": trained.best_loss,
-        "best_step": trained.best_step,
-        "early_stopped": trained.outcome == Outcome::EarlyStopped,
-        "head_memory": memory,
-    });
-    cx.emit(&result, |_| {
-        let mut text = format!(
-            "trained {} steps; best validation loss {:.4} nats a token, after step {}\n",
-            trained.log.len(),
-            trained.best_loss,
-            trained.best_step
-        );
-        if !memory.is_empty() {
-            text += &training::memory_table(&memory).to_text();
+    cx.emit(&TrainResult { summary, head_memory: memory }, |TrainResult { summary, head_memory }| {
+        let mut text = summary.to_text("nats a token");
+        if !head_memory.is_empty() {
+            text += &training::memory_table(head_memory).to_text();
         }
-        text + &format!("model in {}\n", folder.path().display())
+        text + &format!("model in {}\n", summary.model.display())
     })
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read_to_string(path).map_err(|e| {
-        Error::io("read", path)(e).hint("only a folder that `kiln gla train` wrote can be resumed")
-    })?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::input(path.display(), "does not describe a training run").caused_by(e))
+/// What `train` prints.
+#[derive(Serialize)]
+struct TrainResult {
+    #[serde(flatten)]
+    summary: TrainSummary,
+    head_memory: Vec<HeadMemory>,
 }
 
 /// The training and the validation text, each long enough for one window.

@@ -14,6 +14,9 @@ use burn::tensor::{Bool, Tensor, TensorData};
 use crate::kernel::{Exact, Masks};
 use kiln_ops::{apply, runs_natively};
 
+/// Most tokens in a tuple that [`tensor_attention`] computes: its cost grows as n^{r+1}.
+pub const MAX_ORDER: usize = 8;
+
 /// What attention needs besides queries, keys and values.
 #[derive(Debug, Clone)]
 pub struct AttentionOptions {
@@ -55,7 +58,7 @@ impl AttentionOptions {
 /// - output: `[batch, heads, queries, value width]`
 ///
 /// # Panics
-/// When the shapes do not fit, or r is not 1 to 4.
+/// When the shapes do not fit, or r is not 1 to [`MAX_ORDER`].
 pub fn tensor_attention(
     q: Tensor<4>,
     keys: &[Tensor<4>],
@@ -75,7 +78,11 @@ pub fn tensor_attention(
         1 => apply::<3, _>(&exact, inputs.try_into().expect(fixed)),
         2 => apply::<5, _>(&exact, inputs.try_into().expect(fixed)),
         3 => apply::<7, _>(&exact, inputs.try_into().expect(fixed)),
-        _ => apply::<9, _>(&exact, inputs.try_into().expect(fixed)),
+        4 => apply::<9, _>(&exact, inputs.try_into().expect(fixed)),
+        5 => apply::<11, _>(&exact, inputs.try_into().expect(fixed)),
+        6 => apply::<13, _>(&exact, inputs.try_into().expect(fixed)),
+        7 => apply::<15, _>(&exact, inputs.try_into().expect(fixed)),
+        _ => apply::<17, _>(&exact, inputs.try_into().expect(fixed)),
     })
 }
 
@@ -88,7 +95,7 @@ fn read_mask(mask: &Tensor<2, Bool>) -> Vec<bool> {
 /// Shapes as for [`tensor_attention`].
 ///
 /// # Panics
-/// When the shapes do not fit, or r is not 1 to 4.
+/// When the shapes do not fit, or r is not 1 to [`MAX_ORDER`].
 pub fn tensor_attention_direct(
     q: Tensor<4>,
     keys: &[Tensor<4>],
@@ -96,13 +103,18 @@ pub fn tensor_attention_direct(
     options: &AttentionOptions,
 ) -> Tensor<4> {
     check(&q, keys, values);
-    let scores = q.clone().matmul(kronecker_rows(keys).swap_dims(2, 3)).mul_scalar(options.scale);
+    let scores = tuple_scores(q.clone(), keys, options.scale);
     let Some(hidden) = hidden_tuples(&q, keys, options) else {
         return softmax(scores, 3).matmul(kronecker_rows(values));
     };
     let hidden = hidden.expand(scores.dims());
     let weights = softmax(scores.mask_fill(hidden.clone(), f32::MIN), 3).mask_fill(hidden, 0.0);
     weights.matmul(kronecker_rows(values))
+}
+
+/// The scores of all tuples, the last index fastest: `[batch, heads, queries, rows_1 · … · rows_r]`.
+pub fn tuple_scores(q: Tensor<4>, keys: &[Tensor<4>], scale: f64) -> Tensor<4> {
+    q.matmul(kronecker_rows(keys).swap_dims(2, 3)).mul_scalar(scale)
 }
 
 /// The products of all tuples of rows, the last index fastest: `[batch, heads, rows_1 · … · rows_r, width]`.
@@ -140,7 +152,11 @@ fn hidden_tuples(q: &Tensor<4>, keys: &[Tensor<4>], options: &AttentionOptions) 
 }
 
 fn check(q: &Tensor<4>, keys: &[Tensor<4>], values: &[Tensor<4>]) {
-    assert!((1..=4).contains(&keys.len()), "tensor attention has 1 to 4 key matrices, not {}", keys.len());
+    let order = keys.len();
+    assert!(
+        (1..=MAX_ORDER).contains(&order),
+        "tensor attention has 1 to {MAX_ORDER} key matrices, not {order}"
+    );
     assert_eq!(keys.len(), values.len(), "there must be as many value matrices as key matrices");
     let [batch, heads, _, width] = q.dims();
     let value_width = values[0].dims()[3];

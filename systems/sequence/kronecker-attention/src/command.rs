@@ -8,16 +8,14 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::Tensor;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{
-    Context, Error, HostTensor, MemoryGauge, ModelFolder, Plot, Result, TensorFile, write_atomic,
-};
+use kiln_core::{Context, Error, HostTensor, MemoryGauge, Plot, Result, TensorFile, write_atomic};
 use kiln_data::{read_tensors, write_tensors};
-use kiln_nn::{Outcome, TrainConfig, initialise, train};
+use kiln_nn::{TrainConfig, TrainRun, TrainSummary, initialise};
 use kiln_ops::release_freed_memory;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::attention::{AttentionOptions, tensor_attention};
+use crate::attention::{AttentionOptions, MAX_ORDER, tensor_attention};
 use crate::checkpoint::{self, Config, KIND};
 use crate::data::{self, Coding, InputKind, Sequence};
 use crate::explain::QueryWeights;
@@ -27,6 +25,9 @@ use crate::model::{KroneckerTransformerConfig, Target};
 use crate::plan::{self, Algorithm, admissible_entries, plan};
 use crate::polynomial::{Basis, ExpPolynomial, Monomials, tensor_attention_poly};
 use crate::training::{ClassificationTask, Scores, likeliest, predict, split};
+
+/// Beyond this many tokens in a tuple, exact attention is out of reach for all but the shortest sequences.
+const LARGE_ORDER: usize = 4;
 
 /// `kiln kronecker-attention …`
 #[derive(Debug, Parser)]
@@ -108,6 +109,9 @@ struct RunOpArgs {
     /// Refuse more multiplications than this
     #[arg(long, default_value_t = 1e13)]
     max_ops: f64,
+    /// Compute exact attention over tuples of more than 4 tokens
+    #[arg(long)]
+    force: bool,
     /// Refuse more monomials than this
     #[arg(long, default_value_t = 100_000)]
     max_rank: usize,
@@ -152,6 +156,9 @@ struct TrainArgs {
     /// Optimisation steps in all [default: 900]
     #[arg(long)]
     steps: Option<usize>,
+    /// Train on tuples of more than 4 tokens
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     recipe: Recipe,
 }
@@ -192,6 +199,9 @@ struct Recipe {
     /// A token sees only those before it
     #[arg(long, conflicts_with = "resume")]
     causal: bool,
+    /// Probability that a channel is dropped in training
+    #[arg(long, default_value_t = 0.0, conflicts_with = "resume")]
+    dropout: f64,
     /// Sequences a batch
     #[arg(long, default_value_t = 64, conflicts_with = "resume")]
     batch: usize,
@@ -428,10 +438,6 @@ fn run_op(args: &RunOpArgs, cx: &Context) -> Result<()> {
     let matrices = Matrices::read(&args.input, order, cx)?;
     let Matrices { q, keys, values, .. } = &matrices;
     let order = keys.len();
-    if order > 4 {
-        let message = format!("order {order} costs n^{}", order + 1);
-        return Err(Error::usage(message).hint("orders up to 4 are computed"));
-    }
     let scale = matrices.scale(&args.scale)?;
     let options = AttentionOptions::new(scale).causal(args.causal);
     let range = plan::score_bound(q, keys, scale);
@@ -452,7 +458,11 @@ fn run_op(args: &RunOpArgs, cx: &Context) -> Result<()> {
         Implementation::Exact => None,
     };
     let operations = plan::exact_operations(q, keys, values) * q.dims()[0] as f64;
-    if (polynomial.is_none() || args.compare) && operations > args.max_ops {
+    let exactly = polynomial.is_none() || args.compare;
+    if exactly {
+        affordable(order, args.force, &format!("{operations:.1e} multiplications"))?;
+    }
+    if exactly && operations > args.max_ops {
         return Err(Error::usage(format!(
             "{operations:.1e} multiplications are more than --max-ops {:.1e}",
             args.max_ops
@@ -507,6 +517,21 @@ fn run_op(args: &RunOpArgs, cx: &Context) -> Result<()> {
         }
         text + &format!("; {seconds:.3} s; O in {}\n", args.out.display())
     })
+}
+
+/// Exact attention over tuples of more than [`LARGE_ORDER`] tokens must be asked for twice.
+fn affordable(order: usize, force: bool, cost: &str) -> Result<()> {
+    if order > MAX_ORDER {
+        return Err(Error::usage(format!(
+            "order {order} is above {MAX_ORDER}, the highest that is computed"
+        ))
+        .hint("polynomial attention has no highest order: --impl poly"));
+    }
+    if order > LARGE_ORDER && !force {
+        let message = format!("order {order} costs n^{} times the width: {cost}", order + 1);
+        return Err(Error::usage(message).hint("use --force if you mean it, or a lower --order"));
+    }
+    Ok(())
 }
 
 /// The polynomial, if it is positive and has few enough monomials.
@@ -583,31 +608,13 @@ fn run_plan(args: &PlanArgs, cx: &Context) -> Result<()> {
     })
 }
 
-/// What `train.json` keeps for resuming.
-#[derive(Serialize, Deserialize)]
-struct Run {
-    seed: u64,
-    steps: usize,
-    #[serde(flatten)]
-    recipe: Recipe,
-}
-
 fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
-    let resume = args.resume.is_some();
-    let path = args.resume.as_ref().or(args.out.as_ref()).cloned();
-    let folder = ModelFolder::new(path.ok_or_else(|| Error::usage("--out or --resume is needed"))?);
-    let run = if resume {
-        let run: Run = read_json(&folder.file("train.json"))?;
-        let steps = args.steps.unwrap_or(run.steps);
-        if steps < run.steps {
-            return Err(Error::usage(format!("the run was begun for {} steps, not {steps}", run.steps))
-                .hint("--steps may only grow when a run is resumed"));
-        }
-        Run { steps, ..run }
-    } else {
-        Run { seed: cx.seed, steps: args.steps.unwrap_or(900), recipe: args.recipe.clone() }
+    let run = match (&args.resume, &args.out) {
+        (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
+        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(900), args.recipe.clone(), cx),
+        (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
-    let cx = &Context { seed: run.seed, ..cx.clone() };
+    let cx = &run.context(cx);
     let recipe = &run.recipe;
     if recipe.batch == 0 {
         return Err(Error::usage("--batch must be at least 1"));
@@ -621,19 +628,23 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         return Err(Error::input(args.data.display(), "holds one sequence, needs at least two")
             .hint("one is held out for validation"));
     }
-    let config = if resume {
-        let config: Config = folder.config(KIND)?;
+    let config = if run.resumed {
+        let config: Config = run.folder.config(KIND)?;
         config.coding.check(&sequences, &args.data, true)?;
         config
     } else {
         let coding = Coding::of(&sequences, input_kind(&recipe.input)?, recipe.task, &args.data)?;
         let order = if recipe.attention == Attention::Pair { 1 } else { recipe.order };
+        let longest = sequences.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or(0);
+        let tuples = (longest as f64 + 1.0).powi(order as i32);
+        affordable(order, args.force, &format!("{tuples:.1e} tuples a token of the longest sequence"))?;
         let network = KroneckerTransformerConfig {
             orders: vec![order; recipe.layers],
             scale: recipe.score_scale,
             implementation: recipe.implementation,
             causal: recipe.causal,
             positions: recipe.positions,
+            dropout: recipe.dropout,
             ..KroneckerTransformerConfig::new(
                 coding.input.clone(),
                 recipe.task,
@@ -657,17 +668,7 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         ..TrainConfig::default()
     };
     train_config.check()?;
-    if !resume {
-        if folder.file("checkpoint.safetensors").exists() {
-            return Err(Error::usage(format!("{} already holds a training run", folder.path().display()))
-                .hint("continue it with --resume, or choose another --out"));
-        }
-        folder.create()?;
-        folder.save_config(KIND, &config)?;
-    }
-    let json =
-        serde_json::to_vec_pretty(&run).map_err(|e| Error::work("cannot write train.json").caused_by(e))?;
-    write_atomic(&folder.file("train.json"), &json)?;
+    run.save(|folder| folder.save_config(KIND, &config))?;
 
     let model = initialise(&cx.device, &mut cx.rng("init", 0), |device| config.network.init(device));
     let (train_part, valid_part) = split(sequences, recipe.val_fraction, cx);
@@ -678,41 +679,28 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         valid_part.len()
     ));
     let mut task = ClassificationTask::new(&train_part, &valid_part, &config.coding, recipe.batch, cx);
-    let trained = train(model, &mut task, &train_config, Some(&folder), resume, cx)?;
-    if trained.outcome == Outcome::Interrupted {
-        return Err(Error::interrupted(format!("stopped after step {}", trained.log.len())).hint(format!(
-            "continue with `kiln kronecker-attention train --data {} --resume {}`",
-            args.data.display(),
-            folder.path().display()
-        )));
-    }
-    let losses = |value: fn(&kiln_nn::LogRow) -> Option<f64>| {
-        trained.log.iter().filter_map(|row| Some((row.step as f64, value(row)?))).collect()
-    };
-    Plot::lines("Loss", "step", "nats per label")
-        .series("training", losses(|row| Some(row.loss)))
-        .series("validation", losses(|row| row.val_loss))
-        .save(&folder.file("loss.svg"))?;
+    let data = format!("--data {}", args.data.display());
+    let trained = run.train(model, &mut task, &train_config, &data, cx)?;
+    let summary = run.finish(&trained, "nats per label")?;
     let predictions = predict(&trained.model, &config.coding, &valid_part, cx);
-    let scores = Scores::new(&predictions, &valid_part, &config.coding);
-    let result = json!({
-        "model": folder.path(),
-        "steps": trained.log.len(),
-        "best_val_loss": trained.best_loss,
-        "best_step": trained.best_step,
-        "early_stopped": trained.outcome == Outcome::EarlyStopped,
-        "validation": scores,
-    });
-    cx.emit(&result, |_| {
+    let result = TrainResult { summary, validation: Scores::new(&predictions, &valid_part, &config.coding) };
+    cx.emit(&result, |TrainResult { summary, validation }| {
         format!(
-            "trained {} steps; best validation loss {:.4} nats a label, after step {}\n{}model in {}\n",
-            trained.log.len(),
-            trained.best_loss,
-            trained.best_step,
-            scores_text(&scores),
-            folder.path().display()
+            "{}{}model in {}\n",
+            summary.to_text("nats a label"),
+            scores_text(validation),
+            summary.model.display()
         )
     })
+}
+
+/// What `train` prints.
+#[derive(Serialize)]
+struct TrainResult {
+    #[serde(flatten)]
+    summary: TrainSummary,
+    /// Of the best weights, on the sequences held out.
+    validation: Scores,
 }
 
 fn input_kind(text: &str) -> Result<InputKind> {
@@ -725,15 +713,6 @@ fn input_kind(text: &str) -> Result<InputKind> {
             .map_err(|_| Error::usage(format!("the modulus \"{modulus}\" is not a whole number"))),
         _ => Err(Error::usage(format!("--input {text} is neither embed, fourier:M nor numeric"))),
     }
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read_to_string(path).map_err(|e| {
-        Error::io("read", path)(e)
-            .hint("only a folder that `kiln kronecker-attention train` wrote can be resumed")
-    })?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::input(path.display(), "does not describe a training run").caused_by(e))
 }
 
 fn scores_text(scores: &Scores) -> String {

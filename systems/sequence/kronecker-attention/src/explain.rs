@@ -1,10 +1,10 @@
 //! Which tuples of tokens a trained model looks at.
 
-use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
 use kiln_core::Context;
 use serde::Serialize;
 
+use crate::attention::tuple_scores;
 use crate::data::{Coding, Sequence};
 use crate::model::KroneckerTransformer;
 
@@ -48,13 +48,7 @@ impl QueryWeights {
                 let q = q.clone().narrow(2, i, 1);
                 let n = if options.causal { i + 1 } else { x.dims()[1] };
                 let keys: Vec<_> = keys.iter().map(|key| key.clone().narrow(2, 0, n)).collect();
-                let mut tuples = keys[0].clone();
-                for key in &keys[1..] {
-                    let [batch, heads, rows, width] = tuples.dims();
-                    let pairs = tuples.unsqueeze_dim::<5>(3) * key.clone().unsqueeze_dim::<5>(2);
-                    tuples = pairs.reshape([batch, heads, rows * n, width]);
-                }
-                let scores: Tensor<4> = q.matmul(tuples.swap_dims(2, 3)).mul_scalar(options.scale);
+                let scores = tuple_scores(q, &keys, options.scale);
                 let weights = softmax(scores, 3).mean_dim(1);
                 QueryWeights { order, tokens: n, weights: weights.into_data().iter::<f32>().collect() }
             })

@@ -5,10 +5,10 @@ use burn::nn::Initializer;
 use burn::tensor::{Bool, Device, Tensor};
 use clap::ValueEnum;
 use kiln_core::{Error, Result};
-use kiln_nn::{Linear, LinearConfig};
+use kiln_nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::attention::{AttentionOptions, tensor_attention};
+use crate::attention::{AttentionOptions, MAX_ORDER, tensor_attention};
 use crate::plan::{self, Algorithm};
 use crate::polynomial::{Basis, ExpPolynomial, tensor_attention_poly};
 
@@ -42,12 +42,22 @@ pub struct KroneckerAttentionConfig {
     pub implementation: Implementation,
     /// Whether a token sees only tuples of tokens up to itself.
     pub causal: bool,
+    /// Probability that a channel of the heads' outputs is dropped in training.
+    pub dropout: f64,
 }
 
 impl KroneckerAttentionConfig {
     /// Pairs of tokens, computed exactly.
     pub fn new(d_model: usize, heads: usize) -> Self {
-        Self { d_model, heads, order: 2, scale: None, implementation: Implementation::Exact, causal: false }
+        Self {
+            d_model,
+            heads,
+            order: 2,
+            scale: None,
+            implementation: Implementation::Exact,
+            causal: false,
+            dropout: 0.0,
+        }
     }
 
     /// Tuples of `order` tokens.
@@ -74,6 +84,13 @@ impl KroneckerAttentionConfig {
         self
     }
 
+    /// Drops channels of the heads' outputs in training. The weights of tuples themselves, which are never in memory, are
+    /// not dropped.
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
     /// Checks that the numbers fit.
     ///
     /// # Errors
@@ -83,9 +100,12 @@ impl KroneckerAttentionConfig {
             let message = format!("{} heads do not divide the width {}", self.heads, self.d_model);
             return Err(Error::usage(message).hint("choose --dim as a multiple of --heads"));
         }
-        if !(1..=4).contains(&self.order) {
-            return Err(Error::usage(format!("order {} is not 1 to 4", self.order))
+        if !(1..=MAX_ORDER).contains(&self.order) {
+            return Err(Error::usage(format!("order {} is not 1 to {MAX_ORDER}", self.order))
                 .hint("the exact cost grows as n^(order + 1)"));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::usage(format!("the dropout {} is not in [0, 1)", self.dropout)));
         }
         if self.causal && self.implementation == Implementation::Poly {
             return Err(Error::usage("polynomial attention cannot be causal").hint("use --impl exact"));
@@ -107,6 +127,7 @@ impl KroneckerAttentionConfig {
             k_projs: (0..self.order).map(|_| projection()).collect(),
             v_projs: (0..self.order).map(|_| projection()).collect(),
             o_proj: projection(),
+            dropout: DropoutConfig::new(self.dropout).init(),
             config: self.clone(),
         }
     }
@@ -123,6 +144,8 @@ pub struct KroneckerAttention {
     pub v_projs: Vec<Linear>,
     /// Output.
     pub o_proj: Linear,
+    /// Before the output projection.
+    pub dropout: Dropout,
     #[module(skip)]
     config: KroneckerAttentionConfig,
 }
@@ -146,7 +169,7 @@ impl KroneckerAttention {
         let [batch, n, d] = x.dims();
         let (q, keys, values) = self.project(x, &tuples);
         let o = self.attend(q, &keys, &values, &self.options(mask));
-        self.o_proj.forward(o.swap_dims(1, 2).reshape([batch, n, d]))
+        self.o_proj.forward(self.dropout.forward(o.swap_dims(1, 2).reshape([batch, n, d])))
     }
 
     /// Queries, keys and values by heads, `[batch, heads, n, head width]`.
@@ -193,5 +216,30 @@ impl KroneckerAttention {
             Some(polynomial) => tensor_attention_poly(q, keys, values, options, &polynomial),
             None => tensor_attention(q, keys, values, options),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Distribution;
+
+    #[test]
+    fn dropout_thins_training_only() {
+        let device = Device::flex();
+        let x = Tensor::<3>::random([1, 5, 8], Distribution::Default, &device);
+        let outputs = |dropout: f64| {
+            let layer = KroneckerAttentionConfig::new(8, 2).with_dropout(dropout).init(&device);
+            let same = |layer: &KroneckerAttention| {
+                layer.forward(x.clone(), None).into_data().try_to_vec::<f32>().unwrap()
+            };
+            let evaluated = same(&layer);
+            (evaluated, same(&layer.train()))
+        };
+        let (evaluated, trained) = outputs(0.0);
+        assert_eq!(evaluated, trained);
+        let (evaluated, trained) = outputs(0.5);
+        assert_ne!(evaluated, trained);
+        assert!(KroneckerAttentionConfig::new(8, 2).with_dropout(1.0).check().is_err());
     }
 }

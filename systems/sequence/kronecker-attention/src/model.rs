@@ -5,7 +5,7 @@ use burn::nn::{Embedding, EmbeddingConfig, Initializer};
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use clap::ValueEnum;
 use kiln_core::{Error, Result};
-use kiln_nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use kiln_nn::{Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use kiln_ops::Activation;
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +70,9 @@ pub struct KroneckerTransformerConfig {
     pub causal: bool,
     /// Whether the places of tokens matter: sines of different wave lengths are added to them.
     pub positions: bool,
+    /// Probability that a channel of the heads' outputs or of a feed-forward layer is dropped in training.
+    #[serde(default)]
+    pub dropout: f64,
 }
 
 impl KroneckerTransformerConfig {
@@ -86,6 +89,7 @@ impl KroneckerTransformerConfig {
             implementation: Implementation::Exact,
             causal: false,
             positions: false,
+            dropout: 0.0,
         }
     }
 
@@ -107,6 +111,7 @@ impl KroneckerTransformerConfig {
             .with_scale(self.scale)
             .with_impl(self.implementation)
             .with_causal(self.causal)
+            .with_dropout(self.dropout)
     }
 
     /// Checks that the numbers fit.
@@ -150,6 +155,7 @@ impl KroneckerTransformerConfig {
             norm: LayerNormConfig::new(d).init(device),
             up: LinearConfig::new(d, 4 * d).init(device),
             down: LinearConfig::new(4 * d, d).init(device),
+            dropout: DropoutConfig::new(self.dropout).init(),
         };
         KroneckerTransformer {
             embedding: if let Input::Embed(symbols) = self.input { Some(embedding(symbols)) } else { None },
@@ -192,13 +198,15 @@ pub struct Block {
     pub up: Linear,
     /// 4 d to d
     pub down: Linear,
+    /// Between them.
+    pub dropout: Dropout,
 }
 
 impl Block {
     fn forward(&self, x: Tensor<3>, mask: Option<Tensor<2, Bool>>) -> Tensor<3> {
         let x = x.clone() + self.attention.forward(x, mask);
         let hidden = self.up.forward_activated(self.norm.forward(x.clone()), Activation::Relu);
-        x + self.down.forward(hidden)
+        x + self.down.forward(self.dropout.forward(hidden))
     }
 }
 

@@ -224,6 +224,21 @@ fn matrices_that_do_not_fit_are_named() {
 }
 
 #[test]
+fn tuples_of_more_than_four_tokens_must_be_forced_unless_they_are_cheap() {
+    let desk = Desk::new();
+    let mut file = TensorFile::new();
+    for name in ["Q", "K1", "K2", "K3", "K4", "K5", "V1", "V2", "V3", "V4", "V5"] {
+        file.insert(name, HostTensor::float([3, 2], vec![0.5, -0.5, 0.25, 1.0, -1.0, 0.0]));
+    }
+    write_npz(&desk.path("five.npz"), &file).unwrap();
+    let op = |options: &str| format!("run-op --in @five.npz --out @o.npz {options}");
+    desk.assert_refused(&op("--impl exact"), "order 5 costs n^6 times the width: 2.9e3 multiplications");
+    desk.assert_refused(&op("--impl poly --compare"), "order 5 costs");
+    desk.run(&op("--impl exact --force")).unwrap();
+    desk.run(&op("--impl poly")).unwrap();
+}
+
+#[test]
 fn data_that_cannot_be_used_are_named_with_their_row() {
     let desk = Desk::new();
     desk.write("empty.jsonl", "\n");
@@ -257,7 +272,14 @@ fn data_that_cannot_be_used_are_named_with_their_row() {
         ("none.jsonl", "", "cannot read"),
         ("short.jsonl", "--input other", "--input other is neither"),
         ("large.jsonl", "--heads 3", "3 heads do not divide"),
-        ("large.jsonl", "--order 5", "order 5 is not 1 to 4"),
+        (
+            "large.jsonl",
+            "--order 5",
+            "order 5 costs n^6 times the width: 3.2e1 tuples a token of the longest",
+        ),
+        ("large.jsonl", "--order 9 --force", "order 9 is above 8"),
+        ("large.jsonl", "--order 0", "order 0 is not 1 to 8"),
+        ("large.jsonl", "--dropout 1", "the dropout 1 is not in [0, 1)"),
         ("large.jsonl", "--batch 0", "--batch must be at least 1"),
     ] {
         desk.assert_refused(&format!("train --data @{data} {options} --steps 2 --out @m"), words);

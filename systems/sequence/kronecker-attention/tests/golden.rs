@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use kiln_core::TensorFile;
 use kiln_data::read_npz;
-use kiln_kronecker_attention::attention::{AttentionOptions, tensor_attention, tensor_attention_direct};
+use kiln_kronecker_attention::attention::{
+    AttentionOptions, tensor_attention, tensor_attention_direct, tuple_scores,
+};
 use kiln_kronecker_attention::match3::{Convention, Instance, MatchConstruction};
 use kiln_kronecker_attention::polynomial::{Basis, ExpPolynomial, tensor_attention_poly};
 
@@ -54,6 +56,18 @@ fn exact_outputs_match_blockwise_and_directly() {
             let direct = tensor_attention_direct(q.clone(), &keys, &values, &options);
             assert_close(name, direct, &file, expected, 1e-5);
         }
+    }
+}
+
+#[test]
+fn every_query_finds_the_same_heaviest_tuple() {
+    for (name, order) in FILES {
+        let file = read_npz(&data(name)).unwrap();
+        let q = head(&file, "Q");
+        let scale = 1.0 / q.dims()[3] as f64;
+        let heaviest = tuple_scores(q, &heads(&file, 'K', order), scale).argmax(3);
+        let heaviest: Vec<i64> = heaviest.into_data().iter::<i64>().collect();
+        assert_eq!(heaviest, file.get("row_argmax").unwrap().as_ints().unwrap(), "{name}");
     }
 }
 

@@ -40,9 +40,20 @@ fn assert_close(found: Tensor<4>, expected: Tensor<4>, tolerance: f32) {
 #[test]
 fn blockwise_equals_direct_for_every_order_length_and_mask() {
     let mut rng = random_stream(1, "test", 0);
-    for (case, rows) in
-        [&[37][..], &[1], &[19, 19], &[33, 18], &[17, 1], &[5, 9, 7], &[3, 4, 2, 5]].iter().enumerate()
-    {
+    let shapes = [
+        &[37][..],
+        &[1],
+        &[19, 19],
+        &[33, 18],
+        &[17, 1],
+        &[5, 9, 7],
+        &[3, 4, 2, 5],
+        &[3, 2, 2, 1, 4],
+        &[2, 3, 1, 2, 2, 2],
+        &[2, 1, 2, 2, 2, 1, 3],
+        &[2, 2, 1, 2, 2, 1, 2, 2],
+    ];
+    for (case, rows) in shapes.iter().enumerate() {
         for causal in [false, true] {
             let (q, keys, v) = inputs([2, 2, 19 + case, 5, 3], rows, &mut rng);
             let masks = rows.iter().map(|&n| {
