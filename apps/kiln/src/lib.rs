@@ -7,8 +7,10 @@ pub use kiln_gla as gla;
 pub use kiln_kronecker_attention as kronecker_attention;
 pub use kiln_nn as nn;
 pub use kiln_ops as ops;
+pub use kiln_tcnca as tcnca;
 
 use kiln_core::System;
 
 /// Every system in the binary, in the order of `kiln list`.
-pub static SYSTEMS: &[&dyn System] = &[&kiln_gla::Gla, &kiln_kronecker_attention::Kronecker];
+pub static SYSTEMS: &[&dyn System] =
+    &[&kiln_gla::Gla, &kiln_kronecker_attention::Kronecker, &kiln_tcnca::Tcnca];

@@ -3,6 +3,7 @@
 mod npz;
 pub mod shakespeare;
 mod shared;
+mod stopped_text;
 mod tensors;
 mod text;
 mod tokenizer;
@@ -10,6 +11,7 @@ mod windows;
 
 pub use npz::{read_npz, write_npz};
 pub use shared::shared_dir;
+pub use stopped_text::StoppedText;
 pub use tensors::{read_tensors, write_tensors};
 pub use text::Corpus;
 pub use tokenizer::{TokenStream, Tokenizer};

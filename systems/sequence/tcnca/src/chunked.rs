@@ -77,7 +77,8 @@ impl RelativeBias {
                 let (rows, columns) = (queries.len(), keys.len());
                 let entry = |i: usize| keys.clone().map(move |j| (centre + j - i) as i64);
                 let entries: Vec<i64> = queries.flat_map(entry).collect();
-                let entries = Tensor::<1, Int>::from_data(TensorData::new(entries, [rows * columns]), &table.device());
+                let entries =
+                    Tensor::<1, Int>::from_data(TensorData::new(entries, [rows * columns]), &table.device());
                 table.clone().select(0, entries).reshape([rows, columns])
             }
         }
@@ -96,10 +97,7 @@ fn rotated(vector: Tensor<2>, positions: Range<usize>) -> Tensor<2> {
     let (cos, sin) = (waves(f64::cos), waves(f64::sin));
     let (first, second) = (vector.clone().narrow(1, 0, half), vector.narrow(1, half, half));
     Tensor::cat(
-        vec![
-            first.clone() * cos.clone() - second.clone() * sin.clone(),
-            second * cos + first * sin,
-        ],
+        vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin],
         1,
     )
 }
@@ -195,9 +193,16 @@ impl ChunkedAttentionConfig {
         // Chunks that lie in this piece.
         if first < time {
             let part = |x: Tensor<3>, start: usize| x.narrow(1, start, time - start);
-            outputs.push(self.forward(part(q, first), part(k.clone(), first), part(v.clone(), first), bias, None));
+            outputs.push(self.forward(
+                part(q, first),
+                part(k.clone(), first),
+                part(v.clone(), first),
+                bias,
+                None,
+            ));
             let begun = (time - first) % chunk;
-            state = (begun > 0).then(|| ChunkState { keys: part(k, time - begun), values: part(v, time - begun) });
+            state = (begun > 0)
+                .then(|| ChunkState { keys: part(k, time - begun), values: part(v, time - begun) });
         }
         (Tensor::cat(outputs, 1), state)
     }

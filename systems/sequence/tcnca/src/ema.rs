@@ -96,7 +96,8 @@ impl MultiHeadEma {
 
     /// p, and `1 - q`, `[rows, N]`.
     fn rates(&self) -> (Tensor<2>, Tensor<2>) {
-        let [p, a] = [&self.delta, &self.alpha].map(|x| activate(x.val().squeeze_dim::<2>(2), Activation::Sigmoid));
+        let [p, a] =
+            [&self.delta, &self.alpha].map(|x| activate(x.val().squeeze_dim::<2>(2), Activation::Sigmoid));
         (p.clone(), p * a)
     }
 
@@ -138,7 +139,8 @@ impl MultiHeadEma {
         if !runs_natively(&x) {
             return convolve_composed(x, kernel, after, self.omega.val());
         }
-        let after = after.map_or_else(|| Tensor::<2>::empty([0, 0], &x.device()).into_dispatch(), Tensor::into_dispatch);
+        let after = after
+            .map_or_else(|| Tensor::<2>::empty([0, 0], &x.device()).into_dispatch(), Tensor::into_dispatch);
         let inputs = [x.into_dispatch(), kernel.into_dispatch(), after, self.omega.val().into_dispatch()];
         Tensor::from_dispatch(apply(&LongConv, inputs))
     }
@@ -177,7 +179,12 @@ impl MultiHeadEma {
 }
 
 /// `silu(k * x + ω ⊙ x)` out of transforms, for devices without a kernel and for capture.
-fn convolve_composed(x: Tensor<3>, kernel: Tensor<2>, after: Option<Tensor<2>>, omega: Tensor<1>) -> Tensor<3> {
+fn convolve_composed(
+    x: Tensor<3>,
+    kernel: Tensor<2>,
+    after: Option<Tensor<2>>,
+    omega: Tensor<1>,
+) -> Tensor<3> {
     let [batch, time, channels] = x.dims();
     let length = kernel.dims()[1];
     let n = fft_length(time + length);
@@ -243,6 +250,7 @@ fn scan(x: Tensor<3>, coefficients: [Tensor<2>; 3], state: Tensor<3>) -> (Tensor
             },
         );
     }
-    let state = Tensor::<3>::from_data(TensorData::new(state, [batch, states, channels]), &device).swap_dims(1, 2);
+    let state =
+        Tensor::<3>::from_data(TensorData::new(state, [batch, states, channels]), &device).swap_dims(1, 2);
     (Tensor::from_data(TensorData::new(o, [batch, time, channels]), &device), state)
 }

@@ -88,8 +88,12 @@ impl TcncaLayerConfig {
     /// # Errors
     /// Names those that do not.
     pub fn check(&self) -> Result<()> {
-        let widths =
-            [("width", self.dim), ("z width", self.z_dim), ("h width", self.h_dim), ("feed-forward width", self.ffn_dim)];
+        let widths = [
+            ("width", self.dim),
+            ("z width", self.z_dim),
+            ("h width", self.h_dim),
+            ("feed-forward width", self.ffn_dim),
+        ];
         if let Some((name, _)) = widths.into_iter().find(|(_, width)| *width == 0) {
             return Err(Error::usage(format!("the {name} is 0, must be at least 1")));
         }
@@ -312,11 +316,13 @@ impl TcncaLayer {
         let (weight, bias) = (mx_proj.weight.val(), mx_proj.bias.as_ref().expect(VARIANT).val());
         // Parts of the weight cost less than parts of the product.
         let part = |start, width, activation| {
-            let (weight, bias) = (weight.clone().narrow(1, start, width), bias.clone().narrow(0, start, width));
+            let (weight, bias) =
+                (weight.clone().narrow(1, start, width), bias.clone().narrow(0, start, width));
             kiln_ops::linear(m.clone(), weight, Some(bias), activation)
         };
         let z = part(dim, z_dim, Activation::Silu);
-        let (gamma, beta) = (self.gamma.as_ref().expect(VARIANT).val(), self.beta.as_ref().expect(VARIANT).val());
+        let (gamma, beta) =
+            (self.gamma.as_ref().expect(VARIANT).val(), self.beta.as_ref().expect(VARIANT).val());
         let [q, k] = [0, 1].map(|row| {
             let of = |x: &Tensor<2>| x.clone().narrow(0, row, 1).unsqueeze::<3>();
             z.clone() * of(&gamma) + of(&beta)

@@ -67,7 +67,12 @@ impl Function<2> for PowerKernel {
     }
 
     /// `dc_n = Σ_l dk_l e^(l g_n)`, `dg_n = c_n Σ_l l dk_l e^(l g_n)`
-    fn backward(&self, inputs: [FlexTensor; 2], upstream: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
+    fn backward(
+        &self,
+        inputs: [FlexTensor; 2],
+        upstream: FlexTensor,
+        _: [bool; 2],
+    ) -> [Option<FlexTensor>; 2] {
         let [c, g] = inputs.each_ref().map(floats);
         let d_kernel = floats(&upstream);
         let shape = inputs[0].layout().shape().clone();
@@ -214,7 +219,9 @@ impl Function<4> for LongConv {
         let before = |lag: usize| lag;
         let after = |lag: usize| (n - lag) % n;
         let d_kernel = |place: &dyn Fn(usize) -> usize| {
-            let lags = |(_, d): &(Vec<f32>, Vec<f32>)| (0..saved.length).map(|lag| d[place(lag)]).collect::<Vec<_>>();
+            let lags = |(_, d): &(Vec<f32>, Vec<f32>)| {
+                (0..saved.length).map(|lag| d[place(lag)]).collect::<Vec<_>>()
+            };
             tensor(of_channels.iter().flat_map(lags).collect(), [channels, saved.length])
         };
         [
@@ -260,7 +267,8 @@ fn convolve(inputs: &[FlexTensor; 4], keep: bool) -> (FlexTensor, FlexTensor, [V
     };
     convolved.par_chunks_mut(time).zip(kept).enumerate().for_each(|(row, (output, kept))| {
         let mut buffers = transform.buffers();
-        transform.forward(&mut buffers, |numbers| numbers[..time].copy_from_slice(&rows[row * time..][..time]));
+        transform
+            .forward(&mut buffers, |numbers| numbers[..time].copy_from_slice(&rows[row * time..][..time]));
         if keep {
             let scale = 1.0 / transform.n as f32;
             kept.iter_mut().zip(&buffers.spectrum).for_each(|(kept, x)| *kept = *x * scale);
@@ -332,7 +340,9 @@ impl Transform {
         buffers.numbers.fill(0.0);
         fill(&mut buffers.numbers);
         let Buffers { numbers, spectrum, scratch } = buffers;
-        self.forward.process_with_scratch(numbers, spectrum, &mut scratch[0]).expect("lengths are the plan's");
+        self.forward
+            .process_with_scratch(numbers, spectrum, &mut scratch[0])
+            .expect("lengths are the plan's");
     }
 
     /// The numbers of a spectrum, times n.
@@ -341,7 +351,9 @@ impl Transform {
         // Rounding leaves traces where the spectrum of real numbers is real.
         spectrum[0].im = 0.0;
         spectrum[self.n / 2].im = 0.0;
-        self.inverse.process_with_scratch(spectrum, numbers, &mut scratch[1]).expect("lengths are the plan's");
+        self.inverse
+            .process_with_scratch(spectrum, numbers, &mut scratch[1])
+            .expect("lengths are the plan's");
     }
 }
 

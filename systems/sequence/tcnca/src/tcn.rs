@@ -78,7 +78,8 @@ impl TcnConfig {
                 break;
             }
         }
-        let message = format!("kernel {} with dilation {} never sees {steps} steps", self.kernel, self.dilation);
+        let message =
+            format!("kernel {} with dilation {} never sees {steps} steps", self.kernel, self.dilation);
         Err(Error::usage(message).hint("a larger kernel or dilation sees further"))
     }
 
@@ -98,8 +99,10 @@ impl TcnConfig {
             let span = dilation.checked_pow(block as u32).and_then(|d| d.checked_mul(kernel - 1));
             let next = span.and_then(|span| reach.checked_add(span)).filter(|r| *r <= MAX_RECEPTIVE_FIELD);
             reach = next.ok_or_else(|| {
-                Error::usage(format!("kernel {kernel}, dilation {dilation} and {blocks} blocks reach too far"))
-                    .hint(format!("at most {MAX_RECEPTIVE_FIELD} steps make sense; use fewer blocks"))
+                Error::usage(format!(
+                    "kernel {kernel}, dilation {dilation} and {blocks} blocks reach too far"
+                ))
+                .hint(format!("at most {MAX_RECEPTIVE_FIELD} steps make sense; use fewer blocks"))
             })?;
         }
         Ok(reach)
@@ -211,7 +214,9 @@ impl Tcn {
     /// The state before a sequence.
     pub fn initial_state(&self, batch: usize, device: &Device) -> TcnState {
         let span = |b| (self.config.kernel - 1) * self.config.dilation.pow(b as u32);
-        (0..self.blocks.len()).map(|b| Tensor::zeros([batch, span(b), self.config.channels], device)).collect()
+        (0..self.blocks.len())
+            .map(|b| Tensor::zeros([batch, span(b), self.config.channels], device))
+            .collect()
     }
 
     fn options(&self, block: usize) -> DilatedConvOptions {

@@ -43,7 +43,12 @@ impl Function<5> for FusedBlock {
         (tensor(output, shape), inputs)
     }
 
-    fn backward(&self, inputs: [FlexTensor; 5], upstream: FlexTensor, _: [bool; 5]) -> [Option<FlexTensor>; 5] {
+    fn backward(
+        &self,
+        inputs: [FlexTensor; 5],
+        upstream: FlexTensor,
+        _: [bool; 5],
+    ) -> [Option<FlexTensor>; 5] {
         let data = inputs.each_ref().map(floats);
         let block = Block::new(self.taps, [&data[0], &data[1], &data[2], &data[3], &data[4]]);
         let (shape, channels) = (inputs[0].layout().shape().clone(), block.channels);
@@ -56,7 +61,8 @@ impl Function<5> for FusedBlock {
         let parts: Vec<[Vec<f32>; 3]> = pieces(&mut d_u, time, channels, rows)
             .into_par_iter()
             .map(|(sequence, start, d_u)| {
-                let (x, d_y) = (block.sequence(block.x, sequence, time), block.sequence(&d_y, sequence, time));
+                let (x, d_y) =
+                    (block.sequence(block.x, sequence, time), block.sequence(&d_y, sequence, time));
                 block.pull_back_mix(d_u, &d_y[start * channels..], x, start)
             })
             .collect();
@@ -67,7 +73,8 @@ impl Function<5> for FusedBlock {
         let parts: Vec<[Vec<f32>; 1]> = pieces(&mut d_x, time, channels, rows)
             .into_par_iter()
             .map(|(sequence, start, d_x)| {
-                let (x, d_u) = (block.sequence(block.x, sequence, time), block.sequence(&d_u, sequence, time));
+                let (x, d_u) =
+                    (block.sequence(block.x, sequence, time), block.sequence(&d_u, sequence, time));
                 let here = start * channels..start * channels + d_x.len();
                 d_x.copy_from_slice(&block.sequence(&d_y, sequence, time)[here.clone()]);
                 convolve(d_x, start, d_u, &block.filters, channels, self.taps.reversed());
