@@ -93,9 +93,9 @@ impl Taps {
         self.first + tap as isize * self.step
     }
 
-    /// The least and the greatest offset of taps `from..to`.
-    fn extremes(self, from: usize, to: usize) -> (isize, isize) {
-        let ends = [self.offset(from), self.offset(to - 1)];
+    /// The least and the greatest offset of so many taps.
+    fn extremes(self, kernel: usize) -> (isize, isize) {
+        let ends = [self.offset(0), self.offset(kernel - 1)];
         (ends[0].min(ends[1]), ends[0].max(ends[1]))
     }
 }
@@ -104,8 +104,8 @@ impl Taps {
 const LANES: usize = 16;
 /// Output rows whose sums stay in registers together.
 const ROWS: usize = 6;
-/// Taps whose gradients stay in registers together.
-const TAPS: usize = 6;
+/// Channels whose sums of products stay in registers together.
+const WIDE: usize = 64;
 /// Rows whose gradients of weights are summed while they are in the cache.
 const CACHED_ROWS: usize = 128;
 
@@ -117,7 +117,7 @@ const CACHED_ROWS: usize = 128;
 /// - weights: `[kernel, channels]`
 pub fn convolve(y: &mut [f32], start: usize, x: &[f32], weights: &[f32], channels: usize, taps: Taps) {
     let (time, kernel) = ((x.len() / channels) as isize, weights.len() / channels);
-    let (least, greatest) = taps.extremes(0, kernel);
+    let (least, greatest) = taps.extremes(kernel);
     simd(
         #[inline(always)]
         || {
@@ -203,96 +203,53 @@ fn row(x: &[f32], t: isize, channels: usize) -> Option<&[f32]> {
 /// - d_y: `[rows, channels]`, rows `start .. start + rows` of all
 /// - x: `[time, channels]`
 pub fn correlate(d_weights: &mut [f32], start: usize, d_y: &[f32], x: &[f32], channels: usize, taps: Taps) {
+    let time = (x.len() / channels) as isize;
     simd(
         #[inline(always)]
         || {
             for (block, d_y) in d_y.chunks(CACHED_ROWS * channels).enumerate() {
-                let t = (start + block * CACHED_ROWS) as isize;
-                let mut from = 0;
-                for d_weights in d_weights.chunks_mut(TAPS * channels) {
-                    let taps = Taps { first: taps.offset(from), step: taps.step };
-                    if d_weights.len() == TAPS * channels {
-                        some_taps::<TAPS>(d_weights, t, d_y, x, channels, taps);
-                    } else {
-                        for (tap, d_weights) in d_weights.chunks_exact_mut(channels).enumerate() {
-                            let taps = Taps { first: taps.offset(tap), step: taps.step };
-                            some_taps::<1>(d_weights, t, d_y, x, channels, taps);
-                        }
+                let (t, rows) = ((start + block * CACHED_ROWS) as isize, (d_y.len() / channels) as isize);
+                for (tap, d_weights) in d_weights.chunks_exact_mut(channels).enumerate() {
+                    // Rows that see a row of the sequence through this tap.
+                    let offset = t + taps.offset(tap);
+                    let first = (-offset).clamp(0, rows);
+                    let last = (time - offset).clamp(first, rows);
+                    if first == last {
+                        continue;
                     }
-                    from += TAPS;
+                    let d_y = &d_y[first as usize * channels..last as usize * channels];
+                    let x = &x[(offset + first) as usize * channels..][..d_y.len()];
+                    let mut c = 0;
+                    while c + WIDE <= channels {
+                        column_products::<WIDE>(d_weights, d_y, x, channels, c);
+                        c += WIDE;
+                    }
+                    while c + LANES <= channels {
+                        column_products::<LANES>(d_weights, d_y, x, channels, c);
+                        c += LANES;
+                    }
+                    while c < channels {
+                        column_products::<1>(d_weights, d_y, x, channels, c);
+                        c += 1;
+                    }
                 }
             }
         },
     );
 }
 
-/// [`correlate`] for `T` taps.
+/// `sum += Σ_t a_t ⊙ b_t` in `L` columns from `c` on, with the sums in registers.
 #[inline(always)]
-fn some_taps<const T: usize>(
-    d_weights: &mut [f32],
-    t: isize,
-    d_y: &[f32],
-    x: &[f32],
-    channels: usize,
-    taps: Taps,
-) {
-    let (time, rows) = ((x.len() / channels) as isize, (d_y.len() / channels) as isize);
-    let (least, greatest) = taps.extremes(0, T);
-    // Rows that see the sequence through every tap.
-    let first = (-least - t).clamp(0, rows);
-    let last = (time - greatest - t).clamp(first, rows);
-    for (r, d_y) in d_y.chunks_exact(channels).enumerate() {
-        let r = r as isize;
-        if (first..last).contains(&r) {
-            continue;
-        }
-        for (tap, d_weights) in d_weights.chunks_exact_mut(channels).enumerate() {
-            let Some(x) = row(x, t + r + taps.offset(tap), channels) else { continue };
-            for c in 0..channels {
-                d_weights[c] = fma(d_y[c], x[c], d_weights[c]);
-            }
-        }
-    }
-    if first < last {
-        let d_y = &d_y[first as usize * channels..last as usize * channels];
-        let mut c = 0;
-        while c + LANES <= channels {
-            product_strip::<T, LANES>(d_weights, t + first, d_y, x, channels, c, taps);
-            c += LANES;
-        }
-        while c < channels {
-            product_strip::<T, 1>(d_weights, t + first, d_y, x, channels, c, taps);
-            c += 1;
-        }
-    }
-}
-
-/// `L` channels from `c` on of rows that see the sequence through all `T` taps, with the sums in registers.
-#[inline(always)]
-fn product_strip<const T: usize, const L: usize>(
-    d_weights: &mut [f32],
-    t: isize,
-    d_y: &[f32],
-    x: &[f32],
-    channels: usize,
-    c: usize,
-    taps: Taps,
-) {
-    let mut sums = [[0.0f32; L]; T];
-    let starts: [usize; T] = std::array::from_fn(|tap| (t + taps.offset(tap)) as usize * channels + c);
-    for (r, d_y) in d_y.chunks_exact(channels).enumerate() {
-        let d_y = &d_y[c..c + L];
-        for tap in 0..T {
-            let x = &x[starts[tap] + r * channels..][..L];
-            for lane in 0..L {
-                sums[tap][lane] = fma(d_y[lane], x[lane], sums[tap][lane]);
-            }
-        }
-    }
-    for (sums, d_weights) in sums.iter().zip(d_weights.chunks_exact_mut(channels)) {
+fn column_products<const L: usize>(sum: &mut [f32], a: &[f32], b: &[f32], channels: usize, c: usize) {
+    let mut sums = [0.0f32; L];
+    for (a, b) in a.chunks_exact(channels).zip(b.chunks_exact(channels)) {
+        let (Some(a), Some(b)) = (a[c..].first_chunk::<L>(), b[c..].first_chunk::<L>()) else { return };
         for lane in 0..L {
-            d_weights[c + lane] += sums[lane];
+            sums[lane] = fma(a[lane], b[lane], sums[lane]);
         }
+    }
+    for lane in 0..L {
+        sum[c + lane] += sums[lane];
     }
 }
 

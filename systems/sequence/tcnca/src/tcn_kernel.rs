@@ -10,7 +10,7 @@ use kiln_ops::{Function, Mat, gemm, simd};
 use rayon::prelude::*;
 
 /// Rows that go through a block at once.
-const ROWS: usize = 128;
+const ROWS: usize = 256;
 /// Stretches of rows that gradients of parameters are summed over side by side; they are then added in order, so that a
 /// sum does not depend on the number of threads.
 const STRETCHES: usize = 32;
