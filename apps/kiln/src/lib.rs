@@ -5,12 +5,19 @@ pub use kiln_core as core;
 pub use kiln_data as data;
 pub use kiln_gla as gla;
 pub use kiln_kronecker_attention as kronecker_attention;
+pub use kiln_mip as mip;
 pub use kiln_nn as nn;
 pub use kiln_ops as ops;
 pub use kiln_tabpfn as tabpfn;
+pub use kiln_tcnca as tcnca;
 
 use kiln_core::System;
 
 /// Every system in the binary, in the order of `kiln list`.
-pub static SYSTEMS: &[&dyn System] =
-    &[&kiln_gla::Gla, &kiln_kronecker_attention::Kronecker, &kiln_tabpfn::Tabpfn];
+pub static SYSTEMS: &[&dyn System] = &[
+    &kiln_gla::Gla,
+    &kiln_tcnca::Tcnca,
+    &kiln_kronecker_attention::Kronecker,
+    &kiln_tabpfn::Tabpfn,
+    &kiln_mip::Mip,
+];

@@ -67,7 +67,7 @@ pub use pool::{
     AvgPool1dConfig, AvgPool2d, AvgPool2dConfig, MaxPool1d, MaxPool1dConfig, MaxPool2d, MaxPool2dConfig,
 };
 pub use rotary::{Rotary, RotaryTable};
-pub use schedule::Schedule;
+pub use schedule::{Decay, Schedule};
 pub use swiglu::{SwiGlu, SwiGluConfig, swiglu_hidden};
 pub use train::{Outcome, Task, TrainConfig, Trained, train};
 pub use train_log::LogRow;

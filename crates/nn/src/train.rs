@@ -24,7 +24,7 @@ use serde_json::{Map, Value};
 use crate::checkpoint::{self, Position};
 use crate::init::seed_device;
 use crate::train_log::{LogRow, TrainLog};
-use crate::{AdamW, Schedule};
+use crate::{AdamW, Decay, Schedule};
 
 const LOG_FILE: &str = "train_log.csv";
 
@@ -39,6 +39,10 @@ pub struct TrainConfig {
     pub warmup: usize,
     /// Final learning rate as a fraction of the highest.
     pub min_lr_ratio: f64,
+    /// How the learning rate falls after the warm-up.
+    pub decay: Decay,
+    /// How much of the running means of gradients and of their squares each step keeps.
+    pub betas: (f64, f64),
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// Largest global norm of the gradients; 0 leaves them unclipped.
@@ -58,6 +62,8 @@ impl Default for TrainConfig {
             lr: 1e-3,
             warmup: 100,
             min_lr_ratio: 0.1,
+            decay: Decay::Cosine,
+            betas: (0.9, 0.999),
             weight_decay: 0.01,
             clip_norm: 1.0,
             eval_every: 200,
@@ -83,6 +89,10 @@ impl TrainConfig {
         }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(Error::usage(format!("the learning rate is {}, but must be above 0", self.lr)));
+        }
+        let (first, second) = self.betas;
+        if !(0.0..1.0).contains(&first) || !(0.0..1.0).contains(&second) {
+            return Err(Error::usage(format!("the betas are {first} and {second}, but must be in [0, 1)")));
         }
         if self.steps == 0 {
             return Err(Error::usage("there are 0 steps to train").hint("ask for at least one"));
@@ -142,7 +152,7 @@ pub struct Trained<M> {
     pub outcome: Outcome,
 }
 
-/// Trains `model` with AdamW on a warm-up and cosine [`Schedule`].
+/// Trains `model` with AdamW on a [`Schedule`].
 ///
 /// With `resume`, goes on from the checkpoint in `folder`; the settings must be those the run began with,
 /// except that `steps` may grow (the schedule is then that of the longer run), and `checkpoint_every` and
@@ -239,7 +249,7 @@ impl<'a, M: Module> Run<'a, M> {
         Ok(Self {
             model: Some(model.train()),
             best: None,
-            optimiser: AdamW::new(config.weight_decay, config.clip_norm),
+            optimiser: optimiser(config),
             schedule: schedule(config),
             position: Position::default(),
             log,
@@ -257,8 +267,7 @@ impl<'a, M: Module> Run<'a, M> {
         folder: &'a ModelFolder,
         settings: Map<String, Value>,
     ) -> Result<Self> {
-        let optimiser = AdamW::new(config.weight_decay, config.clip_norm);
-        let restored = checkpoint::load(folder, &model, optimiser, &settings)?;
+        let restored = checkpoint::load(folder, &model, optimiser(config), &settings)?;
         let log = TrainLog::resume(&folder.file(LOG_FILE), restored.position.step)?;
         if let Some(best) = &restored.best {
             // What was written after the checkpoint belongs to steps that are yet to come again.
@@ -394,7 +403,19 @@ impl<'a, M: Module> Run<'a, M> {
 }
 
 fn schedule(config: &TrainConfig) -> Schedule {
-    Schedule { peak: config.lr, warmup: config.warmup, steps: config.steps, min_ratio: config.min_lr_ratio }
+    Schedule {
+        peak: config.lr,
+        warmup: config.warmup,
+        steps: config.steps,
+        min_ratio: config.min_lr_ratio,
+        decay: config.decay,
+    }
+}
+
+fn optimiser(config: &TrainConfig) -> AdamW {
+    let mut optimiser = AdamW::new(config.weight_decay, config.clip_norm);
+    optimiser.betas = config.betas;
+    optimiser
 }
 
 /// Whether something that happens every `every` steps (0: never) happens after `step`.

@@ -5,7 +5,8 @@
 //! Burn's own operations, so that the same network runs everywhere.
 //!
 //! Beneath: [`simd()`] runs a loop with the widest vector instructions of the machine at hand, [`vector`]
-//! has the elementary functions that such loops need, [`gemm`] multiplies matrices held in slices, [`flex`]
+//! has the elementary functions that such loops need, [`gemm`] multiplies matrices held in slices, [`mod@dilated_conv`] convolves rows of
+//! channels, [`flex`]
 //! is the way between Burn's CPU tensors and slices, and [`function`] gives a kernel its place in the
 //! autodiff graph.
 //!
@@ -18,6 +19,7 @@ mod batch_norm;
 mod blocks;
 mod conv;
 mod cross_entropy;
+pub mod dilated_conv;
 mod dropout;
 mod embedding;
 mod fft;
@@ -43,6 +45,7 @@ pub use attention::{AttentionOptions, attention};
 pub use batch_norm::{BatchNormOutput, batch_norm, batch_norm_train, group_norm};
 pub use conv::{conv_transpose1d, conv_transpose2d, conv_transpose3d, conv1d, conv2d, conv3d};
 pub use cross_entropy::{CrossEntropyOptions, cross_entropy};
+pub use dilated_conv::{DilatedConvOptions, dilated_conv};
 pub use dropout::dropout;
 pub use embedding::{Pooling, embedding, embedding_bag};
 pub use fft::{fft, ifft, irfft, irfft2, rfft, rfft2};

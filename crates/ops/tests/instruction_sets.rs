@@ -47,6 +47,10 @@ const OPERATIONS: &[Operation] = &[
         let [q, k, v] = [0, 1, 2].map(|i| to(x, i, [2, 3, 90, 24]));
         flat(attention(q, k, v, AttentionOptions { causal: true, ..AttentionOptions::default() }))
     }),
+    ("dilated convolution", &[2 * 700 * 37, 37 * 7, 37], |x| {
+        let options = DilatedConvOptions::causal(7, 9);
+        flat(dilated_conv(to(x, 0, [2, 700, 37]), to(x, 1, [37, 7]), Some(x[2].clone()), options))
+    }),
     ("embedding", &[50 * 20], |x| flat(embedding(to(x, 0, [50, 20]), ids(600, 50).reshape([20, 30])))),
     ("embedding bag", &[50 * 20], |x| {
         let offsets = Tensor::arange(0..100, &Device::flex()) * 6;

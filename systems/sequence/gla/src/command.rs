@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Int, Tensor, TensorData};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_core::{Context, Error, HostTensor, OutputMode, Result, TensorFile};
-use kiln_data::{Corpus, Tokenizer};
+use kiln_data::{Corpus, StoppedText, Tokenizer};
 use kiln_nn::{
     LanguageModel, Sampling, Score, TrainConfig, TrainRun, TrainSummary, generate, score_carried,
     score_context_lengths, score_windows,
@@ -22,7 +22,6 @@ use crate::lm::{Arch, LmConfig, LmState};
 use crate::model::GlaLmConfig;
 use crate::op::{self, GlaOpConfig};
 use crate::server;
-use crate::stopped_text::StoppedText;
 use crate::training::{self, HeadMemory, LanguageTask};
 
 /// The command whose runs a model folder keeps.

@@ -26,7 +26,6 @@ pub mod op;
 pub mod selective_scan;
 pub mod server;
 pub mod short_conv;
-mod stopped_text;
 pub mod training;
 
 use std::path::Path;

@@ -26,6 +26,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use http_body::Frame;
 use kiln_core::{Context, Error, ErrorKind, Result, random_stream};
+use kiln_data::StoppedText;
 use kiln_nn::{LanguageModel, Sampling, generate};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -33,7 +34,6 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::checkpoint::{self, Trained};
-use crate::stopped_text::StoppedText;
 
 /// Largest body of a request, in bytes.
 const MAX_BODY: usize = 1 << 20;

@@ -1,9 +1,9 @@
 //! Text that comes token by token and ends before a stop text.
 
-use kiln_data::{TokenStream, Tokenizer};
+use crate::{TokenStream, Tokenizer};
 
 /// Joins tokens into text of which no part of the stop text, and no part of a character, is ever given out.
-pub(crate) struct StoppedText<'a> {
+pub struct StoppedText<'a> {
     stream: TokenStream<'a>,
     stop: Option<&'a str>,
     /// Everything decoded, cut where the stop text began.
