@@ -4,6 +4,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, DispatchTensor, Tensor};
+use clap::ValueEnum;
 use kiln_core::{Context, Error, ModelFolder, Network, Port, PortKind, Result, TensorFile};
 use kiln_nn::initialise;
 use serde::{Deserialize, Serialize};
@@ -12,13 +13,43 @@ use crate::arch::{Classifier, ClassifierConfig};
 use crate::classify::{Control, Sampling};
 use crate::convert::{MipConfig, MipHyper};
 use crate::encoding::Range;
+use crate::unet::{UNet, UNetConfig};
 
 /// The slug, and the kind of model folders.
 pub const KIND: &str = "mip";
 
-/// What `config.json` holds of a network whose weights depend on a condition.
+/// What a model was trained for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TaskKind {
+    /// To classify images
+    Classify,
+    /// To deform one image into another
+    Register,
+}
+
+/// What the model in a folder was trained for.
+///
+/// # Errors
+/// When the folder holds no such model, or a network for one condition.
+pub fn task(path: &Path) -> Result<TaskKind> {
+    let value = ModelFolder::new(path).config_value()?;
+    if value.get("gamma").is_some() {
+        return Err(Error::input(path.display(), "holds a network for one condition")
+            .hint("a hypernetwork is needed, as `kiln mip train` or `kiln mip convert` writes it"));
+    }
+    serde_json::from_value(value.get("task").cloned().unwrap_or_default()).map_err(|e| {
+        Error::input(path.display(), "names no task that Kiln knows")
+            .caused_by(e)
+            .hint("was it written by `kiln mip`?")
+    })
+}
+
+/// What `config.json` holds of a classifier whose weights depend on a condition.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Config {
+    /// [`TaskKind::Classify`]
+    pub task: TaskKind,
     /// The network.
     pub network: ClassifierConfig,
     /// How its weights depend on the condition.
@@ -51,6 +82,45 @@ impl Config {
     }
 }
 
+/// What `config.json` holds of a network that registers images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RegisterConfig {
+    /// [`TaskKind::Register`]
+    pub task: TaskKind,
+    /// The network.
+    pub network: UNetConfig,
+    /// How its weights depend on the condition.
+    pub mip: MipConfig,
+    /// How the condition was drawn in training.
+    pub sampling: Sampling,
+    /// Height and width of the images.
+    pub image: [usize; 2],
+    /// The value of white in tables of pixels.
+    pub white: f64,
+}
+
+impl RegisterConfig {
+    /// Draws an untrained model.
+    ///
+    /// # Errors
+    /// When the settings do not fit.
+    pub fn draw(&self, cx: &Context) -> Result<MipHyper<UNet>> {
+        let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| self.network.init(device));
+        self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
+    }
+}
+
+/// Reads the folder of a model that registers images.
+///
+/// # Errors
+/// When it is missing, of another kind, or damaged.
+pub fn open_register(path: &Path, cx: &Context) -> Result<(RegisterConfig, MipHyper<UNet>)> {
+    let folder = ModelFolder::new(path);
+    let config: RegisterConfig = folder.config(KIND)?;
+    let model = folder.weights()?.into_module(config.draw(cx)?)?;
+    Ok((config, model))
+}
+
 /// What `config.json` holds of a network for one condition.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlainConfig {
@@ -67,11 +137,11 @@ pub struct PlainConfig {
 /// # Errors
 /// When it is missing, of another kind, or damaged.
 pub fn open(path: &Path, cx: &Context) -> Result<(Config, MipHyper<Classifier>)> {
-    let folder = ModelFolder::new(path);
-    if folder.config_value()?.get("gamma").is_some() {
-        return Err(Error::input(path.display(), "holds a network for one condition")
-            .hint("a hypernetwork is needed, as `kiln mip train` or `kiln mip convert` writes it"));
+    if task(path)? != TaskKind::Classify {
+        return Err(Error::input(path.display(), "holds a model that registers images")
+            .hint("this verb is about classifiers"));
     }
+    let folder = ModelFolder::new(path);
     let config: Config = folder.config(KIND)?;
     if config.ranges.len() != config.mip.hypernet.gamma_dim || config.classes.len() != config.network.classes
     {

@@ -36,6 +36,8 @@ pub mod encoding;
 mod experiment;
 pub mod hypernet;
 pub mod proportionality;
+pub mod register;
+pub mod unet;
 
 use std::path::Path;
 

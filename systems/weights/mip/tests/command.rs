@@ -169,3 +169,31 @@ fn weights_that_do_not_depend_on_the_condition_are_left_as_they_are() {
     assert_eq!(floats(&one, "net.layers.1.weight"), floats(&other, "net.layers.1.weight"));
     assert_ne!(floats(&one, "net.layers.0.weight"), floats(&other, "net.layers.0.weight"));
 }
+
+#[test]
+fn registration_is_trained_swept_and_written_as_images() {
+    let desk = Desk::new(&Mip);
+    let header: Vec<String> = (0..25).map(|i| format!("p{i}")).collect();
+    let mut text = header.join(",") + ",label\n";
+    for i in 0..12 {
+        let row: Vec<String> = (0..25).map(|p| ((p * 7 + i * 3) % 16).to_string()).collect();
+        text += &format!("{},{}\n", row.join(","), i % 2);
+    }
+    desk.write("data.csv", text);
+    let options = "--task register --hidden 4 --batch 3 --eval-every 2 --val-fraction 0.4";
+    desk.json(&format!("train --data @data.csv {options} --steps 4 --out @r"));
+    let swept = desk.json("eval --model @r --data @data.csv --gamma-grid 3 --pairs 5 --out @e.csv");
+    let before = swept["conditions"][0]["quality"]["difference_before"].as_f64().unwrap();
+    assert!(before > 0.0 && desk.path("e.svg").exists());
+    desk.json("predict --model @r --data @data.csv --gamma 0.5 --pairs 2 --out @moved");
+    assert!(desk.path("moved/gamma-0.500.png").exists());
+    let fields = kiln_data::read_npz(&desk.path("moved/fields.npz")).unwrap();
+    assert_eq!(fields.get("field_gamma_0.500").unwrap().shape, [2, 2, 5, 5]);
+    desk.assert_refused("export --model @r --gamma 0.5 --to @p", "registers images");
+    desk.assert_refused(
+        "train --task register --gamma-dim 2 --data @data.csv --out @x",
+        "one number between 0 and 1",
+    );
+    desk.write("small.csv", "a,b,label\n1,2,x\n3,4,x\n");
+    desk.assert_refused("train --task register --data @small.csv --out @x", "cannot be registered");
+}

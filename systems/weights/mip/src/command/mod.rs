@@ -1,5 +1,7 @@
 //! The verbs of `kiln mip`.
 
+mod register;
+
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -14,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::ablation::{self, Axis};
 use crate::arch::{Arch, ClassifierConfig};
-use crate::checkpoint::{self, Config, KIND, PlainConfig};
+use crate::checkpoint::{self, Config, KIND, PlainConfig, TaskKind};
 use crate::classify::{ClassifyTask, Control, Sampling, likeliest, predict, predict_mean, scores};
 use crate::convert::{MipConfig, Parametrisation};
 use crate::encoding::{Encoding, Range, condition};
@@ -47,13 +49,15 @@ enum Verb {
   kiln mip train --data digits.csv --control rotation --out m/
   kiln mip train --data photos/ --arch lenet --control smoothing --range smooth=0:0.5 --out m/
   kiln mip train --data digits.csv --control noise --gamma-dim 8 --out bayes/
+  kiln mip train --data fashion/ --task register --lr 1e-3 --out r/
   kiln mip train --data digits.csv --resume m/      after Ctrl-C or a crash")]
     Train(TrainArgs),
     /// Classify images under one condition or several
     #[command(after_help = "Examples:
   kiln mip predict --model m/ --data new.csv --gamma 0.3 --out p.csv
   kiln mip predict --model m/ --data new.csv --gamma-grid 11 --out p.csv
-  kiln mip predict --model bayes/ --data new.csv --samples 20 --out p.csv")]
+  kiln mip predict --model bayes/ --data new.csv --samples 20 --out p.csv
+  kiln mip predict --model r/ --data fashion/ --gamma 0.1 --out moved/      images and displacements")]
     Predict(PredictArgs),
     /// Accuracy, likelihood and calibration over the condition
     #[command(after_help = "Examples:
@@ -140,10 +144,13 @@ struct TrainArgs {
 /// What besides data, steps and seed decides the outcome.
 #[derive(Debug, Clone, Args, Serialize, Deserialize)]
 struct Recipe {
+    /// What is learned
+    #[arg(long, value_enum, default_value = "classify", conflicts_with = "resume")]
+    task: TaskKind,
     #[command(flatten)]
     #[serde(flatten)]
     shape: ShapeArgs,
-    /// What the condition means
+    /// What the condition means to a classifier
     #[arg(long, value_enum, default_value = "rotation", conflicts_with = "resume")]
     control: Control,
     /// How conditions are drawn
@@ -167,6 +174,22 @@ struct Recipe {
     /// Steps between checkpoints: what a crash can cost at most
     #[arg(long, default_value_t = 200, conflicts_with = "resume")]
     checkpoint_every: usize,
+}
+
+impl Recipe {
+    fn training(&self, steps: usize) -> TrainConfig {
+        TrainConfig {
+            steps,
+            lr: self.lr,
+            warmup: 0,
+            min_lr_ratio: 1.0,
+            weight_decay: 0.0,
+            clip_norm: self.clip,
+            eval_every: self.eval_every,
+            checkpoint_every: self.checkpoint_every,
+            ..TrainConfig::default()
+        }
+    }
 }
 
 /// The network and its hypernetwork.
@@ -205,6 +228,23 @@ struct ShapeArgs {
 }
 
 impl ShapeArgs {
+    fn mip(&self) -> Result<MipConfig> {
+        let hypernet = HyperNetConfig {
+            encoding: self.param.encoding(),
+            output_init: self.param.output_init(),
+            hidden: self.hidden.clone(),
+            rank: self.rank,
+            ..HyperNetConfig::new(self.gamma_dim)
+        };
+        hypernet.check()?;
+        Ok(MipConfig {
+            select: self.select.clone(),
+            hypernet,
+            additive: self.param.is_additive(),
+            freeze_base: self.freeze_base,
+        })
+    }
+
     fn config(&self, images: &Images, control: Control, sampling: Sampling) -> Result<Config> {
         let ranges = match self.range.len() {
             0 => (1..=self.gamma_dim).map(|i| Range::unit(format!("gamma{i}"))).collect(),
@@ -214,14 +254,6 @@ impl ShapeArgs {
                     .hint("give --range once for each component of --gamma-dim"));
             }
         };
-        let hypernet = HyperNetConfig {
-            encoding: self.param.encoding(),
-            output_init: self.param.output_init(),
-            hidden: self.hidden.clone(),
-            rank: self.rank,
-            ..HyperNetConfig::new(self.gamma_dim)
-        };
-        hypernet.check()?;
         let network = ClassifierConfig {
             arch: self.arch.clone(),
             image: images.shape,
@@ -231,13 +263,9 @@ impl ShapeArgs {
         };
         network.check()?;
         Ok(Config {
+            task: TaskKind::Classify,
             network,
-            mip: MipConfig {
-                select: self.select.clone(),
-                hypernet,
-                additive: self.param.is_additive(),
-                freeze_base: self.freeze_base,
-            },
+            mip: self.mip()?,
             control,
             sampling,
             ranges,
@@ -263,15 +291,15 @@ struct GammaArgs {
 
 impl GammaArgs {
     /// Conditions between 0 and 1.
-    fn conditions(&self, config: &Config, cx: &Context) -> Result<Vec<Vec<f32>>> {
+    fn conditions(&self, ranges: &[Range], cx: &Context) -> Result<Vec<Vec<f32>>> {
         let narrow = |values: Vec<f64>| values.into_iter().map(|x| x as f32).collect();
         match (&self.gamma, self.gamma_grid) {
-            (Some(values), _) => Ok(vec![narrow(condition(values, &config.ranges, self.clamp, cx)?)]),
+            (Some(values), _) => Ok(vec![narrow(condition(values, ranges, self.clamp, cx)?)]),
             (None, Some(0 | 1)) => Err(Error::usage("a grid needs at least two conditions")),
             (None, count) => {
                 let count = count.unwrap_or(11);
                 let place = |i: usize| i as f32 / (count - 1) as f32;
-                Ok((0..count).map(|i| vec![place(i); config.ranges.len()]).collect())
+                Ok((0..count).map(|i| vec![place(i); ranges.len()]).collect())
             }
         }
     }
@@ -289,7 +317,10 @@ struct PredictArgs {
     /// Average over so many networks drawn at random, and add the entropy
     #[arg(long, conflicts_with_all = ["gamma", "gamma_grid"])]
     samples: Option<usize>,
-    /// CSV file to write: gamma, row, pred, and a probability for each class
+    /// Pairs of images that are registered, drawn within classes
+    #[arg(long, default_value_t = 16)]
+    pairs: usize,
+    /// CSV file to write: gamma, row, pred, and a probability for each class; for registration a folder
     #[arg(long)]
     out: PathBuf,
 }
@@ -306,6 +337,9 @@ struct EvalArgs {
     /// Also score the mean of so many networks drawn at random
     #[arg(long)]
     samples: Option<usize>,
+    /// Pairs of images that are registered, drawn within classes
+    #[arg(long, default_value_t = 256)]
+    pairs: usize,
     /// CSV file to write; a plot goes beside it
     #[arg(long)]
     out: Option<PathBuf>,
@@ -433,6 +467,9 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     if !(recipe.val_fraction > 0.0 && recipe.val_fraction < 1.0) {
         return Err(Error::usage(format!("--val-fraction {} is not between 0 and 1", recipe.val_fraction)));
     }
+    if recipe.task == TaskKind::Register {
+        return register::train(&run, &args.data, cx);
+    }
     let (config, images) = if run.resumed {
         let config: Config = run.folder.config(KIND)?;
         let images = args.data.read_for(&config, false)?;
@@ -442,17 +479,7 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
         (recipe.shape.config(&images, recipe.control, recipe.gamma_sampling)?, images)
     };
     let (train, valid) = split(&images, recipe.val_fraction, cx)?;
-    let training = TrainConfig {
-        steps: run.steps,
-        lr: recipe.lr,
-        warmup: 0,
-        min_lr_ratio: 1.0,
-        weight_decay: 0.0,
-        clip_norm: recipe.clip,
-        eval_every: recipe.eval_every,
-        checkpoint_every: recipe.checkpoint_every,
-        ..TrainConfig::default()
-    };
+    let training = recipe.training(run.steps);
     training.check()?;
     let model = config.draw(None, cx)?;
     run.save(|folder| folder.save_config(KIND, &config))?;
@@ -510,6 +537,9 @@ fn split(images: &Images, share: f64, cx: &Context) -> Result<(Images, Images)> 
 }
 
 fn run_predict(args: &PredictArgs, cx: &Context) -> Result<()> {
+    if checkpoint::task(&args.model)? == TaskKind::Register {
+        return register::predict(args, cx);
+    }
     let (config, model) = checkpoint::open(&args.model, cx)?;
     let images = args.data.read_for(&config, true)?;
     let mut writer = csv::Writer::from_writer(Vec::new());
@@ -530,7 +560,7 @@ fn run_predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         Some(0) => return Err(Error::usage("--samples 0 draws no network")),
         Some(draws) => write("mean", &predict_mean(&model, &images, config.ranges.len(), draws, cx)?)?,
         None => {
-            for gamma in args.gamma.conditions(&config, cx)? {
+            for gamma in args.gamma.conditions(&config.ranges, cx)? {
                 let text: Vec<String> = gamma.iter().map(f32::to_string).collect();
                 write(&text.join(";"), &predict(&model, config.control, &images, &gamma, cx)?)?;
             }
@@ -546,11 +576,14 @@ fn run_predict(args: &PredictArgs, cx: &Context) -> Result<()> {
 }
 
 fn run_eval(args: &EvalArgs, cx: &Context) -> Result<()> {
+    if checkpoint::task(&args.model)? == TaskKind::Register {
+        return register::eval(args, cx);
+    }
     let (config, model) = checkpoint::open(&args.model, cx)?;
     let images = args.data.read_for(&config, false)?;
     let mut lines: Vec<Value> = Vec::new();
     let mut points = Vec::new();
-    for gamma in args.gamma.conditions(&config, cx)? {
+    for gamma in args.gamma.conditions(&config.ranges, cx)? {
         let found = scores(&predict(&model, config.control, &images, &gamma, cx)?, &images.labels);
         points.push((f64::from(gamma[0]), found));
         lines.push(json!({ "gamma": gamma, "scores": found }));
