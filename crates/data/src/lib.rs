@@ -1,5 +1,7 @@
 //! File formats, datasets and generators.
 
+pub mod digits;
+mod images;
 mod matrix;
 mod npz;
 pub mod shakespeare;
@@ -10,6 +12,7 @@ mod text;
 mod tokenizer;
 mod windows;
 
+pub use images::{ImageOptions, Images};
 pub use matrix::Matrix;
 pub use npz::{read_npz, write_npz};
 pub use shared::shared_dir;

@@ -1,0 +1,125 @@
+//! Trained models on disk.
+
+use std::path::Path;
+
+use burn::module::Module;
+use burn::tensor::{Device, DispatchTensor, Tensor};
+use kiln_core::{Context, Error, ModelFolder, Network, Port, PortKind, Result, TensorFile};
+use kiln_nn::initialise;
+use serde::{Deserialize, Serialize};
+
+use crate::arch::{Classifier, ClassifierConfig};
+use crate::classify::{Control, Sampling};
+use crate::convert::{MipConfig, MipHyper};
+use crate::encoding::Range;
+
+/// The slug, and the kind of model folders.
+pub const KIND: &str = "mip";
+
+/// What `config.json` holds of a network whose weights depend on a condition.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// The network.
+    pub network: ClassifierConfig,
+    /// How its weights depend on the condition.
+    pub mip: MipConfig,
+    /// What the condition means.
+    pub control: Control,
+    /// How it was drawn in training.
+    pub sampling: Sampling,
+    /// The condition in the user's own units.
+    pub ranges: Vec<Range>,
+    /// What the classes are called.
+    pub classes: Vec<String>,
+    /// The value of white in tables of pixels.
+    pub white: f64,
+}
+
+impl Config {
+    /// Draws an untrained model; its network has the weights of `base`, where there is one.
+    ///
+    /// # Errors
+    /// When the settings do not fit.
+    pub fn draw(&self, base: Option<TensorFile>, cx: &Context) -> Result<MipHyper<Classifier>> {
+        self.network.check()?;
+        let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| self.network.init(device));
+        let net = match base {
+            Some(weights) => weights.into_module(net)?,
+            None => net,
+        };
+        self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
+    }
+}
+
+/// What `config.json` holds of a network for one condition.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlainConfig {
+    /// The network.
+    pub network: ClassifierConfig,
+    /// The condition, between 0 and 1.
+    pub gamma: Vec<f32>,
+    /// What the classes are called.
+    pub classes: Vec<String>,
+}
+
+/// Reads a model folder.
+///
+/// # Errors
+/// When it is missing, of another kind, or damaged.
+pub fn open(path: &Path, cx: &Context) -> Result<(Config, MipHyper<Classifier>)> {
+    let folder = ModelFolder::new(path);
+    if folder.config_value()?.get("gamma").is_some() {
+        return Err(Error::input(path.display(), "holds a network for one condition")
+            .hint("a hypernetwork is needed, as `kiln mip train` or `kiln mip convert` writes it"));
+    }
+    let config: Config = folder.config(KIND)?;
+    if config.ranges.len() != config.mip.hypernet.gamma_dim || config.classes.len() != config.network.classes {
+        return Err(Error::input(folder.file("config.json").display(), "\"ranges\" or \"classes\" do not fit the rest")
+            .hint("was it edited by hand? train the model again"));
+    }
+    let model = folder.weights()?.into_module(config.draw(None, cx)?)?;
+    Ok((config, model))
+}
+
+/// A network for one condition, from images to logits, for capture.
+pub(crate) struct Plain {
+    config: PlainConfig,
+    net: Classifier,
+}
+
+impl Plain {
+    pub fn open(path: &Path, cx: &Context) -> Result<Self> {
+        let folder = ModelFolder::new(path);
+        if folder.config_value()?.get("gamma").is_none() {
+            return Err(Error::input(path.display(), "holds a hypernetwork, whose weights depend on a condition")
+                .hint("write the network for one condition first: kiln mip export --model DIR --gamma 0.5 --to DIR"));
+        }
+        let config: PlainConfig = folder.config(KIND)?;
+        config.network.check()?;
+        let net = folder.weights()?.into_module(config.network.init(&cx.device))?;
+        Ok(Self { config, net })
+    }
+}
+
+impl Network for Plain {
+    fn kind(&self) -> &str {
+        KIND
+    }
+
+    fn inputs(&self) -> Vec<Port> {
+        let [channels, height, width] = self.config.network.image;
+        vec![Port { name: "images".into(), kind: PortKind::Float, shape: vec![1, channels, height, width] }]
+    }
+
+    fn outputs(&self) -> Vec<Port> {
+        vec![Port { name: "logits".into(), kind: PortKind::Float, shape: vec![1, self.config.network.classes] }]
+    }
+
+    fn move_to(&mut self, device: &Device) {
+        self.net = self.net.clone().to_device(device);
+    }
+
+    fn forward(&self, inputs: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
+        inputs.into_iter().map(|x| self.net.forward(Tensor::from_dispatch(x)).into_dispatch()).collect()
+    }
+}

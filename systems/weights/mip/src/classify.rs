@@ -1,0 +1,305 @@
+//! Classification under a condition: one network for every rotation, smoothing or decay, or a distribution of networks.
+
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use clap::ValueEnum;
+use kiln_core::{Context, Result};
+use kiln_data::Images;
+use kiln_nn::Task;
+use kiln_ops::{CrossEntropyOptions, cross_entropy};
+use rand::{Rng, RngExt};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::arch::Classifier;
+use crate::convert::MipHyper;
+
+/// Images that pass through a network at once when nothing is learned.
+const AT_ONCE: usize = 256;
+
+/// What a condition means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Control {
+    /// The image is turned by 90 γ degrees
+    Rotation,
+    /// Labels are smoothed by γ / 2
+    Smoothing,
+    /// Weights decay with a strength of 10^(4 γ - 6), from 1e-6 to 1e-2
+    WeightDecay,
+    /// Nothing: networks are drawn with γ, and a prior on their weights keeps them apart from certainty
+    Noise,
+}
+
+/// How conditions are drawn in training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Sampling {
+    /// Evenly between 0 and 1
+    Uniform,
+    /// So that small ones are as frequent as large ones: their logarithms evenly from 0.001 to 1
+    Log,
+    /// Evenly, but every fourth component is 0 or 1
+    Edges,
+    /// Tenths
+    Grid,
+}
+
+impl Sampling {
+    /// Draws a condition of `k` components.
+    pub fn draw(self, k: usize, rng: &mut impl Rng) -> Vec<f32> {
+        let mut component = || match self {
+            Self::Uniform => rng.random(),
+            Self::Log => 10f32.powf(-3.0 * rng.random::<f32>()),
+            Self::Edges if rng.random_range(0..4) == 0 => rng.random_range(0..=1) as f32,
+            Self::Edges => rng.random(),
+            Self::Grid => rng.random_range(0..=10) as f32 / 10.0,
+        };
+        (0..k).map(|_| component()).collect()
+    }
+}
+
+/// Deviation of the prior on weights under [`Control::Noise`].
+const PRIOR_STD: f64 = 1.0;
+
+/// What is trained on, and how.
+pub struct ClassifyTask<'a> {
+    /// Training images.
+    pub train: &'a Images,
+    /// Held out.
+    pub valid: &'a Images,
+    /// What a condition means.
+    pub control: Control,
+    /// How it is drawn.
+    pub sampling: Sampling,
+    /// Its components.
+    pub gamma_dim: usize,
+    /// Images of a step, which share a condition.
+    pub batch: usize,
+    /// Device and random streams.
+    pub cx: &'a Context,
+}
+
+impl ClassifyTask<'_> {
+    /// The loss of one network on images under the condition that made it.
+    fn objective(&self, theta: &Tensor<2>, net: &Classifier, images: &Images, gamma: f32) -> Tensor<1> {
+        let labels = labels(images, &self.cx.device);
+        let mut options = CrossEntropyOptions::default();
+        if self.control == Control::Smoothing {
+            options.label_smoothing = gamma / 2.0;
+        }
+        let logits = net.forward(self.control.input(images, gamma, &self.cx.device));
+        let loss = cross_entropy(logits, labels, &options).mean();
+        let penalty = |strength: f64| theta.clone().powi_scalar(2).sum() * strength;
+        match self.control {
+            Control::WeightDecay => loss + penalty(10f64.powf(4.0 * f64::from(gamma) - 6.0)),
+            Control::Noise => loss + penalty(0.5 / (PRIOR_STD * PRIOR_STD * self.train.len() as f64)),
+            Control::Rotation | Control::Smoothing => loss,
+        }
+    }
+}
+
+impl Control {
+    /// Images as the network sees them, `[images, channels, height, width]`.
+    pub fn input(self, images: &Images, gamma: f32, device: &Device) -> Tensor<4> {
+        let [channels, height, width] = images.shape;
+        let pixels = match self {
+            Self::Rotation => rotated(images, gamma),
+            _ => images.pixels.clone(),
+        };
+        Tensor::from_data(TensorData::new(pixels, [images.len(), channels, height, width]), device)
+    }
+}
+
+/// Classes as a tensor, `[images]`.
+pub fn labels(images: &Images, device: &Device) -> Tensor<1, Int> {
+    let labels: Vec<i64> = images.labels.iter().map(|&label| label as i64).collect();
+    Tensor::from_data(TensorData::new(labels, [images.len()]), device)
+}
+
+/// Images turned by 90 γ degrees about their centre, bilinearly; beyond the border they are black.
+pub fn rotated(images: &Images, gamma: f32) -> Vec<f32> {
+    let [_, height, width] = images.shape;
+    let (sin, cos) = (gamma * std::f32::consts::FRAC_PI_2).sin_cos();
+    let (cx, cy) = ((width as f32 - 1.0) / 2.0, (height as f32 - 1.0) / 2.0);
+    let mut turned = Vec::with_capacity(images.pixels.len());
+    for plane in images.pixels.chunks(height * width) {
+        let at = |x: f32, y: f32| {
+            let inside = x >= 0.0 && y >= 0.0 && x < width as f32 && y < height as f32;
+            if inside { plane[y as usize * width + x as usize] } else { 0.0 }
+        };
+        for row in 0..height {
+            for column in 0..width {
+                let (dx, dy) = (column as f32 - cx, row as f32 - cy);
+                let (x, y) = (cos * dx + sin * dy + cx, -sin * dx + cos * dy + cy);
+                let (left, top) = (x.floor(), y.floor());
+                let (right_share, low_share) = (x - left, y - top);
+                let above = at(left, top) * (1.0 - right_share) + at(left + 1.0, top) * right_share;
+                let below =
+                    at(left, top + 1.0) * (1.0 - right_share) + at(left + 1.0, top + 1.0) * right_share;
+                turned.push(above * (1.0 - low_share) + below * low_share);
+            }
+        }
+    }
+    turned
+}
+
+impl Task<MipHyper<Classifier>> for ClassifyTask<'_> {
+    fn loss(&mut self, model: &MipHyper<Classifier>, step: usize) -> Result<(Tensor<1>, usize)> {
+        let mut rng = self.cx.rng("step", step as u64);
+        let gamma = self.sampling.draw(self.gamma_dim, &mut rng);
+        let chosen: Vec<usize> = (0..self.batch).map(|_| rng.random_range(0..self.train.len())).collect();
+        let images = self.train.select(&chosen);
+        let condition = Tensor::<1>::from_floats(gamma.as_slice(), &self.cx.device);
+        let theta = model.generate(condition.unsqueeze_dim::<2>(0))?;
+        let net = model.spec().split(theta.clone().squeeze_dim::<1>(0))?.fill(&model.base)?;
+        Ok((self.objective(&theta, &net, &images, gamma[0]), self.batch))
+    }
+
+    fn validate(&mut self, model: &MipHyper<Classifier>) -> Result<f64> {
+        let mut sum = 0.0;
+        let conditions = [0.0, 0.25, 0.5, 0.75, 1.0];
+        for gamma in conditions {
+            let probabilities =
+                predict(model, self.control, self.valid, &vec![gamma; self.gamma_dim], self.cx)?;
+            sum += scores(&probabilities, &self.valid.labels).nll / conditions.len() as f64;
+        }
+        Ok(sum)
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        let settings = json!({
+            "batch": self.batch, "images": self.train.len(), "control": self.control, "sampling": self.sampling,
+        });
+        settings.as_object().cloned().unwrap_or_default()
+    }
+}
+
+/// Class probabilities of images under one condition, `[image][class]`.
+///
+/// # Errors
+/// As [`MipHyper::instantiate`].
+pub fn predict(
+    model: &MipHyper<Classifier>,
+    control: Control,
+    images: &Images,
+    gamma: &[f32],
+    cx: &Context,
+) -> Result<Vec<Vec<f32>>> {
+    let net = model.instantiate(Tensor::<1>::from_floats(gamma, &cx.device))?;
+    let mut all = Vec::with_capacity(images.len());
+    let indices: Vec<usize> = (0..images.len()).collect();
+    for chunk in indices.chunks(AT_ONCE) {
+        let logits = net.forward(control.input(&images.select(chunk), gamma[0], &cx.device));
+        let classes = logits.dims()[1];
+        let values: Vec<f32> = activation::softmax(logits, 1).into_data().iter().collect();
+        all.extend(values.chunks(classes).map(<[f32]>::to_vec));
+    }
+    Ok(all)
+}
+
+/// Mean class probabilities over `draws` networks: the predictive distribution under [`Control::Noise`].
+///
+/// # Errors
+/// As [`predict`].
+pub fn predict_mean(
+    model: &MipHyper<Classifier>,
+    images: &Images,
+    gamma_dim: usize,
+    draws: usize,
+    cx: &Context,
+) -> Result<Vec<Vec<f32>>> {
+    let mut rng = cx.rng("networks", 0);
+    let mut mean: Vec<Vec<f32>> = Vec::new();
+    for _ in 0..draws {
+        let gamma = Sampling::Uniform.draw(gamma_dim, &mut rng);
+        let one = predict(model, Control::Noise, images, &gamma, cx)?;
+        mean.resize(one.len(), vec![0.0; one.first().map_or(0, Vec::len)]);
+        for (sum, row) in mean.iter_mut().zip(&one) {
+            sum.iter_mut().zip(row).for_each(|(sum, p)| *sum += p / draws as f32);
+        }
+    }
+    Ok(mean)
+}
+
+/// How well probabilities agree with labels.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Scores {
+    /// Share of images whose likeliest class is right.
+    pub accuracy: f64,
+    /// Mean negative log-likelihood of the labels, in nats.
+    pub nll: f64,
+    /// Expected calibration error over 15 bins of confidence.
+    pub ece: f64,
+    /// Mean entropy of the probabilities, in nats.
+    pub entropy: f64,
+}
+
+/// Compares probabilities with labels.
+pub fn scores(probabilities: &[Vec<f32>], labels: &[usize]) -> Scores {
+    let count = labels.len() as f64;
+    let mut bins = [(0.0, 0.0); 15];
+    let (mut right, mut nll, mut entropy) = (0.0, 0.0, 0.0);
+    for (row, &label) in probabilities.iter().zip(labels) {
+        let best = likeliest(row);
+        let (confidence, hit) = (f64::from(row[best]), f64::from(u8::from(best == label)));
+        right += hit;
+        nll -= f64::from(row[label]).max(f64::MIN_POSITIVE).ln();
+        entropy -= row.iter().map(|&p| f64::from(p)).filter(|p| *p > 0.0).map(|p| p * p.ln()).sum::<f64>();
+        let bin = &mut bins[((confidence * 15.0) as usize).min(14)];
+        bin.0 += confidence;
+        bin.1 += hit;
+    }
+    let ece = bins.iter().map(|(confidence, hits)| (confidence - hits).abs()).sum::<f64>() / count;
+    Scores { accuracy: right / count, nll: nll / count, ece, entropy: entropy / count }
+}
+
+/// The class with the highest probability.
+pub fn likeliest(row: &[f32]) -> usize {
+    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(pixels: &[f32], side: usize) -> Images {
+        Images {
+            shape: [1, side, side],
+            pixels: pixels.to_vec(),
+            labels: vec![0],
+            classes: vec!["a".into()],
+            white: 1.0,
+        }
+    }
+
+    #[test]
+    fn a_quarter_turn_moves_pixels_and_no_turn_leaves_them() {
+        let pixels = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0];
+        let close = |found: Vec<f32>, expected: [f32; 9]| {
+            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-4), "{found:?}");
+        };
+        close(rotated(&image(&pixels, 3), 0.0), pixels);
+        close(rotated(&image(&pixels, 3), 1.0), [7.0, 4.0, 1.0, 8.0, 5.0, 2.0, 9.0, 6.0, 3.0]);
+    }
+
+    #[test]
+    fn scores_by_hand() {
+        let found = scores(&[vec![0.8, 0.2], vec![0.4, 0.6]], &[0, 0]);
+        assert_eq!(found.accuracy, 0.5);
+        assert!((found.nll + (0.8f64.ln() + 0.4f64.ln()) / 2.0).abs() < 1e-6);
+        // Confidences 0.8 (right) and 0.6 (wrong) are in bins of their own.
+        assert!((found.ece - (0.2 + 0.6) / 2.0).abs() < 1e-6);
+        assert_eq!(scores(&[vec![1.0, 0.0]], &[0]).entropy, 0.0);
+    }
+
+    #[test]
+    fn conditions_stay_within_their_cube() {
+        let mut rng = kiln_core::random_stream(0, "test", 0);
+        for sampling in [Sampling::Uniform, Sampling::Log, Sampling::Edges, Sampling::Grid] {
+            let draws = sampling.draw(1000, &mut rng);
+            assert!(draws.iter().all(|g| (0.0..=1.0).contains(g)), "{sampling:?}");
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! The reference experiment: rotated digits under the four parametrisations.
+
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+use kiln_core::{Card, Claim, Context, Plot, Report, Result, Scale, Table, Threshold};
+use kiln_data::{Images, digits};
+use kiln_nn::initialise;
+
+use crate::arch::{Arch, Classifier, ClassifierConfig};
+use crate::arms::{Arm, Course, Optimiser, median};
+use crate::classify::{ClassifyTask, Control, Sampling, labels, predict, scores};
+use crate::convert::{MipConfig, Parametrisation};
+use crate::hypernet::Nonlinearity;
+use crate::proportionality::{Probe, ProportionalityReport, measure};
+
+/// A run is as fast as its smoothed loss comes below this.
+const TARGET: f64 = 0.8;
+/// Where accuracy is measured.
+const CONDITIONS: [f32; 6] = [0.0, 0.1, 0.25, 0.5, 0.75, 1.0];
+/// Where proportionality is measured.
+const SMALL_AND_LARGE: [f64; 7] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0];
+
+const ARMS: [Parametrisation; 4] =
+    [Parametrisation::Default, Parametrisation::Encode, Parametrisation::Residual, Parametrisation::Mip];
+
+/// Everything that differs between scales.
+struct Plan {
+    steps: usize,
+    /// Seeds of the default and of the whole parametrisation.
+    seeds: u64,
+    /// Seeds of those between.
+    seeds_between: u64,
+    learning_rates: &'static [f64],
+    /// Learning rates of gradient descent, which is reported without a threshold.
+    descent: &'static [f64],
+}
+
+impl Plan {
+    fn at(scale: Scale) -> Self {
+        match scale {
+            Scale::Smoke => {
+                Self { steps: 60, seeds: 1, seeds_between: 1, learning_rates: &[1e-3], descent: &[1e-2] }
+            }
+            Scale::Quick => Self { steps: 700, seeds: 3, descent: &[], ..Self::at(Scale::Smoke) },
+            Scale::Full => Self {
+                steps: 1500,
+                seeds: 5,
+                seeds_between: 5,
+                learning_rates: &[1e-3, 3e-4],
+                descent: &[1e-2, 3e-2, 1e-1],
+            },
+        }
+    }
+}
+
+/// The embedded digits, those that are trained on by custom or the others.
+pub(crate) fn digit_images(part: digits::Digits) -> Images {
+    Images {
+        shape: [1, 8, 8],
+        pixels: part.pixels.to_vec(),
+        labels: part.labels.iter().map(|&label| label.into()).collect(),
+        classes: (0..10).map(|digit| digit.to_string()).collect(),
+        white: 16.0,
+    }
+}
+
+/// The network of the experiment: 64-32-32-10.
+pub(crate) fn network() -> ClassifierConfig {
+    ClassifierConfig {
+        arch: Arch::Mlp(vec![32, 32]),
+        image: [1, 8, 8],
+        classes: 10,
+        activation: Nonlinearity::LeakyRelu,
+        batch_norm: false,
+    }
+}
+
+pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
+    let begun = Instant::now();
+    let plan = Plan::at(scale);
+    let (train, test) = (digit_images(digits::train()), digit_images(digits::test()));
+    let mut report = Report::new(card, scale, cx.seed);
+    report_proportionality(&mut report, &test, cx)?;
+    for &lr in plan.learning_rates {
+        report_speed(&mut report, &plan, lr, &train, &test, cx)?;
+    }
+    report_descent(&mut report, &plan, &train, cx)?;
+    report.notes.push(
+        "The condition turns the image by 90 γ degrees; one condition a step. Networks that make all of a weight are drawn \
+         with fan-in, those that add to weights with fan-out for each tensor."
+            .into(),
+    );
+    report.seconds = begun.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// Part 1: how sizes depend on the condition before training.
+fn report_proportionality(report: &mut Report, test: &Images, cx: &Context) -> Result<()> {
+    let sizes = |parametrisation| untrained_proportionality(parametrisation, test, cx);
+    let (default, mip) = (sizes(Parametrisation::Default)?, sizes(Parametrisation::Mip)?);
+    report.claims.extend([
+        Claim::new(
+            "Without the parametrisation, weights are proportional to the condition",
+            "exactly, for ReLU and LeakyReLU without biases",
+            (default.all_weights.slope - 1.0).abs(),
+            "distance of the log-log slope from 1",
+            Threshold::AtMost(0.01),
+        ),
+        Claim::new(
+            "Their size and the condition are correlated",
+            "1",
+            default.all_weights.correlation,
+            "Pearson's correlation",
+            Threshold::AtLeast(0.999),
+        ),
+        Claim::new(
+            "With it, weights have the same size for every condition",
+            "constant",
+            mip.all_weights.ratio,
+            "largest over smallest, γ from 0.01 to 1",
+            Threshold::AtMost(1.2),
+        ),
+    ]);
+    let mut table = Table::new(
+        "Log-log slope of sizes over the condition, before training",
+        &["quantity", "default", "MIP"],
+    );
+    let lines = |found: &ProportionalityReport| {
+        let all = [&found.all_weights].into_iter().chain(&found.activations).chain([&found.gradient]);
+        all.map(|d| (d.name.clone(), d.slope)).collect::<Vec<_>>()
+    };
+    for ((name, before), (_, after)) in lines(&default).into_iter().zip(lines(&mip)) {
+        table.row([name, format!("{before:.3}"), format!("{after:.3}")]);
+    }
+    report.tables.push(table);
+    let line = |found: &ProportionalityReport| {
+        let last = found.gradient.sizes.last().copied().unwrap_or(1.0);
+        found.gammas.iter().zip(&found.gradient.sizes).map(|(&g, size)| (g, size / last)).collect()
+    };
+    report.plots.push(
+        Plot::lines("Gradient over the condition, before training", "γ", "norm, relative to γ = 1")
+            .log_x()
+            .log_y()
+            .series("default", line(&default))
+            .series("MIP", line(&mip)),
+    );
+    Ok(())
+}
+
+fn untrained_proportionality(
+    parametrisation: Parametrisation,
+    test: &Images,
+    cx: &Context,
+) -> Result<ProportionalityReport> {
+    let mut rng = cx.rng("proportionality", 0);
+    let net = initialise(&cx.device, &mut rng, |device| network().init(device));
+    let model = MipConfig::new(1).with_parametrisation(parametrisation).draw(net, &mut rng, &cx.device)?;
+    measure(&model, 1, &SMALL_AND_LARGE, &cx.device, |net| probe(net, test, cx))
+}
+
+/// Runs a classifier on images as they are.
+pub(crate) fn probe(net: &Classifier, images: &Images, cx: &Context) -> Probe {
+    let (logits, activations) = net.traced(Control::Smoothing.input(images, 0.0, &cx.device));
+    let loss: Tensor<1> = kiln_ops::cross_entropy(logits, labels(images, &cx.device), &Default::default()).mean();
+    Probe { activations, loss }
+}
+
+/// The runs of one arm, one a seed.
+fn train_arm(
+    parametrisation: Parametrisation,
+    (optimiser, lr): (Optimiser, f64),
+    (steps, seeds): (usize, u64),
+    train: &Images,
+    cx: &Context,
+) -> Result<Vec<Course>> {
+    let arm = Arm {
+        name: name(parametrisation).into(),
+        network: network(),
+        mip: MipConfig::new(1).with_parametrisation(parametrisation),
+        optimiser,
+        lr,
+        steps,
+    };
+    (0..seeds)
+        .map(|seed| {
+            let cx = &Context { seed: cx.seed + seed, ..cx.clone() };
+            let mut task = ClassifyTask {
+                train,
+                valid: train,
+                control: Control::Rotation,
+                sampling: Sampling::Uniform,
+                gamma_dim: 1,
+                batch: 64,
+                cx,
+            };
+            arm.train(&mut task, cx)
+        })
+        .collect()
+}
+
+fn name(parametrisation: Parametrisation) -> &'static str {
+    match parametrisation {
+        Parametrisation::Default => "default",
+        Parametrisation::Encode => "encoding only",
+        Parametrisation::Residual => "additive only",
+        Parametrisation::Mip => "MIP",
+    }
+}
+
+/// Part 2: how fast each arm learns with Adam, and how well.
+fn report_speed(
+    report: &mut Report,
+    plan: &Plan,
+    lr: f64,
+    train: &Images,
+    test: &Images,
+    cx: &Context,
+) -> Result<()> {
+    let mut table = Table::new(
+        format!("Rotated digits, Adam, learning rate {lr}: medians over seeds"),
+        &["arm", "seeds", "steps to a loss of 0.8", "test accuracy", "variation of the gradient's norm", "diverged"],
+    );
+    let mut plot = Plot::lines(format!("Training loss, learning rate {lr}"), "step", "nats, mean of 50 steps").log_y();
+    let mut accuracy_plot = Plot::lines(format!("Test accuracy, learning rate {lr}"), "γ", "accuracy");
+    let (mut speeds, mut accuracies, mut mip_diverged) = (Vec::new(), Vec::new(), 0);
+    for parametrisation in ARMS {
+        let between = matches!(parametrisation, Parametrisation::Encode | Parametrisation::Residual);
+        let seeds = if between { plan.seeds_between } else { plan.seeds };
+        let courses = train_arm(parametrisation, (Optimiser::Adam, lr), (plan.steps, seeds), train, cx)?;
+        // A run that never comes so far counts as one that came there with its last step: a lower bound.
+        let steps = |course: &Course| course.steps_to(TARGET).unwrap_or(plan.steps) as f64;
+        let steps = median(&courses.iter().map(steps).collect::<Vec<_>>());
+        let curves = courses.iter().map(|course| accuracy_curve(course, test, cx)).collect::<Result<Vec<_>>>()?;
+        let mean = |curve: &Vec<f64>| curve.iter().sum::<f64>() / curve.len() as f64;
+        let accuracy = median(&curves.iter().map(mean).collect::<Vec<_>>());
+        let variation = median(&courses.iter().map(Course::gradient_variation).collect::<Vec<_>>());
+        let diverged = courses.iter().filter(|course| course.diverged).count();
+        table.row([
+            name(parametrisation).to_string(),
+            seeds.to_string(),
+            format!("{steps:.0}"),
+            format!("{accuracy:.3}"),
+            format!("{variation:.2}"),
+            diverged.to_string(),
+        ]);
+        let smoothed = courses[0].smoothed();
+        plot = plot.series(
+            name(parametrisation),
+            smoothed.iter().enumerate().step_by(5).map(|(step, &loss)| (step as f64, loss)).collect(),
+        );
+        accuracy_plot = accuracy_plot.series(
+            name(parametrisation),
+            CONDITIONS.iter().zip(&curves[0]).map(|(&gamma, &accuracy)| (gamma.into(), accuracy)).collect(),
+        );
+        if parametrisation == Parametrisation::Mip {
+            mip_diverged = diverged;
+        }
+        speeds.push(steps);
+        accuracies.push(accuracy);
+    }
+    let last = ARMS.len() - 1;
+    report.claims.extend([
+        Claim::new(
+            format!("The parametrisation learns faster (learning rate {lr})"),
+            "considerably fewer steps",
+            speeds[0] / speeds[last],
+            "median steps of the default over those of MIP",
+            Threshold::AtLeast(1.3),
+        ),
+        Claim::new(
+            format!("And no worse (learning rate {lr})"),
+            "equal or better",
+            accuracies[last] - accuracies[0],
+            "test accuracy above the default's",
+            Threshold::AtLeast(-0.03),
+        ),
+        Claim::new(
+            format!("No run of it diverges (learning rate {lr})"),
+            "stable",
+            mip_diverged as f64,
+            "runs",
+            Threshold::AtMost(0.0),
+        ),
+    ]);
+    report.tables.push(table);
+    report.plots.extend([plot, accuracy_plot]);
+    Ok(())
+}
+
+/// Accuracy on the test images at every one of the conditions.
+fn accuracy_curve(course: &Course, test: &Images, cx: &Context) -> Result<Vec<f64>> {
+    let at = |&gamma: &f32| {
+        let probabilities = predict(&course.model, Control::Rotation, test, &[gamma], cx)?;
+        Ok(scores(&probabilities, &test.labels).accuracy)
+    };
+    CONDITIONS.iter().map(at).collect()
+}
+
+/// Part 3: gradient descent with momentum, where the paper is silent about this task.
+fn report_descent(report: &mut Report, plan: &Plan, train: &Images, cx: &Context) -> Result<()> {
+    if plan.descent.is_empty() {
+        return Ok(());
+    }
+    let mut table = Table::new(
+        "Gradient descent with momentum (no threshold)",
+        &["learning rate", "arm", "median steps to a loss of 0.8", "diverged"],
+    );
+    for &lr in plan.descent {
+        for parametrisation in ARMS {
+            let courses = train_arm(parametrisation, (Optimiser::Sgd, lr), (plan.steps, plan.seeds), train, cx)?;
+            let steps: Vec<f64> =
+                courses.iter().map(|course| course.steps_to(TARGET).map_or(f64::INFINITY, |s| s as f64)).collect();
+            let steps = median(&steps);
+            let diverged = courses.iter().filter(|course| course.diverged).count();
+            let steps = if steps.is_finite() { format!("{steps:.0}") } else { "never".into() };
+            table.row([lr.to_string(), name(parametrisation).into(), steps, format!("{diverged} of {}", plan.seeds)]);
+        }
+    }
+    report.tables.push(table);
+    Ok(())
+}
