@@ -52,6 +52,9 @@ pub struct ClassifierOptions {
     pub allow_large: bool,
     /// More classes than the network has outputs are not refused.
     pub many_class: bool,
+    /// Most classes that one pass tells apart, as many as the network has outputs if `None`. More classes are told apart
+    /// by code words that merge them into so many groups: slower, but a small network is better at few classes.
+    pub groups: Option<usize>,
     /// Keys and values of the labelled rows are kept between predictions.
     pub cache: bool,
 }
@@ -66,6 +69,7 @@ impl Default for ClassifierOptions {
             sample_rows: None,
             allow_large: false,
             many_class: false,
+            groups: None,
             cache: true,
         }
     }
@@ -82,6 +86,9 @@ impl ClassifierOptions {
         }
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
             return Err(Error::usage(format!("--temperature {} must be above 0", self.temperature)));
+        }
+        if self.groups.is_some_and(|groups| groups < 2) {
+            return Err(Error::usage("--groups must be at least 2"));
         }
         if self.sample_rows.is_some_and(|rows| rows < 2) {
             return Err(Error::usage("--sample-rows must be at least 2"));
@@ -179,7 +186,8 @@ impl TabPfnClassifier {
             _ => vec![(0..rows.rows).collect()],
         };
         let parts = divide(varying, config.max_features, &mut cx.rng("columns", 0));
-        let words = code_words(classes.len(), config.max_classes, &mut cx.rng("code words", 0));
+        let groups = options.groups.map_or(config.max_classes, |groups| groups.min(config.max_classes));
+        let words = code_words(classes.len(), groups, &mut cx.rng("code words", 0));
         let mut fitted = Self {
             network: network.clone(),
             options,

@@ -59,7 +59,8 @@ impl Axis {
     }
 
     fn settings(self) -> Vec<Setting> {
-        let setting = |name: &str, change: Box<dyn Fn(&mut Arm)>| Setting { axis: self, name: name.into(), change };
+        let setting =
+            |name: &str, change: Box<dyn Fn(&mut Arm)>| Setting { axis: self, name: name.into(), change };
         match self {
             Self::Activation => [
                 ("relu", Nonlinearity::Relu),
@@ -68,7 +69,9 @@ impl Axis {
                 ("silu", Nonlinearity::Silu),
                 ("tanh", Nonlinearity::Tanh),
             ]
-            .map(|(name, activation)| setting(name, Box::new(move |arm| arm.mip.hypernet.activation = activation)))
+            .map(|(name, activation)| {
+                setting(name, Box::new(move |arm| arm.mip.hypernet.activation = activation))
+            })
             .into(),
             Self::Norm => vec![
                 setting("none", Box::new(|_| {})),
@@ -132,7 +135,8 @@ pub struct Summary {
 /// When a setting does not suit the images.
 pub fn run(axes: &[Axis], grid: &Grid, images: &Images, cx: &Context) -> Result<Vec<Line>> {
     let settings: Vec<Setting> = axes.iter().flat_map(|axis| axis.settings()).collect();
-    let arms = [Parametrisation::Default, Parametrisation::Encode, Parametrisation::Residual, Parametrisation::Mip];
+    let arms =
+        [Parametrisation::Default, Parametrisation::Encode, Parametrisation::Residual, Parametrisation::Mip];
     let bar = cx.progress(settings.len() as u64 * arms.len() as u64 * grid.seeds, "training");
     let mut lines = Vec::new();
     for setting in &settings {
@@ -202,7 +206,8 @@ fn summarise(
     }
     let curves: Vec<Vec<f64>> = courses.iter().map(Course::smoothed).collect();
     let last: Vec<f64> = curves.iter().filter_map(|curve| curve.last().copied()).collect();
-    let arm = parametrisation.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
+    let arm =
+        parametrisation.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
     Line {
         summary: Summary {
             axis: setting.axis.name(),
@@ -219,7 +224,8 @@ fn summarise(
 
 /// For every setting the median loss of each arm, between the lowest and the highest over seeds.
 pub fn plots(lines: &[Line]) -> Vec<Plot> {
-    let same = |a: &Line, b: &Line| (a.summary.axis, &a.summary.setting) == (b.summary.axis, &b.summary.setting);
+    let same =
+        |a: &Line, b: &Line| (a.summary.axis, &a.summary.setting) == (b.summary.axis, &b.summary.setting);
     lines
         .chunk_by(same)
         .map(|arms| {
@@ -227,7 +233,8 @@ pub fn plots(lines: &[Line]) -> Vec<Plot> {
             let plot = Plot::lines(format!("{axis} {setting}"), "step", "training loss, nats").log_y();
             arms.iter().fold(plot, |plot, line| {
                 let length = line.curves.iter().map(Vec::len).min().unwrap_or(0);
-                let at = |step: usize| median(&line.curves.iter().map(|curve| curve[step]).collect::<Vec<_>>());
+                let at =
+                    |step: usize| median(&line.curves.iter().map(|curve| curve[step]).collect::<Vec<_>>());
                 let points = (0..length).step_by(5).map(|step| (step as f64, at(step))).collect();
                 plot.series(line.summary.arm.clone(), points)
             })

@@ -73,9 +73,13 @@ pub fn open(path: &Path, cx: &Context) -> Result<(Config, MipHyper<Classifier>)>
             .hint("a hypernetwork is needed, as `kiln mip train` or `kiln mip convert` writes it"));
     }
     let config: Config = folder.config(KIND)?;
-    if config.ranges.len() != config.mip.hypernet.gamma_dim || config.classes.len() != config.network.classes {
-        return Err(Error::input(folder.file("config.json").display(), "\"ranges\" or \"classes\" do not fit the rest")
-            .hint("was it edited by hand? train the model again"));
+    if config.ranges.len() != config.mip.hypernet.gamma_dim || config.classes.len() != config.network.classes
+    {
+        return Err(Error::input(
+            folder.file("config.json").display(),
+            "\"ranges\" or \"classes\" do not fit the rest",
+        )
+        .hint("was it edited by hand? train the model again"));
     }
     let model = folder.weights()?.into_module(config.draw(None, cx)?)?;
     Ok((config, model))
@@ -91,8 +95,13 @@ impl Plain {
     pub fn open(path: &Path, cx: &Context) -> Result<Self> {
         let folder = ModelFolder::new(path);
         if folder.config_value()?.get("gamma").is_none() {
-            return Err(Error::input(path.display(), "holds a hypernetwork, whose weights depend on a condition")
-                .hint("write the network for one condition first: kiln mip export --model DIR --gamma 0.5 --to DIR"));
+            return Err(Error::input(
+                path.display(),
+                "holds a hypernetwork, whose weights depend on a condition",
+            )
+            .hint(
+                "write the network for one condition first: kiln mip export --model DIR --gamma 0.5 --to DIR",
+            ));
         }
         let config: PlainConfig = folder.config(KIND)?;
         config.network.check()?;
@@ -112,7 +121,11 @@ impl Network for Plain {
     }
 
     fn outputs(&self) -> Vec<Port> {
-        vec![Port { name: "logits".into(), kind: PortKind::Float, shape: vec![1, self.config.network.classes] }]
+        vec![Port {
+            name: "logits".into(),
+            kind: PortKind::Float,
+            shape: vec![1, self.config.network.classes],
+        }]
     }
 
     fn move_to(&mut self, device: &Device) {

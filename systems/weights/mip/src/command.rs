@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::Tensor;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{
-    Context, Error, HostTensor, ModelFolder, Plot, Result, TensorFile, write_atomic,
-};
+use kiln_core::{Context, Error, HostTensor, ModelFolder, Plot, Result, TensorFile, write_atomic};
 use kiln_data::{ImageOptions, Images, digits, read_tensors, write_tensors};
 use kiln_nn::{TrainConfig, TrainRun, TrainSummary, initialise};
 use rand::seq::SliceRandom;
@@ -29,7 +27,10 @@ const TRAIN: &str = "mip train";
 
 /// `kiln mip …`
 #[derive(Debug, Parser)]
-#[command(name = "mip", about = "Networks whose weights depend on a condition, and learn as fast as ordinary ones")]
+#[command(
+    name = "mip",
+    about = "Networks whose weights depend on a condition, and learn as fast as ordinary ones"
+)]
 #[command(after_help = "Examples:
   kiln mip train --data digits.csv --control rotation --out m/
   kiln mip eval --model m/ --data digits.csv --gamma-grid 11 --out accuracy.csv
@@ -498,7 +499,8 @@ struct TrainResult {
 /// Holds out a share of the images, at random.
 fn split(images: &Images, share: f64, cx: &Context) -> Result<(Images, Images)> {
     if images.len() < 2 {
-        return Err(Error::usage("one image is too few").hint("one is held out for validation, others are learned from"));
+        return Err(Error::usage("one image is too few")
+            .hint("one is held out for validation, others are learned from"));
     }
     let mut order: Vec<usize> = (0..images.len()).collect();
     order.shuffle(&mut cx.rng("split", 0));
@@ -612,7 +614,12 @@ fn run_convert(args: &ConvertArgs, cx: &Context) -> Result<()> {
     let names: Vec<&str> = model.spec().params().iter().map(|param| param.name.as_str()).collect();
     let result = json!({ "model": args.out, "weights": model.spec().numel(), "conditioned": names });
     cx.emit(&result, |_| {
-        format!("{} weights depend on the condition: {}\nmodel in {}\n", model.spec().numel(), names.join(", "), args.out.display())
+        format!(
+            "{} weights depend on the condition: {}\nmodel in {}\n",
+            model.spec().numel(),
+            names.join(", "),
+            args.out.display()
+        )
     })
 }
 
@@ -631,10 +638,12 @@ fn run_analyze(args: &AnalyzeArgs, cx: &Context) -> Result<()> {
     };
     if images.shape != config.network.image {
         let found = format!("the images are {:?}, channels first", images.shape);
-        return Err(Error::usage(found).hint(format!("the model takes {:?}: name others with --data", config.network.image)));
+        return Err(Error::usage(found)
+            .hint(format!("the model takes {:?}: name others with --data", config.network.image)));
     }
     let images = images.select(&(0..images.len().min(256)).collect::<Vec<_>>());
-    let report = measure(&model, config.ranges.len(), &args.gammas, &cx.device, |net| probe(net, &images, cx))?;
+    let report =
+        measure(&model, config.ranges.len(), &args.gammas, &cx.device, |net| probe(net, &images, cx))?;
     let json = serde_json::to_vec_pretty(&report)
         .map_err(|e| Error::work(format!("cannot write {}", args.out.display())).caused_by(e))?;
     write_atomic(&args.out, &json)?;
@@ -644,7 +653,10 @@ fn run_analyze(args: &AnalyzeArgs, cx: &Context) -> Result<()> {
         for d in [&report.all_weights].into_iter().chain(&report.activations).chain([&report.gradient]) {
             text += &format!("{:<24} {:<7.3} {:.3}\n", d.name, d.slope, d.ratio);
         }
-        text + &format!("1 is proportional to the condition, 0 independent of it; all of it in {}\n", args.out.display())
+        text + &format!(
+            "1 is proportional to the condition, 0 independent of it; all of it in {}\n",
+            args.out.display()
+        )
     })
 }
 
@@ -664,8 +676,9 @@ fn run_ablate(args: &AblateArgs, cx: &Context) -> Result<()> {
     for line in &lines {
         writer.serialize(&line.summary).map_err(failed)?;
     }
-    let text =
-        writer.into_inner().map_err(|e| Error::work("cannot write ablation.csv").caused_by(e.into_error()))?;
+    let text = writer
+        .into_inner()
+        .map_err(|e| Error::work("cannot write ablation.csv").caused_by(e.into_error()))?;
     write_atomic(&args.out.join("ablation.csv"), &text)?;
     for plot in ablation::plots(&lines) {
         plot.save(&args.out.join(plot.file_stem()).with_extension("svg"))?;
@@ -712,5 +725,7 @@ fn run_forward(args: &ForwardArgs, cx: &Context) -> Result<()> {
     output.insert("encoded", HostTensor::from_tensor(encoded));
     output.insert("theta", HostTensor::from_tensor(a));
     write_tensors(&args.to, &output)?;
-    cx.emit(&json!({ "out": args.to, "theta": shape }), |_| format!("theta {shape:?} in {}\n", args.to.display()))
+    cx.emit(&json!({ "out": args.to, "theta": shape }), |_| {
+        format!("theta {shape:?} in {}\n", args.to.display())
+    })
 }

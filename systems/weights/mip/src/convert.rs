@@ -121,7 +121,9 @@ impl MipConfig {
         device: &Device,
     ) -> Result<MipHyper<M>> {
         self.check(&module)?;
-        Ok(initialise(device, rng, |device| self.init(module, device).expect("the settings were checked just above")))
+        Ok(initialise(device, rng, |device| {
+            self.init(module, device).expect("the settings were checked just above")
+        }))
     }
 }
 

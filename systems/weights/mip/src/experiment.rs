@@ -162,7 +162,8 @@ fn untrained_proportionality(
 /// Runs a classifier on images as they are.
 pub(crate) fn probe(net: &Classifier, images: &Images, cx: &Context) -> Probe {
     let (logits, activations) = net.traced(Control::Smoothing.input(images, 0.0, &cx.device));
-    let loss: Tensor<1> = kiln_ops::cross_entropy(logits, labels(images, &cx.device), &Default::default()).mean();
+    let loss: Tensor<1> =
+        kiln_ops::cross_entropy(logits, labels(images, &cx.device), &Default::default()).mean();
     Probe { activations, loss }
 }
 
@@ -219,9 +220,17 @@ fn report_speed(
 ) -> Result<()> {
     let mut table = Table::new(
         format!("Rotated digits, Adam, learning rate {lr}: medians over seeds"),
-        &["arm", "seeds", "steps to a loss of 0.8", "test accuracy", "variation of the gradient's norm", "diverged"],
+        &[
+            "arm",
+            "seeds",
+            "steps to a loss of 0.8",
+            "test accuracy",
+            "variation of the gradient's norm",
+            "diverged",
+        ],
     );
-    let mut plot = Plot::lines(format!("Training loss, learning rate {lr}"), "step", "nats, mean of 50 steps").log_y();
+    let mut plot =
+        Plot::lines(format!("Training loss, learning rate {lr}"), "step", "nats, mean of 50 steps").log_y();
     let mut accuracy_plot = Plot::lines(format!("Test accuracy, learning rate {lr}"), "γ", "accuracy");
     let (mut speeds, mut accuracies, mut mip_diverged) = (Vec::new(), Vec::new(), 0);
     for parametrisation in ARMS {
@@ -231,7 +240,8 @@ fn report_speed(
         // A run that never comes so far counts as one that came there with its last step: a lower bound.
         let steps = |course: &Course| course.steps_to(TARGET).unwrap_or(plan.steps) as f64;
         let steps = median(&courses.iter().map(steps).collect::<Vec<_>>());
-        let curves = courses.iter().map(|course| accuracy_curve(course, test, cx)).collect::<Result<Vec<_>>>()?;
+        let curves =
+            courses.iter().map(|course| accuracy_curve(course, test, cx)).collect::<Result<Vec<_>>>()?;
         let mean = |curve: &Vec<f64>| curve.iter().sum::<f64>() / curve.len() as f64;
         let accuracy = median(&curves.iter().map(mean).collect::<Vec<_>>());
         let variation = median(&courses.iter().map(Course::gradient_variation).collect::<Vec<_>>());
@@ -308,13 +318,21 @@ fn report_descent(report: &mut Report, plan: &Plan, train: &Images, cx: &Context
     );
     for &lr in plan.descent {
         for parametrisation in ARMS {
-            let courses = train_arm(parametrisation, (Optimiser::Sgd, lr), (plan.steps, plan.seeds), train, cx)?;
-            let steps: Vec<f64> =
-                courses.iter().map(|course| course.steps_to(TARGET).map_or(f64::INFINITY, |s| s as f64)).collect();
+            let courses =
+                train_arm(parametrisation, (Optimiser::Sgd, lr), (plan.steps, plan.seeds), train, cx)?;
+            let steps: Vec<f64> = courses
+                .iter()
+                .map(|course| course.steps_to(TARGET).map_or(f64::INFINITY, |s| s as f64))
+                .collect();
             let steps = median(&steps);
             let diverged = courses.iter().filter(|course| course.diverged).count();
             let steps = if steps.is_finite() { format!("{steps:.0}") } else { "never".into() };
-            table.row([lr.to_string(), name(parametrisation).into(), steps, format!("{diverged} of {}", plan.seeds)]);
+            table.row([
+                lr.to_string(),
+                name(parametrisation).into(),
+                steps,
+                format!("{diverged} of {}", plan.seeds),
+            ]);
         }
     }
     report.tables.push(table);
