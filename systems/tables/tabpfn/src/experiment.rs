@@ -307,3 +307,19 @@ fn commonest_class(table: &Labelled, protocol: &Protocol, cx: &Context) -> Resul
 fn of<'a>(result: &'a TableOutcome, method: &str) -> Option<&'a Outcome> {
     result.outcomes.iter().find(|outcome| outcome.method == method)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fitting_from_scratch_scores_iris_wine_and_every_table_once() {
+        let cx = Context::for_tests(".");
+        let plan = Plan::at(Scale::Smoke).unwrap();
+        let mut report = Report::new(kiln_core::System::card(&crate::Tabpfn), Scale::Smoke, 0);
+        report_fitting(&mut report, &plan, 2, &cx).unwrap();
+        let names: Vec<&str> = report.tables[0].rows.iter().map(|row| row[0].as_str()).collect();
+        assert_eq!(names, ["iris", "wine"]);
+        assert!(report.claims.iter().all(|claim| claim.measured.is_finite()));
+    }
+}
