@@ -126,11 +126,11 @@ struct View {
 /// Members that pass through the network together.
 struct Batch {
     members: Vec<Member>,
-    labelled: Labelled,
+    labelled: BatchRows,
 }
 
 /// The labelled rows of a batch.
-enum Labelled {
+enum BatchRows {
     /// As they have passed through the network.
     Kept(LabelledRows),
     /// As they are put in: `[members, rows, max_features]` and `[members, rows]`.
@@ -264,7 +264,7 @@ impl TabPfnClassifier {
                 x.extend(member.rotate(of(&seen, member.mode), config.max_features, 0..rows.len()));
                 y.extend(rows.iter().map(|&row| member.shown(code[self.labels[row]], groups)));
             }
-            let labelled = Labelled::Anew {
+            let labelled = BatchRows::Anew {
                 x: TensorData::new(x, [members.len(), rows.len(), config.max_features]),
                 y: TensorData::new(y, [members.len(), rows.len()]),
             };
@@ -292,7 +292,7 @@ impl TabPfnClassifier {
         for batch in self.views.iter_mut().flat_map(|view| &mut view.batches) {
             stop_if_asked(cx)?;
             progress.inc(batch.labelled.rows() as u64);
-            batch.labelled = Labelled::Kept(batch.labelled.pass(&self.network, &cx.device));
+            batch.labelled = BatchRows::Kept(batch.labelled.pass(&self.network, &cx.device));
         }
         Ok(())
     }
@@ -372,8 +372,8 @@ impl TabPfnClassifier {
         for batch in &view.batches {
             let anew;
             let labelled = match &batch.labelled {
-                Labelled::Kept(kept) => kept,
-                Labelled::Anew { .. } => {
+                BatchRows::Kept(kept) => kept,
+                BatchRows::Anew { .. } => {
                     anew = batch.labelled.pass(&self.network, &cx.device);
                     &anew
                 }
@@ -511,7 +511,7 @@ struct Saved {
     encoder: Encoder,
 }
 
-impl Labelled {
+impl BatchRows {
     /// Members times rows; 0 once they are kept.
     fn rows(&self) -> usize {
         match self {
