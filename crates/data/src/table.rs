@@ -363,6 +363,11 @@ mod tests {
             ("a,b\n1,2\n3\n", "t.csv, line 3: has 1 cell, the header has 2"),
             ("a,b\n1,2\n3,4,5\n", "line 3: has 3 cells, the header has 2"),
             ("a,b\n\"1\n,2\",3\n4\n", "line 4: has 1 cell"),
+            ("a,\"b\n1,2\n", "a double quote is not closed"),
+            (
+                "a,b\n1,2\n\"3,4\n5,6\n",
+                "line 3: has 1 cell, the header has 2; a cell goes on in the next line",
+            ),
             ("a,b,a\n1,2,3\n", "columns 1 and 3 are both named \"a\""),
             ("a,b\n1,inf\n", "line 2, column \"b\": is infinite"),
             ("a,b\n1,1e999\n", "line 2, column \"b\": is infinite"),

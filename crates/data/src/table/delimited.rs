@@ -14,6 +14,14 @@ pub fn parse(source: &str, text: &str, options: TableOptions) -> Result<Vec<Colu
     let malformed = |e: csv::Error| Error::input(source, "is not a table").caused_by(e);
     let header = reader.headers().map_err(malformed)?.clone();
     check_header(source, &header)?;
+    let spans_lines = |record: &csv::StringRecord| record.iter().any(|cell| cell.contains('\n'));
+    if spans_lines(&header) {
+        return Err(Error::input(
+            format!("{source}, line 1"),
+            "has a column name that goes on in the next line",
+        )
+        .hint("a double quote is not closed"));
+    }
     let mut columns: Vec<Texts> = header.iter().map(|_| Texts::default()).collect();
     let mut lines = Vec::new();
     for record in reader.records() {
@@ -22,8 +30,12 @@ pub fn parse(source: &str, text: &str, options: TableOptions) -> Result<Vec<Colu
         if record.len() != header.len() {
             let cells = if record.len() == 1 { "cell" } else { "cells" };
             let found = format!("has {} {cells}, the header has {}", record.len(), header.len());
-            return Err(Error::input(format!("{source}, line {line}"), found)
-                .hint("a cell that holds the separator must stand in double quotes"));
+            return Err(Error::input(format!("{source}, line {line}"), found).hint(
+                match spans_lines(&record) {
+                    true => "a cell goes on in the next line: is a double quote not closed?",
+                    false => "a cell that holds the separator must stand in double quotes",
+                },
+            ));
         }
         lines.push(line);
         for (column, cell) in columns.iter_mut().zip(&record) {

@@ -61,7 +61,7 @@ impl Baseline {
     ) -> Result<Matrix> {
         let (train, test) = standardise(train, test);
         match self {
-            Self::Logreg => LogisticRegression::fit(&train, labels, classes)?.predict_proba(&test),
+            Self::Logreg => Ok(LogisticRegression::fit(&train, labels, classes)?.predict_proba(&test)),
             Self::Knn => Knn::fit(&train, labels, classes)?.predict_proba(&test),
             Self::Gbdt => {
                 let config = BoostingConfig::default();
@@ -141,10 +141,7 @@ impl LogisticRegression {
     }
 
     /// Probabilities `[rows, classes]`.
-    ///
-    /// # Errors
-    /// None; the signature is that of the other baselines.
-    pub fn predict_proba(&self, test: &Matrix) -> Result<Matrix> {
+    pub fn predict_proba(&self, test: &Matrix) -> Matrix {
         let mut values = Vec::with_capacity(test.rows * self.weights.len());
         for row in 0..test.rows {
             let logit = |weights: &Vec<f64>| {
@@ -155,7 +152,7 @@ impl LogisticRegression {
             softmax(&mut logits);
             values.extend(logits);
         }
-        Ok(Matrix::new(test.rows, self.weights.len(), values))
+        Matrix::new(test.rows, self.weights.len(), values)
     }
 }
 

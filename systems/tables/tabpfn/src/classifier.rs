@@ -52,6 +52,9 @@ pub struct ClassifierOptions {
     pub allow_large: bool,
     /// More classes than the network has outputs are not refused.
     pub many_class: bool,
+    /// Most classes that one pass tells apart, as many as the network has outputs if `None`. More classes are told apart
+    /// by code words that merge them into so many groups: slower, but a small network is better at few classes.
+    pub groups: Option<usize>,
     /// Keys and values of the labelled rows are kept between predictions.
     pub cache: bool,
 }
@@ -66,6 +69,7 @@ impl Default for ClassifierOptions {
             sample_rows: None,
             allow_large: false,
             many_class: false,
+            groups: None,
             cache: true,
         }
     }
@@ -82,6 +86,9 @@ impl ClassifierOptions {
         }
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
             return Err(Error::usage(format!("--temperature {} must be above 0", self.temperature)));
+        }
+        if self.groups.is_some_and(|groups| groups < 2) {
+            return Err(Error::usage("--groups must be at least 2"));
         }
         if self.sample_rows.is_some_and(|rows| rows < 2) {
             return Err(Error::usage("--sample-rows must be at least 2"));
@@ -119,11 +126,11 @@ struct View {
 /// Members that pass through the network together.
 struct Batch {
     members: Vec<Member>,
-    labelled: Labelled,
+    labelled: BatchRows,
 }
 
 /// The labelled rows of a batch.
-enum Labelled {
+enum BatchRows {
     /// As they have passed through the network.
     Kept(LabelledRows),
     /// As they are put in: `[members, rows, max_features]` and `[members, rows]`.
@@ -179,7 +186,8 @@ impl TabPfnClassifier {
             _ => vec![(0..rows.rows).collect()],
         };
         let parts = divide(varying, config.max_features, &mut cx.rng("columns", 0));
-        let words = code_words(classes.len(), config.max_classes, &mut cx.rng("code words", 0));
+        let groups = options.groups.map_or(config.max_classes, |groups| groups.min(config.max_classes));
+        let words = code_words(classes.len(), groups, &mut cx.rng("code words", 0));
         let mut fitted = Self {
             network: network.clone(),
             options,
@@ -256,7 +264,7 @@ impl TabPfnClassifier {
                 x.extend(member.rotate(of(&seen, member.mode), config.max_features, 0..rows.len()));
                 y.extend(rows.iter().map(|&row| member.shown(code[self.labels[row]], groups)));
             }
-            let labelled = Labelled::Anew {
+            let labelled = BatchRows::Anew {
                 x: TensorData::new(x, [members.len(), rows.len(), config.max_features]),
                 y: TensorData::new(y, [members.len(), rows.len()]),
             };
@@ -284,7 +292,7 @@ impl TabPfnClassifier {
         for batch in self.views.iter_mut().flat_map(|view| &mut view.batches) {
             stop_if_asked(cx)?;
             progress.inc(batch.labelled.rows() as u64);
-            batch.labelled = Labelled::Kept(batch.labelled.pass(&self.network, &cx.device));
+            batch.labelled = BatchRows::Kept(batch.labelled.pass(&self.network, &cx.device));
         }
         Ok(())
     }
@@ -364,8 +372,8 @@ impl TabPfnClassifier {
         for batch in &view.batches {
             let anew;
             let labelled = match &batch.labelled {
-                Labelled::Kept(kept) => kept,
-                Labelled::Anew { .. } => {
+                BatchRows::Kept(kept) => kept,
+                BatchRows::Anew { .. } => {
                     anew = batch.labelled.pass(&self.network, &cx.device);
                     &anew
                 }
@@ -503,7 +511,7 @@ struct Saved {
     encoder: Encoder,
 }
 
-impl Labelled {
+impl BatchRows {
     /// Members times rows; 0 once they are kept.
     fn rows(&self) -> usize {
         match self {

@@ -125,6 +125,8 @@ impl Protocol {
 pub enum Method {
     /// The network.
     TabPfn,
+    /// The network, which tells at most so many classes apart in one pass.
+    TabPfnInGroups(usize),
     /// A baseline with its usual settings.
     Baseline(Baseline),
     /// Boosted trees, the best of so many settings by 5-fold cross-validation.
@@ -136,6 +138,7 @@ impl Method {
     pub fn name(self) -> String {
         match self {
             Self::TabPfn => "TabPFN".into(),
+            Self::TabPfnInGroups(groups) => format!("TabPFN, {groups} groups of classes"),
             Self::Baseline(baseline) => baseline.name().into(),
             Self::TunedBoosting(settings) => format!("boosted trees, tuned over {settings}"),
         }
@@ -187,7 +190,13 @@ pub fn evaluate(
                 (table.select(&split.train), table.select(&split.test));
             let begun = Instant::now();
             let probabilities = match method {
-                Method::TabPfn => {
+                Method::TabPfn | Method::TabPfnInGroups(_) => {
+                    let options = match method {
+                        Method::TabPfnInGroups(groups) => {
+                            ClassifierOptions { groups: Some(groups), ..options }
+                        }
+                        _ => options,
+                    };
                     let names = table.classes.clone();
                     TabPfnClassifier::fit_matrix(network, train, labels, names, options, quiet)
                         .and_then(|classifier| classifier.predict_proba(&test, quiet))?

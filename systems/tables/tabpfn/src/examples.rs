@@ -10,7 +10,7 @@ const TABLES: [(&str, &str); 6] = [
     ("iris", include_str!("../data/iris.csv")),
     ("wine", include_str!("../data/wine.csv")),
     ("balance-scale", include_str!("../data/balance-scale.csv")),
-    ("blood-transfusion", include_str!("../data/blood-transfusion.csv")),
+    ("transfusion", include_str!("../data/transfusion.csv")),
     ("diabetes", include_str!("../data/diabetes.csv")),
     ("vehicle", include_str!("../data/vehicle.csv")),
 ];

@@ -22,7 +22,7 @@ fn scaling_power_transform_and_outlier_rule_are_those_of_the_reference() {
     };
     let train = file.get("train_rows").unwrap().as_ints().unwrap()[0] as usize;
     let lambdas = file.get("yeo_johnson_lambda").unwrap().as_floats().unwrap();
-    for at in 0..6 {
+    for (at, &lambda) in lambdas.iter().enumerate() {
         let x = column("X", at);
         let scale = ZScore::fit(&x[..train]);
         let scaled: Vec<f64> = x.iter().map(|&x| scale.apply(x)).collect();
@@ -33,7 +33,7 @@ fn scaling_power_transform_and_outlier_rule_are_those_of_the_reference() {
         assert_near("outliers", &drawn_in, &column("normalized_outliers", at), 3e-6);
 
         let power = YeoJohnson::fit(&scaled[..train]).unwrap();
-        assert_near("lambda", &[power.lambda], &[f64::from(lambdas[at])], 1e-4);
+        assert_near("lambda", &[power.lambda], &[f64::from(lambda)], 1e-4);
         let transformed: Vec<f64> = scaled.iter().map(|&x| power.apply(x)).collect();
         assert_near("power", &transformed, &column("power", at), 1e-3);
         let rule = OutlierRule::fit(&transformed[..train]);

@@ -43,6 +43,7 @@ const FEW: ClassifierOptions = ClassifierOptions {
     sample_rows: None,
     allow_large: false,
     many_class: false,
+    groups: None,
     cache: true,
 };
 
@@ -145,6 +146,19 @@ fn tables_beyond_the_network_are_seen_in_parts() {
         assert!((probabilities.row(row).iter().sum::<f64>() - 1.0).abs() < 1e-9);
         assert!(probabilities.row(row).iter().all(|&p| p >= 0.0));
     }
+}
+
+#[test]
+fn few_classes_at_a_time_make_no_difference_where_there_are_no_more() {
+    let mut rng = cx().rng("rows", 7);
+    let ((train, labels), (test, _)) = (table(30, 4, 3, &mut rng), table(8, 4, 3, &mut rng));
+    let predict = |groups| {
+        fit(&train, &labels, 3, ClassifierOptions { groups, ..FEW }).predict_proba(&test, &cx()).unwrap()
+    };
+    assert_eq!(predict(Some(3)), predict(None));
+    let in_pairs = predict(Some(2));
+    assert_ne!(in_pairs, predict(None));
+    assert!((in_pairs.row(0).iter().sum::<f64>() - 1.0).abs() < 1e-9);
 }
 
 #[test]

@@ -63,7 +63,9 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().map(|thread| thread.join().unwrap().unwrap());
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap().unwrap();
+        }
     }
 }
 

@@ -140,6 +140,9 @@ pub(super) struct EnsembleArgs {
     /// Take more classes than the model has outputs
     #[arg(long)]
     many_class: bool,
+    /// Tell apart at most so many classes in one pass, and more by code words: slower, often better for many classes
+    #[arg(long, value_name = "CLASSES")]
+    groups: Option<usize>,
 }
 
 impl EnsembleArgs {
@@ -158,6 +161,7 @@ impl EnsembleArgs {
             sample_rows: self.sample_rows,
             allow_large: self.allow_large,
             many_class: self.many_class,
+            groups: self.groups,
             cache: true,
         };
         options.check()?;
