@@ -62,7 +62,7 @@ enum Verb {
   kiln tcnca train --task classify --data signals.npz --patience 5 --out c/
   kiln tcnca train --task listops --out l/
   kiln tcnca train --task recall --seq-len 64 --values 16 --out r/
-  kiln tcnca train --task lm --text my.txt --resume m/      after Ctrl-C or a crash")]
+  kiln tcnca train --text my.txt --resume m/      after Ctrl-C or a crash")]
     Train(Box<TrainArgs>),
     /// Label sequences with a trained classifier
     #[command(after_help = "Examples:
@@ -687,7 +687,7 @@ fn train_recall(run: &TrainRun<Recipe>, config: &TrainConfig, cx: &Context) -> R
     let model = checkpoint::draw_lm(&network, cx);
     introduce(&network.network, model.num_params(), "fresh sequences", cx)?;
     let mut task = RecallTask { recall, batch: recipe.batch, cx };
-    let (model, summary) = carry_out(run, model, &mut task, config, "--task recall", cx)?;
+    let (model, summary) = carry_out(run, model, &mut task, config, &format!("--steps {}", run.steps), cx)?;
     let accuracy = task.accuracy(&model, 1000);
     let result = json!({ "summary": summary, "accuracy": accuracy });
     cx.emit(&result, |_| {
@@ -741,7 +741,7 @@ fn train_classifier(
     let mut task = ClassificationTask::new([&train, &valid], coding, recipe.class_weights, recipe.batch, cx);
     let given = match &args.data {
         Some(path) => format!("--data {}", path.display()),
-        None => "--task listops".into(),
+        None => format!("--steps {}", run.steps),
     };
     let (model, summary) = carry_out(run, model, &mut task, config, &given, cx)?;
     let scores = Scores::new(&predict(&model, coding, &valid, cx), &valid, coding);
