@@ -36,6 +36,9 @@ use crate::training::{ClassificationTask, LanguageTask, RecallTask, Scores, like
 const PIECE: usize = 1024;
 /// More steps in a batch are a slip of the pen.
 const MAX_BATCH_STEPS: usize = 1 << 24;
+/// Steps of training where none are asked for, and of its warm-up.
+const STEPS: usize = 2000;
+const WARMUP: usize = 100;
 /// Expressions of `train --task listops` without a file.
 const LISTOPS: (usize, ListOps) = (4000, ListOps { min_len: 50, max_len: 200, max_depth: 6, max_args: 5 });
 
@@ -217,9 +220,9 @@ struct Recipe {
     /// Highest learning rate
     #[arg(long, default_value_t = 2e-3, conflicts_with = "resume")]
     lr: f64,
-    /// Steps over which the learning rate rises; then it falls along a line to 0
-    #[arg(long, default_value_t = 100, conflicts_with = "resume")]
-    warmup: usize,
+    /// Steps over which the learning rate rises, before it falls along a line to 0 [default: 100, or a tenth of all]
+    #[arg(long, conflicts_with = "resume")]
+    warmup: Option<usize>,
     /// Decoupled weight decay
     #[arg(long, default_value_t = 0.1, conflicts_with = "resume")]
     weight_decay: f64,
@@ -565,7 +568,7 @@ impl Recipe {
         let config = TrainConfig {
             steps,
             lr: self.lr,
-            warmup: self.warmup,
+            warmup: self.warmup.unwrap_or(WARMUP),
             min_lr_ratio: 0.0,
             decay: Decay::Linear,
             betas: (0.9, 0.98),
@@ -583,7 +586,11 @@ impl Recipe {
 fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     let run = match (&args.resume, &args.out) {
         (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
-        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(2000), args.recipe.clone(), cx),
+        (None, Some(out)) => {
+            let steps = args.steps.unwrap_or(STEPS);
+            let warmup = Some(args.recipe.warmup.unwrap_or((steps / 10).min(WARMUP)));
+            TrainRun::begin(KIND, out, steps, Recipe { warmup, ..args.recipe.clone() }, cx)
+        }
         (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
     let cx = &run.context(cx);
