@@ -602,12 +602,12 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     }
 }
 
-/// Says how large a network is and what it sees.
+/// Says how large a network is and how far a layer of it sees.
 fn introduce(network: &TcncaConfig, parameters: usize, data: &str, cx: &Context) -> Result<()> {
-    let tcn =
-        TcnConfig::new(network.dim).with_filters(network.kernel, network.dilation_factor, network.tcn_blocks);
-    let sees = format!("a TCN sees {} steps", tcn.receptive_field()?);
-    cx.note(format!("{parameters} parameters; mixer {}, {sees}; {data}", network.mixer));
+    let [filters, factor, blocks] = [network.kernel, network.dilation_factor, network.tcn_blocks];
+    let tcn = TcnConfig::new(network.dim).with_filters(filters, factor, blocks);
+    let steps = tcn.receptive_field()?;
+    cx.note(format!("{parameters} parameters; mixer {}, a tcn sees {steps} steps; {data}", network.mixer));
     Ok(())
 }
 
