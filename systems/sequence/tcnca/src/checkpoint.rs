@@ -100,6 +100,7 @@ fn must_fit(place: &str, fit: bool, what: &str) -> Result<()> {
 
 /// A model with its configuration.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)]
 pub enum Trained {
     /// A language model, with the recall task where it has learned that.
     Lm(Box<TcncaLm>, Option<Recall>),

@@ -37,7 +37,7 @@ pub enum BiasKind {
 }
 
 /// Mean and deviation of the Laplace function (MEGA, Eq. 16): `√½` and `√(1 / 4π)`.
-const LAPLACE: (f64, f64) = (0.707_107, 0.282_095);
+const LAPLACE: (f64, f64) = (std::f64::consts::FRAC_1_SQRT_2, 0.282_095);
 
 /// Configuration of attention inside chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +52,7 @@ pub struct ChunkedAttentionConfig {
 
 /// What is added to the score of positions `i` and `j` of a chunk.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)]
 pub enum RelativeBias {
     /// `⟨rot_i α, rot_j β⟩`, where a rotation turns entry `c` and `c + z/2` by the angle `position · 10000^(-2c/z)`;
     /// vectors `[1, z]`.

@@ -36,6 +36,9 @@ use crate::training::{ClassificationTask, LanguageTask, RecallTask, Scores, like
 const PIECE: usize = 1024;
 /// More steps in a batch are a slip of the pen.
 const MAX_BATCH_STEPS: usize = 1 << 24;
+/// Steps of training where none are asked for, and of its warm-up.
+const STEPS: usize = 2000;
+const WARMUP: usize = 100;
 /// Expressions of `train --task listops` without a file.
 const LISTOPS: (usize, ListOps) = (4000, ListOps { min_len: 50, max_len: 200, max_depth: 6, max_args: 5 });
 
@@ -62,7 +65,7 @@ enum Verb {
   kiln tcnca train --task classify --data signals.npz --patience 5 --out c/
   kiln tcnca train --task listops --out l/
   kiln tcnca train --task recall --seq-len 64 --values 16 --out r/
-  kiln tcnca train --task lm --text my.txt --resume m/      after Ctrl-C or a crash")]
+  kiln tcnca train --text my.txt --resume m/      after Ctrl-C or a crash")]
     Train(Box<TrainArgs>),
     /// Label sequences with a trained classifier
     #[command(after_help = "Examples:
@@ -217,9 +220,9 @@ struct Recipe {
     /// Highest learning rate
     #[arg(long, default_value_t = 2e-3, conflicts_with = "resume")]
     lr: f64,
-    /// Steps over which the learning rate rises; then it falls along a line to 0
-    #[arg(long, default_value_t = 100, conflicts_with = "resume")]
-    warmup: usize,
+    /// Steps over which the learning rate rises, before it falls along a line to 0 [default: 100, or a tenth of all]
+    #[arg(long, conflicts_with = "resume")]
+    warmup: Option<usize>,
     /// Decoupled weight decay
     #[arg(long, default_value_t = 0.1, conflicts_with = "resume")]
     weight_decay: f64,
@@ -565,7 +568,7 @@ impl Recipe {
         let config = TrainConfig {
             steps,
             lr: self.lr,
-            warmup: self.warmup,
+            warmup: self.warmup.unwrap_or(WARMUP),
             min_lr_ratio: 0.0,
             decay: Decay::Linear,
             betas: (0.9, 0.98),
@@ -583,7 +586,11 @@ impl Recipe {
 fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     let run = match (&args.resume, &args.out) {
         (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
-        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(2000), args.recipe.clone(), cx),
+        (None, Some(out)) => {
+            let steps = args.steps.unwrap_or(STEPS);
+            let warmup = Some(args.recipe.warmup.unwrap_or((steps / 10).min(WARMUP)));
+            TrainRun::begin(KIND, out, steps, Recipe { warmup, ..args.recipe.clone() }, cx)
+        }
         (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
     let cx = &run.context(cx);
@@ -595,12 +602,12 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     }
 }
 
-/// Says how large a network is and what it sees.
+/// Says how large a network is and how far a layer of it sees.
 fn introduce(network: &TcncaConfig, parameters: usize, data: &str, cx: &Context) -> Result<()> {
-    let tcn =
-        TcnConfig::new(network.dim).with_filters(network.kernel, network.dilation_factor, network.tcn_blocks);
-    let sees = format!("a TCN sees {} steps", tcn.receptive_field()?);
-    cx.note(format!("{parameters} parameters; mixer {}, {sees}; {data}", network.mixer));
+    let [filters, factor, blocks] = [network.kernel, network.dilation_factor, network.tcn_blocks];
+    let tcn = TcnConfig::new(network.dim).with_filters(filters, factor, blocks);
+    let steps = tcn.receptive_field()?;
+    cx.note(format!("{parameters} parameters; mixer {}, a tcn sees {steps} steps; {data}", network.mixer));
     Ok(())
 }
 
@@ -687,7 +694,7 @@ fn train_recall(run: &TrainRun<Recipe>, config: &TrainConfig, cx: &Context) -> R
     let model = checkpoint::draw_lm(&network, cx);
     introduce(&network.network, model.num_params(), "fresh sequences", cx)?;
     let mut task = RecallTask { recall, batch: recipe.batch, cx };
-    let (model, summary) = carry_out(run, model, &mut task, config, "--task recall", cx)?;
+    let (model, summary) = carry_out(run, model, &mut task, config, &format!("--steps {}", run.steps), cx)?;
     let accuracy = task.accuracy(&model, 1000);
     let result = json!({ "summary": summary, "accuracy": accuracy });
     cx.emit(&result, |_| {
@@ -741,7 +748,7 @@ fn train_classifier(
     let mut task = ClassificationTask::new([&train, &valid], coding, recipe.class_weights, recipe.batch, cx);
     let given = match &args.data {
         Some(path) => format!("--data {}", path.display()),
-        None => "--task listops".into(),
+        None => format!("--steps {}", run.steps),
     };
     let (model, summary) = carry_out(run, model, &mut task, config, &given, cx)?;
     let scores = Scores::new(&predict(&model, coding, &valid, cx), &valid, coding);

@@ -110,7 +110,8 @@ impl MultiHeadEma {
     pub fn kernel(&self, length: usize) -> Tensor<2> {
         let (p, damping) = self.rates();
         let coefficients = p * self.beta.val().squeeze_dim::<2>(2) * self.readout();
-        let rates = damping.neg().log1p(); // ln q
+        // Where p σ(α) rounds to 1, the logarithm and its gradient must stay finite.
+        let rates = damping.clamp_max(1.0 - f64::from(f32::EPSILON) / 2.0).neg().log1p(); // ln q
         if runs_natively(&coefficients) {
             let inputs = [coefficients.into_dispatch(), rates.into_dispatch()];
             return Tensor::from_dispatch(apply(&PowerKernel { length }, inputs));

@@ -173,11 +173,14 @@ fn report_speed(report: &mut Report, plan: &Plan, cx: &Context) {
     ));
 }
 
-/// Steps, and the recipe of all trainings here.
-fn recipe(steps: usize) -> TrainConfig {
+/// Highest learning rate of texts and expressions, and of recall.
+const LR: [f64; 2] = [2e-3, 4e-3];
+
+/// The recipe of all trainings here.
+fn recipe(steps: usize, lr: f64) -> TrainConfig {
     TrainConfig {
         steps,
-        lr: 2e-3,
+        lr,
         warmup: steps / 10,
         min_lr_ratio: 0.0,
         decay: Decay::Linear,
@@ -194,11 +197,11 @@ fn recipe(steps: usize) -> TrainConfig {
 fn learn<M: Module>(
     model: M,
     task: &mut impl Task<M>,
-    steps: usize,
+    recipe: &TrainConfig,
     cx: &Context,
 ) -> Result<(Trained<M>, f64)> {
     let begun = Instant::now();
-    let trained = train(model, task, &recipe(steps), None, false, cx)?;
+    let trained = train(model, task, recipe, None, false, cx)?;
     if trained.outcome == Outcome::Interrupted {
         return Err(Error::interrupted("the experiment was stopped"));
     }
@@ -254,7 +257,7 @@ fn report_language(report: &mut Report, steps: usize, test_bytes: usize, cx: &Co
         let parameters = model.num_params();
         let mut task =
             LanguageTask { train: &train_text, valid: &valid_text, seq_len: SEQ_LEN, batch: BATCH, cx };
-        let (trained, _) = learn(model, &mut task, steps, cx)?;
+        let (trained, _) = learn(model, &mut task, &recipe(steps, LR[0]), cx)?;
         let test = &test_text.ids[..test_bytes.min(test_text.ids.len())];
         let bits = score_windows(&trained.last, test, SEQ_LEN)?.nll_nats / std::f64::consts::LN_2;
         let seconds = median_step(&trained.log);
@@ -344,9 +347,9 @@ fn report_recall(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
         ),
     ]);
     report.notes.push(format!(
-        "Recall: two layers of width 48, batches of 32 fresh sequences, one chunk; every model has the same sequences and {} steps, \
-         and is tested on {} others.",
-        plan.recall_steps, plan.recall_trials
+        "Recall: two layers of width 48, batches of 32 fresh sequences, one chunk; every model has the same sequences, {} steps \
+         and the learning rate {}, and is tested on {} others.",
+        plan.recall_steps, LR[1], plan.recall_trials
     ));
     Ok(())
 }
@@ -366,7 +369,7 @@ fn recall_accuracy(
     };
     let config = TcncaLmConfig { network: contender.of(&network), vocab: recall.vocab() };
     let mut task = RecallTask { recall, batch: 32, cx };
-    let (trained, _) = learn(draw_lm(&config, cx), &mut task, plan.recall_steps, cx)?;
+    let (trained, _) = learn(draw_lm(&config, cx), &mut task, &recipe(plan.recall_steps, LR[1]), cx)?;
     Ok((task.accuracy(&trained.last, plan.recall_trials), trained))
 }
 
@@ -411,7 +414,7 @@ fn report_listops(
         let model = draw_classifier(&config, cx);
         let parameters = model.num_params();
         let mut task = ClassificationTask::new([&sequences, &test[..8]], &coding, false, 32, cx);
-        let (trained, seconds) = learn(model, &mut task, steps, cx)?;
+        let (trained, seconds) = learn(model, &mut task, &recipe(steps, LR[0]), cx)?;
         let scores = Scores::new(&predict(&trained.last, &coding, &test, cx), &test, &coding);
         table.row([
             contender.name.to_string(),

@@ -218,6 +218,7 @@ pub struct LayerState {
 }
 
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)]
 enum MixerState {
     Tcn(TcnState),
     /// `[batch, D, N]`

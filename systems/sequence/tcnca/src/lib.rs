@@ -10,8 +10,8 @@
 //!
 //! [`tcn`] is the convolution network and [`ema`] the average that it replaces, both `[batch, time, D]` to the same;
 //! [`chunked`] the attention; [`layer`] puts them together, with MEGA's gates or, simplified, without; [`model`] has the
-//! networks that are trained. [`plan`](mod@plan) tells which filters see how far, and at what cost. [`listops`] and [`recall`] are tasks of
-//! the paper's experiments.
+//! networks that are trained. [`plan`](mod@plan) tells which filters see how far, and at what cost. [`listops`] and
+//! [`recall`] are tasks of the paper's experiments.
 
 pub mod checkpoint;
 pub mod chunked;
@@ -77,3 +77,8 @@ impl System for Tcnca {
         Ok(Box::new(checkpoint::TcncaNetwork::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -196,10 +196,11 @@ impl TcncaConfig {
         }
         let [dim, z, h, ffn, layers] =
             [self.dim, self.z_dim, self.h_dim, self.ffn_dim, self.layers].map(|size| size as f64);
-        let filters = self.tcn_blocks as f64 * (dim + self.kernel as f64);
-        let parameters =
-            layers * dim * (2.0 * dim + z + 3.0 * h + 2.0 * ffn + filters + 5.0 * self.ema_states as f64);
-        if parameters > MAX_PARAMETERS || self.chunk > u32::MAX as usize {
+        let seen = if self.tcn_conv == TcnConv::Full { dim } else { 1.0 };
+        let filters = self.tcn_blocks as f64 * (dim + seen * self.kernel as f64);
+        let table = if self.bias == BiasKind::Simple { 2.0 * self.chunk as f64 } else { 0.0 };
+        let wide = dim * (2.0 * dim + z + 3.0 * h + 2.0 * ffn + filters + 5.0 * self.ema_states as f64);
+        if layers * (wide + table) > MAX_PARAMETERS || self.chunk > u32::MAX as usize {
             return Err(Error::usage(format!(
                 "the network would have more than {MAX_PARAMETERS:.0e} parameters"
             ))

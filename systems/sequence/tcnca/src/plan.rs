@@ -51,17 +51,12 @@ pub fn plan(
             }
         }
     }
-    let all = candidates.clone();
-    candidates.retain(|c| {
-        budget.is_none_or(|budget| c.operations <= budget)
-            && !all.iter().any(|other| {
-                other.operations <= c.operations
-                    && other.state <= c.state
-                    && other != c
-                    && (other.operations, other.state) != (c.operations, c.state)
-            })
-    });
-    candidates.sort_by_key(|candidate| (candidate.operations, candidate.state));
+    let costs: Vec<(usize, usize)> = candidates.iter().map(Candidate::cost).collect();
+    let beaten = |(operations, state): (usize, usize)| {
+        costs.iter().any(|other| other.0 <= operations && other.1 <= state && *other != (operations, state))
+    };
+    candidates.retain(|c| budget.is_none_or(|budget| c.operations <= budget) && !beaten(c.cost()));
+    candidates.sort_by_key(Candidate::cost);
     if candidates.is_empty() {
         let message = format!("no filters see {context} steps within the budget");
         return Err(Error::usage(message).hint("raise --budget or ask for fewer steps"));
@@ -70,6 +65,11 @@ pub fn plan(
 }
 
 impl Candidate {
+    /// What a candidate is judged by.
+    fn cost(&self) -> (usize, usize) {
+        (self.operations, self.state)
+    }
+
     fn of(config: &TcnConfig) -> Result<Self> {
         let TcnConfig { channels, kernel, dilation, blocks, .. } = *config;
         let receptive_field = config.receptive_field()?;

@@ -4,7 +4,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{Int, Tensor, TensorData};
 use kiln_core::{Context, Plot, Result, Table};
 use kiln_data::{Corpus, Windows};
-use kiln_nn::{CrossEntropyLossConfig, LanguageModel, Task, next_token_loss, score_windows, token_nll};
+use kiln_nn::{CrossEntropyLossConfig, LanguageModel, Task, next_token_loss, score_windows};
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -66,39 +66,47 @@ pub struct RecallTask<'a> {
 }
 
 impl RecallTask<'_> {
-    /// The negative log-likelihood of the answers of fresh sequences, and the share that is the likeliest symbol.
-    fn measure(&self, model: &TcncaLm, stream: &str, index: u64, batch: usize) -> (Tensor<1>, f64) {
+    /// Logits of the answers to fresh sequences `[batch, 1, symbols]`, and the answers `[batch, 1]`.
+    fn answers(
+        &self,
+        model: &TcncaLm,
+        stream: &str,
+        index: u64,
+        batch: usize,
+    ) -> (Tensor<3>, Tensor<2, Int>) {
         let mut rng = self.cx.rng(stream, index);
         let (symbols, answers): (Vec<Vec<u32>>, Vec<u32>) =
             (0..batch).map(|_| self.recall.draw(&mut rng)).unzip();
-        let device = &self.cx.device;
-        let ids: Vec<i64> = symbols.concat().into_iter().map(i64::from).collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [batch, self.recall.length + 1]), device);
-        let answer_ids: Vec<i64> = answers.iter().copied().map(i64::from).collect();
-        let targets = Tensor::<2, Int>::from_data(TensorData::new(answer_ids.clone(), [batch, 1]), device);
-        let logits = model.forward(ids).narrow(1, self.recall.length, 1);
-        let guesses = logits.clone().detach().argmax(2).into_data();
-        let right = guesses.iter::<i64>().zip(answer_ids).filter(|(guess, answer)| guess == answer).count();
-        (token_nll(logits, targets).mean(), right as f64 / batch as f64)
+        let ids = |ids: Vec<u32>, width: usize| -> Tensor<2, Int> {
+            let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+            Tensor::from_data(TensorData::new(ids, [batch, width]), &self.cx.device)
+        };
+        let length = self.recall.length;
+        let logits = model.forward(ids(symbols.concat(), length + 1)).narrow(1, length, 1);
+        (logits, ids(answers, 1))
     }
 
-    /// The share of fresh sequences whose answer the model gives.
+    /// The share of at least `trials` fresh sequences whose answer the model gives.
     pub fn accuracy(&self, model: &TcncaLm, trials: usize) -> f64 {
         let batches = trials.div_ceil(RECALL_TRIALS).max(1);
-        let size = trials.div_ceil(batches).max(1);
-        let shares = (0..batches).map(|batch| self.measure(model, "recall test", batch as u64, size).1);
-        shares.sum::<f64>() / batches as f64
+        let right = |batch: usize| {
+            let (logits, answers) = self.answers(model, "recall test", batch as u64, RECALL_TRIALS);
+            let right = logits.argmax(2).squeeze_dim::<2>(2).equal(answers).int().sum();
+            right.into_scalar::<i64>() as f64
+        };
+        (0..batches).map(right).sum::<f64>() / (batches * RECALL_TRIALS) as f64
     }
 }
 
 impl Task<TcncaLm> for RecallTask<'_> {
     fn loss(&mut self, model: &TcncaLm, step: usize) -> Result<(Tensor<1>, usize)> {
-        Ok((self.measure(model, "recall train", step as u64, self.batch).0, self.batch))
+        let (logits, answers) = self.answers(model, "recall train", step as u64, self.batch);
+        Ok((next_token_loss(logits, answers), self.batch))
     }
 
     fn validate(&mut self, model: &TcncaLm) -> Result<f64> {
-        let (loss, _) = self.measure(model, "recall valid", 0, RECALL_TRIALS);
-        Ok(loss.into_scalar::<f32>().into())
+        let (logits, answers) = self.answers(model, "recall valid", 0, RECALL_TRIALS);
+        Ok(next_token_loss(logits, answers).into_scalar::<f32>().into())
     }
 
     fn settings(&self) -> Map<String, Value> {

@@ -4,12 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
-use kiln_core::{Context, TensorFile};
+use burn::tensor::{Device, Int, Tensor};
+use kiln_core::{Context, System, TensorFile};
 use kiln_nn::{LanguageModel, score_carried};
 use kiln_ops::{DilatedConvOptions, dilated_conv};
 use kiln_tcnca::checkpoint;
-use kiln_tcnca::{MultiHeadEma, MultiHeadEmaConfig, RelativeBias};
+use kiln_tcnca::{MultiHeadEma, MultiHeadEmaConfig, RelativeBias, Tcnca};
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
@@ -109,4 +109,17 @@ fn whole_models_load_as_they_are_and_match_in_logits_and_likelihood() {
         let expected = expected["mean_nll_nats"].as_f64().unwrap();
         assert!((nats / rows as f64 - expected).abs() <= 1e-3, "{name}: {}, {expected}", nats / rows as f64);
     }
+}
+
+#[test]
+fn a_model_as_a_network_is_the_model() {
+    let cx = Context::new();
+    let network = Tcnca.network(&data("model_full"), &cx).unwrap();
+    let [port] = &network.inputs()[..] else { panic!("one input") };
+    let time = port.shape[1] as i64;
+    let ids = Tensor::<1, Int>::arange(0..time, &cx.device).reshape([1, time]);
+    let logits = Tensor::<3>::from_dispatch(network.forward(vec![ids.clone().into_dispatch()]).remove(0));
+    assert_eq!(logits.dims().to_vec(), network.outputs()[0].shape);
+    let model = checkpoint::open_lm(&data("model_full"), &cx).unwrap();
+    assert_eq!(logits.into_data(), model.forward(ids).into_data());
 }

@@ -186,7 +186,8 @@ fn plain_attention(
         AttentionFunction::Laplace => {
             let visible = hidden.clone().bool_not().float().sum_dim(1);
             let scores = products / visible.unsqueeze::<3>() + bias.unsqueeze::<3>();
-            let weights = ((scores - 0.707_107) / (0.282_095 * 2f64.sqrt())).erf() * 0.5 + 0.5;
+            let weights =
+                ((scores - std::f64::consts::FRAC_1_SQRT_2) / (0.282_095 * 2f64.sqrt())).erf() * 0.5 + 0.5;
             weights.mask_fill(hidden.unsqueeze::<3>(), 0.0)
         }
     };
