@@ -11,8 +11,8 @@ const TABLES: [(&str, &str); 6] = [
     ("wine", include_str!("../data/wine.csv")),
     ("balance-scale", include_str!("../data/balance-scale.csv")),
     ("transfusion", include_str!("../data/transfusion.csv")),
-    ("diabetes", include_str!("../data/diabetes.csv")),
     ("vehicle", include_str!("../data/vehicle.csv")),
+    ("wdbc", include_str!("../data/wdbc.csv")),
 ];
 
 /// The target column of the tables.

@@ -20,7 +20,7 @@ use crate::network::TabPfnConfig;
 use crate::results::{TableOutcome, areas_listing, reliability_plot, scores_listing, summary_listing};
 
 /// The table on which boosted trees are tuned.
-const TUNED_TABLE: &str = "diabetes";
+const TUNED_TABLE: &str = "vehicle";
 /// Random settings that are tried.
 const SETTINGS: usize = 20;
 /// Classes that the network tells apart at once, beside all: a small one is better at few.
