@@ -164,6 +164,7 @@ pub struct Classifier {
 
 /// One of the networks.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a classifier has one")]
 pub enum Net {
     /// A perceptron.
     Mlp(Perceptron),
