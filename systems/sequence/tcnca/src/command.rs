@@ -471,7 +471,7 @@ struct BenchArgs {
     /// States a channel of the EMA
     #[arg(long, default_value_t = 16)]
     states: usize,
-    /// CSV file to write; the plot goes beside it as .svg
+    /// CSV file to write, in seconds; the plot goes beside it as .svg
     #[arg(long)]
     out: Option<PathBuf>,
 }
@@ -558,8 +558,12 @@ impl Recipe {
         if self.batch == 0 || self.seq_len == 0 || self.max_len == 0 {
             return Err(Error::usage("--batch, --seq-len and --max-len must be at least 1"));
         }
-        if self.batch.saturating_mul(self.seq_len) > MAX_BATCH_STEPS {
-            let message = format!("--batch {} of --seq-len {} is too large", self.batch, self.seq_len);
+        let (option, longest) = match self.task {
+            TaskKind::Lm | TaskKind::Recall => ("--seq-len", self.seq_len),
+            TaskKind::Classify | TaskKind::Listops => ("--max-len", self.max_len),
+        };
+        if self.batch.saturating_mul(longest) > MAX_BATCH_STEPS {
+            let message = format!("--batch {} of {option} {longest} is too large", self.batch);
             return Err(Error::usage(message).hint(format!("at most {MAX_BATCH_STEPS} steps make a batch")));
         }
         if !(self.val_fraction > 0.0 && self.val_fraction < 1.0) {

@@ -136,7 +136,7 @@ impl TcnConfig {
 }
 
 /// A linear layer that keeps the variance, without bias yet, as all of this network's are. With MEGA's deviation of 0.02, which
-/// suits widths of hundreds, narrow networks do not begin to learn.
+/// suits widths of hundreds, narrow networks hardly begin to learn.
 pub(crate) fn linear(d_input: usize, d_output: usize, device: &Device) -> Linear {
     let std = (d_input as f64).sqrt().recip();
     Linear {

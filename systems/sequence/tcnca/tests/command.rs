@@ -252,6 +252,7 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         (train("--data @good.csv --mixer tcn,ema"), "2 mixers do not fit 1 layers"),
         (train("--data @good.csv --mixer rnn"), "neither tcn nor ema"),
         (train("--data @good.csv --dropout 1"), "not in [0, 1)"),
+        (train("--data @good.csv --max-len 9999999"), "--batch 4 of --max-len 9999999 is too large"),
         ("train --text @text.txt --resume @x".into(), "only a folder that `kiln tcnca train` wrote"),
         (format!("train --task recall --seq-len 7 {TINY} --out @x"), "come in pairs"),
         ("plan --context 100000 --dim 8 --budget 10".into(), "within the budget"),
