@@ -36,6 +36,8 @@ use crate::training::{ClassificationTask, LanguageTask, RecallTask, Scores, like
 const PIECE: usize = 1024;
 /// More steps in a batch are a slip of the pen.
 const MAX_BATCH_STEPS: usize = 1 << 24;
+/// The command whose runs a model folder keeps.
+const TRAIN: &str = "tcnca train";
 /// Steps of training where none are asked for, and of its warm-up.
 const STEPS: usize = 2000;
 const WARMUP: usize = 100;
@@ -589,11 +591,11 @@ impl Recipe {
 
 fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     let run = match (&args.resume, &args.out) {
-        (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
+        (Some(folder), _) => TrainRun::resume(TRAIN, folder, args.steps)?,
         (None, Some(out)) => {
             let steps = args.steps.unwrap_or(STEPS);
             let warmup = Some(args.recipe.warmup.unwrap_or((steps / 10).min(WARMUP)));
-            TrainRun::begin(KIND, out, steps, Recipe { warmup, ..args.recipe.clone() }, cx)
+            TrainRun::begin(TRAIN, out, steps, Recipe { warmup, ..args.recipe.clone() }, cx)
         }
         (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
