@@ -62,7 +62,7 @@ impl Desk {
     /// # Panics
     /// When it fails or prints something else than JSON.
     pub fn json(&self, line: &str) -> Value {
-        self.run(line).unwrap();
+        self.run(line).unwrap_or_else(|error| panic!("`{line}`: {error}"));
         serde_json::from_str(&self.cx.take_printed()).unwrap()
     }
 

@@ -4,67 +4,18 @@
 use std::fs;
 use std::path::PathBuf;
 
-use kiln_core::{Context, Error, HostTensor, OutputMode, Result, System, TensorFile};
+use kiln_core::testing::Desk;
+use kiln_core::{HostTensor, System, TensorFile};
 use kiln_data::write_npz;
 use kiln_tcnca::Tcnca;
-use serde_json::Value;
 
 /// Options of a model that trains in milliseconds.
 const TINY: &str = "--dim 8 --layers 1 --z-dim 4 --h-dim 8 --ffn-dim 8 --kernel 3 --dilation 2 --blocks 2 --chunk 8 \
                     --batch 4 --steps 4 --warmup 1 --eval-every 2";
 
-/// A folder for the files of one test, and a context that keeps what is printed.
-struct Desk {
-    folder: tempfile::TempDir,
-    cx: Context,
-}
-
-impl Desk {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let cx = Context { output: OutputMode::Json, ..Context::for_tests(folder.path()) };
-        Self { folder, cx }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.path(name), text).unwrap();
-    }
-
-    /// Runs a verb; in `line`, `@` stands for this folder and `%` for the golden files.
-    fn run(&self, line: &str) -> Result<()> {
-        let here = format!("{}/", self.folder.path().display());
-        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/");
-        let words = line.split_whitespace().map(|word| word.replace('@', &here).replace('%', golden));
-        let arguments = std::iter::once("tcnca".to_string()).chain(words);
-        let matches =
-            Tcnca.command().try_get_matches_from(arguments).map_err(|e| Error::usage(e.to_string()))?;
-        Tcnca.execute(&matches, &self.cx)
-    }
-
-    /// What a verb prints.
-    fn json(&self, line: &str) -> Value {
-        self.cx.take_printed();
-        self.run(line).unwrap_or_else(|error| panic!("`{line}`: {error}"));
-        serde_json::from_str(&self.cx.take_printed()).unwrap()
-    }
-
-    /// Checks that a verb refuses with these words and prints nothing.
-    fn assert_refused(&self, line: &str, words: &str) {
-        self.cx.take_printed();
-        let error = self.run(line).unwrap_err();
-        assert_eq!(self.cx.take_printed(), "");
-        let refusal = format!("{error}; {}", error.hint_text().unwrap_or("no hint"));
-        assert!(refusal.contains(words), "`{line}` gave: {refusal}");
-    }
-}
-
 #[test]
 fn a_language_model_is_trained_resumed_scored_and_continued() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Tcnca);
     desk.write("a.txt", &"to be or not to be. ".repeat(40));
     let trained = desk.json(&format!("train --task lm --text @a.txt --seq-len 16 {TINY} --out @m"));
     assert_eq!(trained["steps"], 4);
@@ -93,7 +44,7 @@ fn a_language_model_is_trained_resumed_scored_and_continued() {
 
 #[test]
 fn golden_logits_come_out_of_the_command() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Tcnca);
     desk.json("logits --model %model_full --ids %model_full/io.safetensors --out @l.npz");
     let found = kiln_data::read_npz(&desk.path("l.npz")).unwrap();
     let io = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/model_full/io.safetensors");
@@ -105,7 +56,7 @@ fn golden_logits_come_out_of_the_command() {
 
 #[test]
 fn every_format_of_sequences_is_trained_on_predicted_and_scored() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Tcnca);
     let rows = |line: fn(usize) -> String| (0..24).map(line).collect::<String>();
     desk.write(
         "t.csv",
@@ -161,7 +112,7 @@ fn every_format_of_sequences_is_trained_on_predicted_and_scored() {
 
 #[test]
 fn listops_and_recall_are_made_learned_and_scored() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Tcnca);
     let shape = "--min-len 10 --max-len 30 --max-depth 3 --max-args 4";
     desk.json(&format!("listops --n 30 {shape} --out @l.csv"));
     let first = fs::read(desk.path("l.csv")).unwrap();
@@ -185,7 +136,7 @@ fn listops_and_recall_are_made_learned_and_scored() {
 
 #[test]
 fn plans_timings_and_operators_run_on_their_own() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Tcnca);
     let plans = desk.json("plan --context 500 --dim 16");
     assert!(plans.as_array().unwrap().iter().all(|plan| plan["receptive_field"].as_u64().unwrap() >= 500));
     desk.json("bench --lengths 64,100 --dim 8 --blocks 2 --out @speed.csv");
@@ -211,7 +162,7 @@ fn plans_timings_and_operators_run_on_their_own() {
 
 #[test]
 fn bad_input_is_named_and_leaves_nothing_behind() {
-    let desk = Desk::new();
+    let desk = Desk::new(&Tcnca);
     desk.write("short.txt", "too short");
     desk.write("text.txt", &"some text. ".repeat(50));
     desk.write("empty.csv", "text,label\n\"\",a\nb,b\n");
