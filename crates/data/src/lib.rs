@@ -1,5 +1,6 @@
 //! File formats, datasets and generators.
 
+pub mod digits;
 mod npz;
 pub mod shakespeare;
 mod shared;
