@@ -4,6 +4,7 @@ pub use kiln_compiler as compiler;
 pub use kiln_core as core;
 pub use kiln_data as data;
 pub use kiln_gla as gla;
+pub use kiln_hypernet as hypernet;
 pub use kiln_kronecker_attention as kronecker_attention;
 pub use kiln_nn as nn;
 pub use kiln_ops as ops;
@@ -11,4 +12,5 @@ pub use kiln_ops as ops;
 use kiln_core::System;
 
 /// Every system in the binary, in the order of `kiln list`.
-pub static SYSTEMS: &[&dyn System] = &[&kiln_gla::Gla, &kiln_kronecker_attention::Kronecker];
+pub static SYSTEMS: &[&dyn System] =
+    &[&kiln_gla::Gla, &kiln_kronecker_attention::Kronecker, &kiln_hypernet::Hypernet];

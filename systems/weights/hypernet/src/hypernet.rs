@@ -15,8 +15,8 @@ use burn::module::{Module, Param};
 use burn::nn::Initializer;
 use burn::tensor::{Device, Distribution, Tensor, TensorData};
 use clap::ValueEnum;
-use kiln_core::{Error, Result};
-use kiln_nn::{Linear, LinearConfig, ParamSpec, WeightSpec, Weights};
+use kiln_core::{Context, Error, Result};
+use kiln_nn::{Linear, LinearConfig, ParamSpec, WeightSpec, Weights, initialise};
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::{Condition, Conditioner, Conditioning};
@@ -125,6 +125,22 @@ impl HyperNetConfig {
     pub fn with_predict(mut self, patterns: &[&str]) -> Self {
         self.predict = patterns.iter().map(ToString::to_string).collect();
         self
+    }
+
+    /// Draws a hypernetwork that depends on the random stream alone.
+    ///
+    /// # Errors
+    /// When a part of the configuration makes no sense.
+    pub fn draw(&self, cx: &Context, stream: &str) -> Result<HyperNet> {
+        let mut failed = None;
+        let drawn = initialise(&cx.device, &mut cx.rng(stream, 0), |device| match self.init(None, device) {
+            Ok(hyper) => Some(hyper),
+            Err(error) => {
+                failed = Some(error);
+                None
+            }
+        });
+        drawn.ok_or_else(|| failed.unwrap_or_else(|| Error::usage("the hypernetwork cannot be made")))
     }
 
     /// The tensors that are made.

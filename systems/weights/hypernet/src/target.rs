@@ -10,7 +10,7 @@ use burn::tensor::Tensor;
 use burn::tensor::ops::ConvOptions;
 use kiln_core::{Error, Result};
 use kiln_nn::{MaxPool2dConfig, ParamSpec, WeightSpec, functional};
-use kiln_ops::{Activation, activate};
+use kiln_ops::{Activation, activate, dropout};
 use serde::{Deserialize, Serialize};
 
 /// One layer.
@@ -40,6 +40,11 @@ pub enum Layer {
     Relu,
     /// `tanh x`
     Tanh,
+    /// Sets elements to 0 at random where [`Target::forward_dropping`] runs the network
+    Dropout {
+        /// The probability of an element.
+        prob: f64,
+    },
 }
 
 /// A chain of layers.
@@ -185,7 +190,10 @@ impl Target {
                     }
                     shape = vec![channels, height / 2, width / 2];
                 }
-                Layer::Relu | Layer::Tanh => {}
+                Layer::Dropout { prob } if !(0.0..1.0).contains(&prob) => {
+                    return Err(misfit("needs a probability in [0, 1)".into()));
+                }
+                Layer::Relu | Layer::Tanh | Layer::Dropout { .. } => {}
             }
         }
         if params.is_empty() {
@@ -205,6 +213,18 @@ impl Target {
     /// # Panics
     /// When the shapes do not fit.
     pub fn forward(&self, theta: Tensor<2>, x: Tensor<3>) -> Tensor<3> {
+        self.run(theta, x, None)
+    }
+
+    /// As [`forward`](Self::forward), with dropout; the same seed drops the same elements.
+    ///
+    /// # Panics
+    /// When the shapes do not fit.
+    pub fn forward_dropping(&self, theta: Tensor<2>, x: Tensor<3>, seed: u64) -> Tensor<3> {
+        self.run(theta, x, Some(seed))
+    }
+
+    fn run(&self, theta: Tensor<2>, x: Tensor<3>, seed: Option<u64>) -> Tensor<3> {
         let [sets, rows, inputs] = x.dims();
         assert_eq!(inputs, self.inputs(), "inputs must be {:?}", self.input);
         let mut weights = Weights { theta, at: 0 };
@@ -246,6 +266,10 @@ impl Target {
                     ]));
                     Signal::Images(x.reshape([sets, rows, channels, height / 2, width / 2]))
                 }
+                (Layer::Dropout { prob }, signal) => match seed {
+                    Some(seed) => signal.dropped(*prob, seed),
+                    None => signal,
+                },
                 (Layer::Relu, signal) => signal.activate(Activation::Relu),
                 (Layer::Tanh, signal) => signal.activate(Activation::Tanh),
                 (layer, _) => panic!("{layer:?} was given activations that trace() would have refused"),
@@ -263,6 +287,13 @@ impl Signal {
                 let [sets, rows, ..] = x.dims();
                 x.reshape([sets as isize, rows as isize, -1])
             }
+        }
+    }
+
+    fn dropped(self, prob: f64, seed: u64) -> Self {
+        match self {
+            Self::Vectors(x) => Self::Vectors(dropout(x, prob, seed)),
+            Self::Images(x) => Self::Images(dropout(x, prob, seed)),
         }
     }
 
