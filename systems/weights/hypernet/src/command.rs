@@ -364,6 +364,9 @@ enum App {
         /// Labelled rows of the new domain
         #[arg(long, default_value_t = 20)]
         labelled: usize,
+        /// Optimisation steps on the known domains
+        #[arg(long, default_value_t = 1500)]
+        steps: usize,
         /// Repetitions
         #[arg(long, default_value_t = 1)]
         seeds: u64,
@@ -490,7 +493,7 @@ fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
         return Err(Error::usage(format!("--val-fraction {} is not between 0 and 1", recipe.val_fraction)));
     }
     let columns = columns(recipe)?;
-    let rows = Rows::read(&args.data, &columns, true)?;
+    let rows = Rows::read(&args.data, &columns, None, true)?;
     if rows.count < 2 {
         return Err(Error::input(args.data.display(), "holds one row, needs at least two"));
     }
@@ -680,17 +683,8 @@ fn read_rows(config: &Config, path: &Path, task: Option<&str>, labelled: bool) -
         }
         columns.task = None;
     }
-    let mut rows = Rows::read(path, &columns, labelled)?;
+    let mut rows = Rows::read(path, &columns, Some(&config.coding.features), labelled)?;
     if let Some(task) = task {
-        // Where the table has the column all the same, it is no feature.
-        if let Some(column) =
-            config.coding.columns.task.as_ref().and_then(|name| rows.features.iter().position(|f| f == name))
-        {
-            let width = rows.features.len();
-            rows.features.remove(column);
-            rows.x =
-                rows.x.iter().enumerate().filter(|(at, _)| at % width != column).map(|(_, x)| *x).collect();
-        }
         rows.tasks = vec![task.to_string(); rows.count];
     }
     config.coding.encode(&rows, path)
@@ -815,7 +809,7 @@ fn run_add_task(args: &AddTaskArgs, cx: &Context) -> Result<()> {
         return Err(Error::usage(format!("{} already holds a model", args.out.display()))
             .hint("choose another --out"));
     }
-    let rows = Rows::read(&args.data, &config.coding.columns, true)?;
+    let rows = Rows::read(&args.data, &config.coding.columns, Some(&config.coding.features), true)?;
     let new: std::collections::BTreeSet<&String> =
         rows.tasks.iter().filter(|task| !config.coding.tasks.contains(task)).collect();
     let [name] = new.iter().collect::<Vec<_>>()[..] else {
@@ -946,7 +940,7 @@ fn run_app(app: App, cx: &Context) -> Result<()> {
             }
             show(&[findings], None, cx)
         }
-        App::Transfer { angles, held_out, labelled, seeds } => {
+        App::Transfer { angles, held_out, labelled, steps, seeds } => {
             if labelled == 0 {
                 return Err(Error::usage("--labelled must be at least 1"));
             }
@@ -954,8 +948,8 @@ fn run_app(app: App, cx: &Context) -> Result<()> {
                 angles,
                 held_out,
                 labelled,
+                steps: [steps, transfer::Config::default().steps[1]],
                 seeds: at_least_one(seeds)?,
-                ..transfer::Config::default()
             };
             show(&[transfer::run(&config, cx)?.0], None, cx)
         }
@@ -981,7 +975,7 @@ fn run_app(app: App, cx: &Context) -> Result<()> {
 /// Tasks of a user's table, a fifth of each for tests.
 fn own_tasks(path: &Path, label: String, task: String, cx: &Context) -> Result<Vec<continual::TaskData>> {
     let columns = Columns { label, task: Some(task), given: Vec::new() };
-    let rows = Rows::read(path, &columns, true)?;
+    let rows = Rows::read(path, &columns, None, true)?;
     let coding = Coding::of(&rows, columns, path)?;
     let coded = coding.encode(&rows, path)?;
     let width = coding.features.len();

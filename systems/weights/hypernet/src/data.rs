@@ -41,13 +41,14 @@ pub struct Rows {
 
 impl Rows {
     /// Reads `.csv`, with the columns named, or `.npz`, with `x [rows, width]`, `y [rows]`, and `task [rows]` and
-    /// `given [rows, k]` where weights depend on them. With `labelled`, classes must be there.
+    /// `given [rows, k]` where weights depend on them. Features of a CSV table are the columns named, or else all that mean
+    /// nothing else. With `labelled`, classes must be there.
     ///
     /// # Errors
     /// Names the file, and the row and column that holds what it should not.
-    pub fn read(path: &Path, columns: &Columns, labelled: bool) -> Result<Self> {
+    pub fn read(path: &Path, columns: &Columns, features: Option<&[String]>, labelled: bool) -> Result<Self> {
         let rows = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("csv") => Self::read_csv(path, columns, labelled)?,
+            Some("csv") => Self::read_csv(path, columns, features, labelled)?,
             Some("npz") => Self::read_npz(path, columns, labelled)?,
             _ => {
                 return Err(Error::input(path.display(), "ends neither in .csv nor in .npz")
@@ -60,7 +61,7 @@ impl Rows {
         Ok(rows)
     }
 
-    fn read_csv(path: &Path, columns: &Columns, labelled: bool) -> Result<Self> {
+    fn read_csv(path: &Path, columns: &Columns, features: Option<&[String]>, labelled: bool) -> Result<Self> {
         let broken = |e: csv::Error| Error::input(path.display(), "is not a readable CSV file").caused_by(e);
         let mut reader = csv::ReaderBuilder::new().from_path(path).map_err(broken)?;
         let heads: Vec<String> =
@@ -75,7 +76,10 @@ impl Rows {
         let task = columns.task.as_ref().map(place).transpose()?;
         let given: Vec<usize> = columns.given.iter().map(place).collect::<Result<_>>()?;
         let taken = |i: &usize| label == Some(*i) || task == Some(*i) || given.contains(i);
-        let features: Vec<usize> = (0..heads.len()).filter(|i| !taken(i)).collect();
+        let features: Vec<usize> = match features {
+            Some(names) => names.iter().map(place).collect::<Result<_>>()?,
+            None => (0..heads.len()).filter(|i| !taken(i)).collect(),
+        };
         let mut rows = Self {
             features: features.iter().map(|&i| heads[i].clone()).collect(),
             x: Vec::new(),
@@ -232,14 +236,9 @@ impl Coding {
     /// Names the row whose class or task is unknown, or the features that differ.
     pub fn encode(&self, rows: &Rows, path: &Path) -> Result<Coded> {
         if rows.features != self.features {
-            let missing: Vec<&str> =
-                self.features.iter().filter(|f| !rows.features.contains(f)).map(String::as_str).collect();
-            let found = match missing.is_empty() {
-                true => format!("has {} features, the model {}", rows.features.len(), self.features.len()),
-                false => format!("lacks the features {}", missing.join(", ")),
-            };
+            let found = format!("has {} features, the model {}", rows.features.len(), self.features.len());
             return Err(Error::input(path.display(), found)
-                .hint("columns must be those that the model was trained on, in their order"));
+                .hint(format!("the model was trained on {}", self.features.join(", "))));
         }
         let numbers = |words: &[String], names: &[String], what: &str| -> Result<Vec<usize>> {
             let find = |(row, word): (usize, &String)| {

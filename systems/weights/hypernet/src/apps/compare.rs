@@ -10,7 +10,7 @@ use crate::apps::transfer::turned;
 use crate::apps::{Findings, Spread};
 use crate::conditioning::{Condition, Conditioning};
 use crate::generator::Arch;
-use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
+use crate::hypernet::{HyperNet, HyperNetConfig, Init, OutputScheme};
 use crate::target::Target;
 use crate::training::{Fit, Labelled, Plain, accuracy_of, cross_entropy, fit, stack};
 
@@ -113,7 +113,8 @@ pub fn sharing(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
     let hyper_config = HyperNetConfig::new(target.spec()?)
         .with_conditioning([Conditioning::Task { tasks, dim: 4 }])
         .with_scheme(OutputScheme::Chunk { chunk: 256, emb_dim: 8 })
-        .with_arch(Arch::Mlp(vec![32]));
+        .with_arch(Arch::Mlp(vec![32]))
+        .with_init(Init::Base);
     let domain = |images, degrees: &f64| turned(&Labelled::digits(images, &ALL), *degrees);
     let test: Vec<Labelled> = config.angles.iter().map(|angle| domain(digits::test(), angle)).collect();
     let mean_accuracy = |theta: burn::tensor::Tensor<2>, cx: &Context| {
@@ -142,7 +143,7 @@ pub fn sharing(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
             };
             let hyper = hyper_config.draw(cx, "hypernet")?;
             parameters[0] = hyper.num_params();
-            let hyper: HyperNet = fit(hyper, Fit::new(config.steps, 2e-3), cx, |hyper, step| {
+            let hyper: HyperNet = fit(hyper, Fit::new(config.steps, 3e-3), cx, |hyper, step| {
                 let (x, y) = batch(step);
                 let theta = hyper.generate(&Condition::tasks(all.clone()))?.flat;
                 Ok(cross_entropy(target.forward(theta, x), y))

@@ -18,7 +18,7 @@ use crate::target::Target;
 use crate::training::{Fit, Labelled, Plain, accuracy_of, cross_entropy, fit, probabilities};
 
 /// Factors of the penalty that elastic weight consolidation is given; the best counts.
-const EWC_STRENGTHS: [f64; 3] = [10.0, 100.0, 1000.0];
+const EWC_STRENGTHS: [f64; 3] = [1e3, 1e4, 1e5];
 /// Rows that the Fisher information is measured on.
 const FISHER_ROWS: usize = 256;
 

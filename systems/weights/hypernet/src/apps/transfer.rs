@@ -12,7 +12,7 @@ use kiln_nn::Weights;
 use crate::apps::{Findings, Spread};
 use crate::conditioning::{Condition, Conditioning};
 use crate::generator::Arch;
-use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
+use crate::hypernet::{HyperNet, HyperNetConfig, Init, OutputScheme};
 use crate::target::Target;
 use crate::training::{Fit, Labelled, Plain, accuracy_of, cross_entropy, fit, stack};
 
@@ -151,12 +151,13 @@ fn once(config: &Config, cx: &Context) -> Result<Accuracies> {
     };
 
     let hyper_config = HyperNetConfig::new(target.spec()?)
-        .with_conditioning([Conditioning::Task { tasks: train.len(), dim: 8 }])
+        .with_conditioning([Conditioning::Task { tasks: train.len(), dim: 4 }])
         .with_scheme(OutputScheme::Chunk { chunk: 512, emb_dim: 8 })
-        .with_arch(Arch::Mlp(vec![64]));
+        .with_arch(Arch::Mlp(vec![64]))
+        .with_init(Init::Small);
     let all: Vec<usize> = (0..train.len()).collect();
     let hyper =
-        fit(hyper_config.draw(cx, "hypernet")?, Fit::new(config.steps[0], 2e-3), cx, |hyper, step| {
+        fit(hyper_config.draw(cx, "hypernet")?, Fit::new(config.steps[0], 1e-3), cx, |hyper, step| {
             let (x, y) = stack(&batches(step), &cx.device);
             let theta = hyper.generate(&Condition::tasks(all.clone()))?.flat;
             Ok(cross_entropy(target.forward(theta, x), y))
@@ -165,7 +166,7 @@ fn once(config: &Config, cx: &Context) -> Result<Accuracies> {
     let unadapted = accuracy_of(&target, with_embedding(&hyper, start.clone())?, &test, cx);
     let (x, y) = new.tensors(&cx.device);
     let embedding = Embedding { vector: Param::from_tensor(start) };
-    let embedding = fit(embedding, Fit::new(config.steps[1], 2e-2), cx, |embedding, _| {
+    let embedding = fit(embedding, Fit::new(config.steps[1], 5e-2), cx, |embedding, _| {
         let theta = with_embedding(&hyper, embedding.vector.val())?;
         Ok(cross_entropy(target.forward(theta, x.clone()), y.clone()))
     })?;
