@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::advise::{Problem, advise};
 use crate::apps::uncertainty::{calibration_error, mean_nll};
-use crate::apps::{Findings, causal, compare, continual, transfer, uncertainty, zeroshot};
+use crate::apps::{Findings, causal, compare, continual, rl, transfer, uncertainty, zeroshot};
 use crate::conditioning::{Condition, Conditioning};
 use crate::data::{Coded, Coding, Columns, Rows};
 use crate::generator::Arch;
@@ -379,6 +379,24 @@ enum App {
         /// Draws that a prediction averages
         #[arg(long, default_value_t = 20)]
         samples: usize,
+        /// Repetitions
+        #[arg(long, default_value_t = 1)]
+        seeds: u64,
+        /// Folder for plots
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Policies for worlds that differ; baseline: one policy that sees the description of the world
+    Rl {
+        /// Family of worlds
+        #[arg(long, value_enum, default_value = "cartpole")]
+        world: rl::World,
+        /// Steps of the evolution strategy
+        #[arg(long, default_value_t = 150)]
+        steps: usize,
+        /// Unseen worlds that policies are judged in
+        #[arg(long, default_value_t = 100)]
+        test_worlds: usize,
         /// Repetitions
         #[arg(long, default_value_t = 1)]
         seeds: u64,
@@ -961,6 +979,10 @@ fn run_app(app: App, cx: &Context) -> Result<()> {
                 ..uncertainty::Config::default()
             };
             show(&[uncertainty::run(&config, cx)?.0], out.as_deref(), cx)
+        }
+        App::Rl { world, steps, test_worlds, seeds, out } => {
+            let config = rl::Config { world, steps, test_worlds, seeds: at_least_one(seeds)? };
+            show(&[rl::run(&config, cx)?.0], out.as_deref(), cx)
         }
         App::Zeroshot { attributes, steps } => {
             let mut config = zeroshot::Config { steps, ..zeroshot::Config::default() };

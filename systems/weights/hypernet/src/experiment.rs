@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use kiln_core::{Card, Claim, Context, Report, Result, Scale, Threshold};
 
-use crate::apps::{Findings, causal, compare, continual, transfer, uncertainty, zeroshot};
+use crate::apps::{Findings, causal, compare, continual, rl, transfer, uncertainty, zeroshot};
 use crate::table::{Sizes, table};
 use crate::target::Target;
 
@@ -19,6 +19,8 @@ struct Plan {
     transfer: [usize; 2],
     uncertainty: usize,
     zeroshot: usize,
+    /// Families of worlds, and steps of the evolution strategy.
+    rl: (&'static [rl::World], usize),
     seeds: u64,
 }
 
@@ -34,6 +36,7 @@ impl Plan {
                 transfer: [2, 2],
                 uncertainty: 2,
                 zeroshot: 2,
+                rl: (&[rl::World::Reacher], 1),
                 seeds: 1,
             },
             Scale::Quick => Self {
@@ -45,6 +48,7 @@ impl Plan {
                 transfer: [400, 100],
                 uncertainty: 400,
                 zeroshot: 400,
+                rl: (&[rl::World::Reacher], 60),
                 seeds: 1,
             },
             Scale::Full => Self {
@@ -56,6 +60,7 @@ impl Plan {
                 transfer: [1500, 200],
                 uncertainty: 1500,
                 zeroshot: 1000,
+                rl: (&[rl::World::Cartpole, rl::World::Reacher], 150),
                 seeds: 3,
             },
         }
@@ -72,6 +77,7 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     report_transfer(&mut report, &plan, cx)?;
     report_uncertainty(&mut report, &plan, cx)?;
     report_zeroshot(&mut report, &plan, cx)?;
+    report_rl(&mut report, &plan, cx)?;
     let sizes = Sizes { hidden: 32, chunk: 256, emb_dim: 8, tasks: 5 };
     report.tables.push(table(&Target::mlp(&[64, 32, 2]), sizes, cx)?);
     report.seconds = begun.elapsed().as_secs_f64();
@@ -201,5 +207,25 @@ fn report_zeroshot(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()>
         "",
         Threshold::AtLeast(0.5),
     ));
+    Ok(())
+}
+
+fn report_rl(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
+    let (worlds, steps) = plan.rl;
+    for &world in worlds {
+        let config = rl::Config { world, steps, seeds: plan.seeds, ..rl::Config::default() };
+        let (findings, [made, sees]) = rl::run(&config, cx)?;
+        add(report, findings);
+        report.claims.push(Claim::new(
+            format!(
+                "Policies made from the description of the world ({}): return, of that of one that sees it",
+                world.name()
+            ),
+            "a hypernetwork adapts the policy to the world",
+            made / sees,
+            "",
+            Threshold::AtLeast(0.95),
+        ));
+    }
     Ok(())
 }

@@ -198,6 +198,9 @@ fn applications_run_on_tables_of_ones_own() {
     desk.write("strokes.csv", "round,long\n1,0\n0,1\n");
     desk.assert_refused("app zeroshot --attributes @strokes.csv", "attributes of 2 classes, must be 10");
     desk.json("app transfer --angles 0,90 --held-out 1 --labelled 5 --steps 5");
+    let found = desk.json("app rl --world reacher --steps 1 --test-worlds 2");
+    assert_eq!(found["findings"][0]["table"]["rows"].as_array().unwrap().len(), 2);
+    desk.assert_refused("app rl --test-worlds 0", "at least one world");
     desk.assert_refused("app transfer --held-out 4", "cannot be held out of 4");
     desk.assert_refused("app uncertainty --samples 0", "at least one draw");
     desk.assert_refused("app continual --task-pairs 0/1,2", "no list of tasks");
@@ -301,8 +304,8 @@ fn an_npz_file_is_read_like_a_table() {
 fn the_experiment_reports_every_claim_and_a_model_is_captured() {
     let desk = Desk::with_rows();
     let report = Hypernet.experiment(Scale::Smoke, &desk.cx).unwrap();
-    assert_eq!(report.claims.len(), 11);
-    assert_eq!(report.tables.len(), 8);
+    assert_eq!(report.claims.len(), 12);
+    assert_eq!(report.tables.len(), 9);
     desk.json(&format!(
         "train --data @rows.csv --cond task --task-col writer --target mlp:3-4-2 {} --out @t",
         TINY.trim_start_matches("--target mlp:2-4-2")
