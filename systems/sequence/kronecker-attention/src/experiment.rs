@@ -245,7 +245,7 @@ fn learn(
         classes: vec!["0".into(), "1".into()],
     };
     let train_config = TrainConfig {
-        steps: steps,
+        steps,
         lr: 3e-3,
         warmup: 50.min(steps / 2),
         min_lr_ratio: 0.0,

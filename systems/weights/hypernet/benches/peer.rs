@@ -98,10 +98,13 @@ fn own_linears() -> f64 {
     })
 }
 
+/// Milliseconds.
+type Measure = fn() -> f64;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();
-    let figures: [(&str, fn() -> f64); 5] = [
+    let figures: [(&str, Measure); 5] = [
         ("generate 100180 weights in chunks", generate),
         ("training step, 100180 weights in chunks", step),
         ("target forward, weights made before", cached),

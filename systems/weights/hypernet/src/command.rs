@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::advise::{Problem, advise};
 use crate::apps::uncertainty::{calibration_error, mean_nll};
-use crate::apps::{Findings, causal, compare, continual, rl, transfer, uncertainty, zeroshot};
+use crate::apps::{Findings, causal, compare, continual, prune, rl, transfer, uncertainty, zeroshot};
 use crate::conditioning::{Condition, Conditioning};
 use crate::data::{Coded, Coding, Columns, Rows};
 use crate::generator::Arch;
@@ -55,7 +55,8 @@ Every column that is no label, task or descriptor is a feature. An .npz file hol
     /// Write the weights of the target for a task or descriptor, in PyTorch's layout
     #[command(after_help = "Examples:
   kiln hypernet generate --model m/ --task anna --to anna.safetensors
-  kiln hypernet generate --model m/ --given 0.5,31 --to weights.safetensors")]
+  kiln hypernet generate --model m/ --given 0.5,31 --to weights.safetensors
+The file's header holds the features' means and deviations, which inputs are to be standardised by, and the classes.")]
     Generate(GenerateArgs),
     /// Learn one more task without forgetting the others
     #[command(after_help = "Example:
@@ -385,6 +386,21 @@ enum App {
         /// Folder for plots
         #[arg(long)]
         out: Option<PathBuf>,
+    },
+    /// A smaller network, by masks that the hypernetwork makes; baseline: magnitude pruning
+    Prune {
+        /// Shares of the hidden units to remove
+        #[arg(long, value_delimiter = ',', default_value = "0.5,0.75")]
+        removed: Vec<f64>,
+        /// Optimisation steps
+        #[arg(long, default_value_t = 1500)]
+        steps: usize,
+        /// Steps of fine-tuning what stays
+        #[arg(long, default_value_t = 300)]
+        fine_tune: usize,
+        /// Repetitions
+        #[arg(long, default_value_t = 1)]
+        seeds: u64,
     },
     /// Policies for worlds that differ; baseline: one policy that sees the description of the world
     Rl {
@@ -808,6 +824,16 @@ fn run_generate(args: &GenerateArgs, cx: &Context) -> Result<()> {
         );
         at += param.len();
     }
+    // What a user of the weights must do to its inputs, and what the outputs are.
+    let column = |which: usize| config.coding.scale.iter().map(|scale| scale[which]).collect::<Vec<f32>>();
+    for (name, value) in [
+        ("features", json!(config.coding.features)),
+        ("mean", json!(column(0))),
+        ("deviation", json!(column(1))),
+        ("classes", json!(config.coding.classes)),
+    ] {
+        file.metadata.insert(name.into(), value.to_string());
+    }
     file.write(&args.to)?;
     let names: Vec<&str> = file.names().collect();
     cx.emit(&json!({ "weights": at, "tensors": names, "file": args.to }), |_| {
@@ -979,6 +1005,10 @@ fn run_app(app: App, cx: &Context) -> Result<()> {
                 ..uncertainty::Config::default()
             };
             show(&[uncertainty::run(&config, cx)?.0], out.as_deref(), cx)
+        }
+        App::Prune { removed, steps, fine_tune, seeds } => {
+            let config = prune::Config { removed, steps: [steps, fine_tune], seeds: at_least_one(seeds)? };
+            show(&[prune::run(&config, cx)?.0], None, cx)
         }
         App::Rl { world, steps, test_worlds, seeds, out } => {
             let config = rl::Config { world, steps, test_worlds, seeds: at_least_one(seeds)? };

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use kiln_core::{Card, Claim, Context, Report, Result, Scale, Threshold};
 
-use crate::apps::{Findings, causal, compare, continual, rl, transfer, uncertainty, zeroshot};
+use crate::apps::{Findings, causal, compare, continual, prune, rl, transfer, uncertainty, zeroshot};
 use crate::table::{Sizes, table};
 use crate::target::Target;
 
@@ -19,6 +19,8 @@ struct Plan {
     transfer: [usize; 2],
     uncertainty: usize,
     zeroshot: usize,
+    /// Shares of units that are removed, and steps of training and of fine-tuning.
+    prune: (&'static [f64], [usize; 2]),
     /// Families of worlds, and steps of the evolution strategy.
     rl: (&'static [rl::World], usize),
     seeds: u64,
@@ -36,6 +38,7 @@ impl Plan {
                 transfer: [2, 2],
                 uncertainty: 2,
                 zeroshot: 2,
+                prune: (&[0.5], [2, 2]),
                 rl: (&[rl::World::Reacher], 1),
                 seeds: 1,
             },
@@ -48,6 +51,7 @@ impl Plan {
                 transfer: [400, 100],
                 uncertainty: 400,
                 zeroshot: 400,
+                prune: (&[0.5], [500, 100]),
                 rl: (&[rl::World::Reacher], 60),
                 seeds: 1,
             },
@@ -60,6 +64,7 @@ impl Plan {
                 transfer: [1500, 200],
                 uncertainty: 1500,
                 zeroshot: 1000,
+                prune: (&[0.5, 0.75], [1500, 300]),
                 rl: (&[rl::World::Cartpole, rl::World::Reacher], 150),
                 seeds: 3,
             },
@@ -77,6 +82,7 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     report_transfer(&mut report, &plan, cx)?;
     report_uncertainty(&mut report, &plan, cx)?;
     report_zeroshot(&mut report, &plan, cx)?;
+    report_prune(&mut report, &plan, cx)?;
     report_rl(&mut report, &plan, cx)?;
     let sizes = Sizes { hidden: 32, chunk: 256, emb_dim: 8, tasks: 5 };
     report.tables.push(table(&Target::mlp(&[64, 32, 2]), sizes, cx)?);
@@ -206,6 +212,21 @@ fn report_zeroshot(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()>
         accuracy,
         "",
         Threshold::AtLeast(0.5),
+    ));
+    Ok(())
+}
+
+fn report_prune(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
+    let (removed, steps) = plan.prune;
+    let config = prune::Config { removed: removed.to_vec(), steps, seeds: plan.seeds };
+    let (findings, [hyper, magnitude]) = prune::run(&config, cx)?;
+    add(report, findings);
+    report.claims.push(Claim::new(
+        "Half of the hidden units removed by masks that are made with the weights, ahead of magnitude pruning",
+        "hypernetworks find small networks that are as good",
+        hyper - magnitude,
+        "accuracy",
+        Threshold::AtLeast(-0.01),
     ));
     Ok(())
 }

@@ -47,6 +47,7 @@ pub(crate) struct Pieces {
 
 /// A generator of features.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a hypernetwork has one")]
 pub enum Generator {
     /// See [`Arch::Mlp`].
     Mlp(Mlp),

@@ -79,3 +79,8 @@ impl System for Hypernet {
         Ok(Box::new(model::Classifier::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -127,6 +127,8 @@ fn every_conditioning_trains_predicts_and_scores() {
     desk.json("generate --model @task --task ben --to @ben.safetensors");
     let weights = TensorFile::read(&desk.path("ben.safetensors")).unwrap();
     assert_eq!(weights.get("fc1.weight").unwrap().shape, [4, 2]);
+    assert_eq!(weights.metadata["classes"], "[\"no\",\"yes\"]");
+    assert_eq!(serde_json::from_str::<Vec<f32>>(&weights.metadata["mean"]).unwrap().len(), 2);
     desk.json("generate --model @given --given -0.5 --to @w.safetensors");
     desk.json("predict --model @task --data @task.csv --task anna --out @anna.csv");
 }
@@ -200,6 +202,8 @@ fn applications_run_on_tables_of_ones_own() {
     desk.json("app transfer --angles 0,90 --held-out 1 --labelled 5 --steps 5");
     let found = desk.json("app rl --world reacher --steps 1 --test-worlds 2");
     assert_eq!(found["findings"][0]["table"]["rows"].as_array().unwrap().len(), 2);
+    desk.json("app prune --steps 2 --fine-tune 1 --removed 0.9");
+    desk.assert_refused("app prune --removed 1", "the share 1 of units to remove is not between 0 and 1");
     desk.assert_refused("app rl --test-worlds 0", "at least one world");
     desk.assert_refused("app transfer --held-out 4", "cannot be held out of 4");
     desk.assert_refused("app uncertainty --samples 0", "at least one draw");
@@ -304,8 +308,8 @@ fn an_npz_file_is_read_like_a_table() {
 fn the_experiment_reports_every_claim_and_a_model_is_captured() {
     let desk = Desk::with_rows();
     let report = Hypernet.experiment(Scale::Smoke, &desk.cx).unwrap();
-    assert_eq!(report.claims.len(), 12);
-    assert_eq!(report.tables.len(), 9);
+    assert_eq!(report.claims.len(), 13);
+    assert_eq!(report.tables.len(), 10);
     desk.json(&format!(
         "train --data @rows.csv --cond task --task-col writer --target mlp:3-4-2 {} --out @t",
         TINY.trim_start_matches("--target mlp:2-4-2")

@@ -102,6 +102,13 @@ pub fn digit_tasks(pairs: &str) -> Result<Vec<TaskData>> {
 /// Accuracies on the tests of all tasks learned so far, after each task.
 type History = Vec<Vec<f64>>;
 
+/// Figures of one method, one for every seed.
+struct Method {
+    name: &'static str,
+    accuracies: Vec<f64>,
+    forgetting: Vec<f64>,
+}
+
 /// The mean over tasks after the last one.
 fn final_accuracy(history: &History) -> f64 {
     history.last().map_or(0.0, |last| last.iter().sum::<f64>() / last.len() as f64)
@@ -122,15 +129,15 @@ pub fn run(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<(Finding
     if tasks.len() < 2 {
         return Err(Error::usage("continual learning needs at least two tasks"));
     }
-    let mut rows: Vec<(String, Vec<f64>, Vec<f64>)> = Vec::new();
-    let mut note = |name: &str, history: &History| {
+    let mut methods: Vec<Method> = Vec::new();
+    let mut note = |name, history: &History| {
         let (accuracy, forgot) = (final_accuracy(history), forgetting(history));
-        match rows.iter_mut().find(|row| row.0 == name) {
-            Some(row) => {
-                row.1.push(accuracy);
-                row.2.push(forgot);
+        match methods.iter_mut().find(|method| method.name == name) {
+            Some(method) => {
+                method.accuracies.push(accuracy);
+                method.forgetting.push(forgot);
             }
-            None => rows.push((name.into(), vec![accuracy], vec![forgot])),
+            None => methods.push(Method { name, accuracies: vec![accuracy], forgetting: vec![forgot] }),
         }
     };
     let (mut curves, mut inferred) = (Vec::new(), Vec::new());
@@ -158,8 +165,9 @@ pub fn run(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<(Finding
     }
 
     let mut table = Table::new("Continual learning", &["method", "mean final accuracy", "forgetting"]);
-    for (name, accuracies, forgot) in &rows {
-        table.row([name.clone(), Spread::of(accuracies).text(), Spread::of(forgot).text()]);
+    for method in &methods {
+        let (accuracy, forgot) = (Spread::of(&method.accuracies), Spread::of(&method.forgetting));
+        table.row([method.name.to_string(), accuracy.text(), forgot.text()]);
     }
     let mut plot = Plot::lines("Continual learning", "tasks learned", "mean accuracy on them");
     for (name, history) in curves {
@@ -167,14 +175,17 @@ pub fn run(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<(Finding
         plot = plot
             .series(name, history.iter().enumerate().map(|(t, row)| ((t + 1) as f64, mean(row))).collect());
     }
-    let mean_of = |name: &str, pick: fn(&(String, Vec<f64>, Vec<f64>)) -> &Vec<f64>| {
-        rows.iter().find(|row| row.0 == name).map_or(f64::NAN, |row| Spread::of(pick(row)).mean)
+    let mean_of = |name: &str, pick: fn(&Method) -> &Vec<f64>| {
+        methods
+            .iter()
+            .find(|method| method.name == name)
+            .map_or(f64::NAN, |method| Spread::of(pick(method)).mean)
     };
     let inferred_mean = Spread::of(&inferred);
     let summary = Summary {
-        accuracy: mean_of("hypernetwork", |row| &row.1),
-        forgetting: mean_of("hypernetwork", |row| &row.2),
-        fine_tuning: mean_of("fine-tuning", |row| &row.1),
+        accuracy: mean_of("hypernetwork", |method| &method.accuracies),
+        forgetting: mean_of("hypernetwork", |method| &method.forgetting),
+        fine_tuning: mean_of("fine-tuning", |method| &method.accuracies),
     };
     let notes = vec![
         format!(

@@ -3,6 +3,7 @@
 pub mod causal;
 pub mod compare;
 pub mod continual;
+pub mod prune;
 pub mod rl;
 pub mod transfer;
 pub mod uncertainty;

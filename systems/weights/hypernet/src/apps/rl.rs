@@ -227,10 +227,10 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
                 .into_iter()
                 .enumerate()
         {
-            let (end, curve) = evolve_best(config, &maker, &start, cx)?;
-            returns[number].push(judge(config, &maker, &end, cx)?);
+            let evolved = evolve_best(config, &maker, &start, cx)?;
+            returns[number].push(judge(config, &maker, &evolved.phi, cx)?);
             if seed == 0 {
-                curves.push(curve);
+                curves.push(evolved.curve);
             }
         }
     }
@@ -272,28 +272,24 @@ fn policy(inputs: usize, hidden: usize) -> Target {
     }
 }
 
+/// Parameters after a run.
+#[derive(Default)]
+struct Evolved {
+    phi: Vec<f32>,
+    /// The mean return of the disturbed policies after each step.
+    curve: Vec<(f64, f64)>,
+}
+
 /// Evolves with each of [`SIGMAS`], and keeps what has the highest returns at the end.
-fn evolve_best(
-    config: &Config,
-    maker: &Maker,
-    start: &[f32],
-    cx: &Context,
-) -> Result<(Vec<f32>, Vec<(f64, f64)>)> {
-    let learned =
-        |run: &(Vec<f32>, Vec<(f64, f64)>)| run.1.iter().rev().take(LAST).map(|point| point.1).sum::<f64>();
+fn evolve_best(config: &Config, maker: &Maker, start: &[f32], cx: &Context) -> Result<Evolved> {
+    let learned = |run: &Evolved| run.curve.iter().rev().take(LAST).map(|point| point.1).sum::<f64>();
     let runs = SIGMAS.iter().map(|&sigma| evolve(config, maker, start.to_vec(), sigma, cx));
     let runs = runs.collect::<Result<Vec<_>>>()?;
     Ok(runs.into_iter().max_by(|a, b| learned(a).total_cmp(&learned(b))).unwrap_or_default())
 }
 
 /// Climbs the mean return by disturbed copies of the parameters.
-fn evolve(
-    config: &Config,
-    maker: &Maker,
-    mut phi: Vec<f32>,
-    sigma: f32,
-    cx: &Context,
-) -> Result<(Vec<f32>, Vec<(f64, f64)>)> {
+fn evolve(config: &Config, maker: &Maker, mut phi: Vec<f32>, sigma: f32, cx: &Context) -> Result<Evolved> {
     let bar = cx.progress(config.steps as u64, "evolving");
     let count = phi.len();
     let mut moments = vec![[0.0f32; 2]; count];
@@ -340,7 +336,7 @@ fn evolve(
         }
         bar.inc(1);
     }
-    Ok((phi, curve))
+    Ok(Evolved { phi, curve })
 }
 
 /// Ranks from -0.5 for the lowest to 0.5 for the highest; equal values have equal ranks.

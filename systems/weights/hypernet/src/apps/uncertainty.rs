@@ -126,7 +126,7 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
         test: Labelled::digits(digits::test(), &KNOWN),
         strange: Labelled::digits(digits::test(), &STRANGE),
     };
-    let mut all: Vec<Vec<(&str, Quality, [Vec<f64>; 2])>> = Vec::new();
+    let mut all: Vec<Vec<Judged>> = Vec::new();
     for seed in 0..config.seeds {
         let cx = &Context { seed: cx.seed + seed, ..cx.clone() };
         cx.note(format!("uncertainty, seed {}", cx.seed));
@@ -142,11 +142,11 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
         &["method", "accuracy", "NLL", "calibration error", "AUROC of entropy, unknown classes"],
     );
     let spread = |method: usize, pick: fn(&Quality) -> f64| {
-        Spread::of(&all.iter().map(|methods| pick(&methods[method].1)).collect::<Vec<_>>())
+        Spread::of(&all.iter().map(|methods| pick(&methods[method].quality)).collect::<Vec<_>>())
     };
-    for (number, (name, _, _)) in all[0].iter().enumerate() {
+    for (number, judged) in all[0].iter().enumerate() {
         table.row([
-            name.to_string(),
+            judged.name.to_string(),
             spread(number, |q| q.accuracy).text(),
             spread(number, |q| q.nll).text(),
             spread(number, |q| q.ece).text(),
@@ -154,7 +154,7 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
         ]);
     }
     let mut plot = Plot::lines("Entropy of the prediction", "nats", "share of rows at or below");
-    for (name, _, [known, strange]) in &all[0][..2] {
+    for Judged { name, entropies: [known, strange], .. } in &all[0][..2] {
         for (kind, values) in [("known", known), ("unknown", strange)] {
             let mut values = values.clone();
             values.sort_by(f64::total_cmp);
@@ -171,14 +171,18 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
     Ok((Findings { table, plots: vec![plot], notes }, nll))
 }
 
+/// One method.
+struct Judged {
+    name: &'static str,
+    quality: Quality,
+    /// Of known test rows and of strange rows.
+    entropies: [Vec<f64>; 2],
+}
+
 /// Probabilities of known test rows and of strange rows.
 type Predictions = [Vec<f32>; 2];
 
-fn judge<'a>(
-    name: &'a str,
-    images: &Images,
-    [known, strange]: Predictions,
-) -> (&'a str, Quality, [Vec<f64>; 2]) {
+fn judge(name: &'static str, images: &Images, [known, strange]: Predictions) -> Judged {
     let entropies = |p: &[f32]| p.chunks(KNOWN.len()).map(entropy).collect::<Vec<f64>>();
     let (low, high) = (entropies(&known), entropies(&strange));
     let quality = Quality {
@@ -187,7 +191,7 @@ fn judge<'a>(
         ece: calibration_error(&known, &images.test.y, 15),
         auroc: area_under_roc(&low, &high),
     };
-    (name, quality, [low, high])
+    Judged { name, quality, entropies: [low, high] }
 }
 
 fn target() -> Target {

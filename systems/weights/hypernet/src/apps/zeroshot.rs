@@ -64,6 +64,7 @@ impl Default for Config {
 
 /// A row of weights for every class from its attributes.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Rows {
     Hyper(HyperNet),
     Linear(kiln_nn::Linear),
