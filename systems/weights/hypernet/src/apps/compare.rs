@@ -172,9 +172,12 @@ pub fn sharing(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
         ]);
     }
     let [joint, apart] = curves;
-    let plot = Plot::lines("Sharing between tasks", "rows a class and task", "mean accuracy")
-        .series("one hypernetwork", joint)
-        .series("a network for each", apart)
-        .log_x();
-    Ok((Findings { table, plots: vec![plot], notes: Vec::new() }, ahead))
+    // A single number of rows makes no curve.
+    let plots = (config.rows.len() > 1).then(|| {
+        Plot::lines("Sharing between tasks", "rows a class and task", "mean accuracy")
+            .series("one hypernetwork", joint)
+            .series("a network for each", apart)
+            .log_x()
+    });
+    Ok((Findings { table, plots: plots.into_iter().collect(), notes: Vec::new() }, ahead))
 }

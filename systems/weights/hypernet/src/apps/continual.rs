@@ -169,7 +169,7 @@ pub fn run(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<(Finding
         let (accuracy, forgot) = (Spread::of(&method.accuracies), Spread::of(&method.forgetting));
         table.row([method.name.to_string(), accuracy.text(), forgot.text()]);
     }
-    let mut plot = Plot::lines("Continual learning", "tasks learned", "mean accuracy on them");
+    let mut plot = Plot::lines("Continual learning", "tasks learned", "mean accuracy on the tasks so far");
     for (name, history) in curves {
         let mean = |row: &Vec<f64>| row.iter().sum::<f64>() / row.len() as f64;
         plot = plot
@@ -189,7 +189,7 @@ pub fn run(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<(Finding
     };
     let notes = vec![
         format!(
-            "Continual learning: {} tasks, {} steps each, {} seeds; elastic weight consolidation has the best of the \
+            "Continual learning: {} tasks, {} steps each, seeds: {}; elastic weight consolidation has the best of the \
              strengths {EWC_STRENGTHS:?} by its test accuracy.",
             tasks.len(),
             config.steps,

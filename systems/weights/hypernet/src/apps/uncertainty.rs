@@ -164,7 +164,7 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
         }
     }
     let notes = vec![format!(
-        "Uncertainty: {} steps, {} seeds; the hypernetwork's prior has deviation {PRIOR}, prior and entropy count {} times.",
+        "Uncertainty: {} steps, seeds: {}; the hypernetwork's prior has deviation {PRIOR}, prior and entropy count {} times.",
         config.steps, config.seeds, config.temper
     )];
     let nll = [spread(0, |q| q.nll).mean, spread(1, |q| q.nll).mean];
