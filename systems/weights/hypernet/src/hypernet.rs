@@ -201,7 +201,7 @@ impl HyperNetConfig {
                 .map(|&size| LinearConfig::new(self.arch.width(), size).init(device))
                 .collect(),
             base: (partial || self.init == Init::Base).then(|| Param::from_tensor(base)),
-            scale: Vec::new(),
+            scale: None,
             made: ranges(&self.target, &made),
             config: self.clone(),
         };
@@ -262,9 +262,9 @@ pub struct HyperNet {
     pub heads: Vec<Linear>,
     /// Weights of the target that are learned directly, `[N]`: added to what is made.
     pub base: Option<Param<Tensor<1>>>,
-    /// Fixed factors of what is made, where the output layer is shared between tensors; empty for 1.
+    /// Fixed factors of what is made, `[1, made]`, where the output layer is shared between tensors.
     #[module(skip)]
-    scale: Vec<f32>,
+    scale: Option<Tensor<2>>,
     /// Where among the N numbers those that are made lie.
     #[module(skip)]
     made: Vec<Range<usize>>,
@@ -331,12 +331,10 @@ impl HyperNet {
         let code = self.conditioner.encode(condition)?;
         let features = self.generator.forward(&code, self.pieces());
         let made = self.outputs(features);
-        let [batch, count] = made.dims();
-        let made = match self.scale.is_empty() {
-            true => made,
-            false => {
-                made * Tensor::from_data(TensorData::new(self.scale.clone(), [1, count]), &self.device())
-            }
+        let batch = made.dims()[0];
+        let made = match &self.scale {
+            None => made,
+            Some(scale) => made * scale.clone(),
         };
         let flat = match &self.base {
             None => made,
@@ -352,10 +350,6 @@ impl HyperNet {
             OutputScheme::Component { .. } => Embeddings::After(embeddings),
             _ => Embeddings::Before(embeddings),
         })
-    }
-
-    fn device(&self) -> Device {
-        self.heads[0].weight.val().device()
     }
 
     /// Features `[batch, pieces, width]` to the numbers that are made, `[batch, made]`.
@@ -430,7 +424,8 @@ impl HyperNet {
             .flat_map(|param| std::iter::repeat_n(factor(param) as f32, param.len()))
             .collect();
         if shared {
-            self.scale = scale;
+            let count = scale.len();
+            self.scale = Some(Tensor::from_data(TensorData::new(scale, [1, count]), device));
             return Ok(());
         }
         let mut start = 0;
