@@ -1,0 +1,200 @@
+//! Classes that were never seen: a hypernetwork makes a classifier's row of weights from what is known of the class.
+//!
+//! Digits are described by strokes; seven are trained on, three are not. Baseline: the same row as a linear function of
+//! the attributes, which is what bilinear zero-shot models learn (Romera-Paredes and Torr 2015).
+
+use burn::module::Module;
+use burn::tensor::{Tensor, TensorData};
+use kiln_core::{Context, Error, Result, Table};
+use kiln_data::digits;
+use kiln_nn::LinearConfig;
+
+use crate::apps::{Findings, Spread};
+use crate::conditioning::{Condition, Conditioning};
+use crate::generator::Arch;
+use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
+use crate::target::Target;
+use crate::training::{Fit, Labelled, accuracy, cross_entropy, fit, probabilities};
+
+/// Names of the strokes.
+pub const STROKES: [&str; 10] = [
+    "top",
+    "upper left",
+    "upper right",
+    "middle",
+    "lower left",
+    "lower right",
+    "bottom",
+    "loop above",
+    "loop below",
+    "upright",
+];
+
+/// Strokes of the digits 0 to 9: the seven segments as they are written by hand, loops, and an upright stem.
+const DIGITS: [[f32; 10]; 10] = [
+    [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.0],
+    [0.0, 0.0, 0.5, 0.5, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0],
+    [1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0],
+    [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0],
+    [0.0, 1.0, 0.5, 1.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.5],
+    [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0],
+    [0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0],
+    [1.0, 0.0, 1.0, 0.5, 0.0, 0.5, 0.0, 0.0, 0.0, 0.5],
+    [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0],
+    [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0],
+];
+
+/// What decides the outcome.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Groups of three classes that are not seen, each group in a run of its own.
+    pub unseen: Vec<Vec<u8>>,
+    /// Optimisation steps.
+    pub steps: usize,
+    /// Attributes of the digits, `[10][width]`.
+    pub attributes: Vec<Vec<f32>>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let attributes = DIGITS.iter().map(|row| row.to_vec()).collect();
+        Self { unseen: vec![vec![1, 4, 9], vec![2, 5, 8], vec![0, 3, 6]], steps: 600, attributes }
+    }
+}
+
+/// A row of weights for every class from its attributes.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
+enum Rows {
+    Hyper(HyperNet),
+    Linear(kiln_nn::Linear),
+}
+
+impl Rows {
+    /// `[classes, pixels + 1]`
+    fn make(&self, attributes: Tensor<2>) -> Result<Tensor<2>> {
+        match self {
+            Self::Hyper(hyper) => Ok(hyper.generate(&Condition::given(attributes))?.flat),
+            Self::Linear(linear) => Ok(linear.forward(attributes)),
+        }
+    }
+}
+
+/// Figures of one method, one for every group of unseen classes.
+#[derive(Debug, Clone, Default)]
+struct Figures {
+    unseen: Vec<f64>,
+    harmonic: Vec<f64>,
+}
+
+/// Learns from the seen classes, and names images of the unseen ones.
+///
+/// # Errors
+/// When a class lacks attributes, or a training fails or is stopped.
+pub fn run(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
+    let width = config.attributes.first().map_or(0, Vec::len);
+    if config.attributes.len() != 10 || width == 0 || config.attributes.iter().any(|row| row.len() != width) {
+        let message =
+            format!("there are {} rows of attributes, must be 10 of one width", config.attributes.len());
+        return Err(Error::usage(message).hint("one row for every digit"));
+    }
+    let (mut hyper, mut linear) = (Figures::default(), Figures::default());
+    for (number, unseen) in config.unseen.iter().enumerate() {
+        cx.note(format!("unseen classes {unseen:?}"));
+        let cx = &Context { seed: cx.seed + number as u64, ..cx.clone() };
+        let row = Target::mlp(&[digits::PIXELS, 1]);
+        let hyper_config = HyperNetConfig::new(row.spec()?)
+            .with_conditioning([Conditioning::Given { dim: width }])
+            .with_scheme(OutputScheme::Once)
+            .with_arch(Arch::Mlp(vec![32]));
+        let baseline = kiln_nn::initialise(&cx.device, &mut cx.rng("linear", 0), |device| {
+            LinearConfig::new(width, digits::PIXELS + 1).init(device)
+        });
+        judge(config, Rows::Hyper(hyper_config.draw(cx, "hypernet")?), unseen, &mut hyper, cx)?;
+        judge(config, Rows::Linear(baseline), unseen, &mut linear, cx)?;
+    }
+    let mut table = Table::new(
+        "Digits that were never seen, by their strokes",
+        &[
+            "method",
+            "accuracy among the unseen (chance 0.33)",
+            "harmonic mean of seen and unseen, among all ten",
+        ],
+    );
+    for (name, figures) in [("hypernetwork", &hyper), ("linear map of the attributes", &linear)] {
+        table.row([
+            name.to_string(),
+            Spread::of(&figures.unseen).text(),
+            Spread::of(&figures.harmonic).text(),
+        ]);
+    }
+    let notes = vec![format!("Unseen classes: the groups {:?}, {} steps each.", config.unseen, config.steps)];
+    Ok((Findings { table, plots: Vec::new(), notes }, Spread::of(&hyper.unseen).mean))
+}
+
+fn judge(config: &Config, rows: Rows, unseen: &[u8], figures: &mut Figures, cx: &Context) -> Result<()> {
+    let seen: Vec<u8> = (0..10).filter(|class| !unseen.contains(class)).collect();
+    let attributes = |classes: &[u8]| {
+        let values: Vec<f32> =
+            classes.iter().flat_map(|&class| config.attributes[usize::from(class)].clone()).collect();
+        let width = values.len() / classes.len();
+        Tensor::<2>::from_data(TensorData::new(values, [classes.len(), width]), &cx.device)
+    };
+    let train = Labelled::digits(digits::train(), &seen);
+    let rows = fit(rows, Fit::new(config.steps, 2e-3), cx, |rows, step| {
+        let (x, y) = train.draw(64, &mut cx.rng("batch", step as u64)).tensors(&cx.device);
+        Ok(cross_entropy(logits(rows.make(attributes(&seen))?, x), y))
+    })?;
+    let accuracy_among = |classes: &[u8], tested: &[u8]| -> Result<f64> {
+        let test = Labelled::digits(digits::test(), tested);
+        let (x, _) = test.tensors(&cx.device);
+        let p = probabilities(logits(rows.make(attributes(classes))?, x));
+        let places: Vec<usize> = test
+            .y
+            .iter()
+            .map(|&y| classes.iter().position(|&class| class == tested[y]).unwrap_or(0))
+            .collect();
+        Ok(accuracy(&p, &places))
+    };
+    let all: Vec<u8> = (0..10).collect();
+    figures.unseen.push(accuracy_among(unseen, unseen)?);
+    let (of_seen, of_unseen) = (accuracy_among(&all, &seen)?, accuracy_among(&all, unseen)?);
+    figures.harmonic.push(2.0 * of_seen * of_unseen / (of_seen + of_unseen).max(1e-12));
+    Ok(())
+}
+
+/// Scores of images `[1, rows, pixels]` with a row of weights for every class, `[1, rows, classes]`.
+fn logits(weights: Tensor<2>, x: Tensor<3>) -> Tensor<3> {
+    let [classes, _] = weights.dims();
+    let [_, rows, pixels] = x.dims();
+    let row = Target::mlp(&[pixels, 1]);
+    row.forward(weights, x.expand([classes, rows, pixels])).reshape([1, classes, rows]).swap_dims(1, 2)
+}
+
+/// Reads a table of attributes: a header, then a row of numbers for each of the digits 0 to 9.
+///
+/// # Errors
+/// Names the row and column that holds no number, or the classes that are lacking.
+pub fn read_attributes(path: &std::path::Path) -> Result<Vec<Vec<f32>>> {
+    let broken = |e: csv::Error| Error::input(path.display(), "is not a readable CSV file").caused_by(e);
+    let mut reader = csv::Reader::from_path(path).map_err(broken)?;
+    let mut rows = Vec::new();
+    for (row, record) in reader.records().enumerate() {
+        let record = record.map_err(broken)?;
+        let number = |(column, cell): (usize, &str)| {
+            cell.trim().parse::<f32>().ok().filter(|value| value.is_finite()).ok_or_else(|| {
+                let place = format!("{}, row {}", path.display(), row + 1);
+                Error::input(place, format!("\"{cell}\" in column {} is not a finite number", column + 1))
+            })
+        };
+        rows.push(record.iter().enumerate().map(number).collect::<Result<Vec<_>>>()?);
+    }
+    if rows.len() != 10 {
+        return Err(Error::input(
+            path.display(),
+            format!("has attributes of {} classes, must be 10", rows.len()),
+        )
+        .hint("one row for each of the digits 0 to 9"));
+    }
+    Ok(rows)
+}

@@ -1,0 +1,229 @@
+//! What a hypernetwork sees (the review's first and third criterion): the inputs C.
+//!
+//! Several conditionings are put one after another. A task is *static*: a finite, known set of C. Data, noise and given
+//! descriptors are *dynamic*: new C come at test time.
+
+use burn::module::{Module, Param};
+use burn::nn::Initializer;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use kiln_core::{Error, Result};
+use kiln_nn::{Linear, LinearConfig};
+use kiln_ops::Activation;
+use serde::{Deserialize, Serialize};
+
+/// One input of a hypernetwork.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Conditioning {
+    /// A learned vector for every task, drawn from N(0, 1): tasks share weights softly.
+    Task {
+        /// Number of tasks.
+        tasks: usize,
+        /// Width of the vectors.
+        dim: usize,
+    },
+    /// A code of the data themselves: of one row, or of a support set, whose order does not matter.
+    Data {
+        /// Width of a row.
+        inputs: usize,
+        /// Width of the code.
+        dim: usize,
+    },
+    /// Noise from N(0, 1): the weights become a distribution.
+    Noise {
+        /// Width of the noise.
+        dim: usize,
+    },
+    /// A given descriptor: attributes, hyper-parameters.
+    Given {
+        /// Its width.
+        dim: usize,
+    },
+}
+
+impl Conditioning {
+    /// Width of its code.
+    pub fn dim(&self) -> usize {
+        match *self {
+            Self::Task { dim, .. } | Self::Data { dim, .. } | Self::Noise { dim } | Self::Given { dim } => {
+                dim
+            }
+        }
+    }
+
+    /// Whether every C that will ever occur is known, so that the weights can be kept.
+    pub fn is_static(&self) -> bool {
+        matches!(self, Self::Task { .. })
+    }
+
+    fn check(&self) -> Result<()> {
+        match *self {
+            Self::Task { tasks: 0, .. } => Err(Error::usage("a task conditioning needs at least one task")),
+            Self::Data { inputs: 0, .. } => {
+                Err(Error::usage("a data conditioning needs rows of at least one number"))
+            }
+            _ if self.dim() == 0 => Err(Error::usage(format!("the conditioning {self:?} has the width 0"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Values of the conditionings for a batch.
+#[derive(Debug, Clone, Default)]
+pub struct Condition {
+    /// Numbers of tasks, `[batch]`
+    pub tasks: Option<Vec<usize>>,
+    /// Support sets, `[batch, rows, inputs]`
+    pub support: Option<Tensor<3>>,
+    /// `[batch, dim]`
+    pub noise: Option<Tensor<2>>,
+    /// `[batch, dim]`
+    pub given: Option<Tensor<2>>,
+}
+
+impl Condition {
+    /// These tasks.
+    pub fn tasks(tasks: impl Into<Vec<usize>>) -> Self {
+        Self { tasks: Some(tasks.into()), ..Self::default() }
+    }
+
+    /// A support set each, `[batch, rows, inputs]`.
+    pub fn support(support: Tensor<3>) -> Self {
+        Self { support: Some(support), ..Self::default() }
+    }
+
+    /// Noise, `[batch, dim]`.
+    pub fn noise(noise: Tensor<2>) -> Self {
+        Self { noise: Some(noise), ..Self::default() }
+    }
+
+    /// Descriptors, `[batch, dim]`.
+    pub fn given(given: Tensor<2>) -> Self {
+        Self { given: Some(given), ..Self::default() }
+    }
+}
+
+/// C as the generator sees it: for every conditioning `[batch, tokens, dim]`, of one token unless it is a support set.
+#[derive(Debug, Clone)]
+pub struct Code(pub Vec<Tensor<3>>);
+
+impl Code {
+    /// The means over tokens, side by side: `[batch, Σ dim]`.
+    pub fn pooled(&self) -> Tensor<2> {
+        Tensor::cat(self.0.iter().map(|part| part.clone().mean_dim(1).squeeze_dim(1)).collect(), 1)
+    }
+}
+
+/// From conditions to codes.
+#[derive(Module, Debug)]
+pub struct Conditioner {
+    /// Vectors of tasks, `[tasks, dim]` each.
+    pub tables: Vec<Param<Tensor<2>>>,
+    /// Encoders of data, two layers each.
+    pub encoders: Vec<Encoder>,
+    #[module(skip)]
+    parts: Vec<Conditioning>,
+}
+
+/// A row of data as a code.
+#[derive(Module, Debug)]
+pub struct Encoder {
+    /// To four times the width of the code.
+    pub hidden: Linear,
+    /// To the code.
+    pub output: Linear,
+}
+
+impl Conditioner {
+    /// Draws the parameters.
+    ///
+    /// # Errors
+    /// When there are no conditionings, one occurs twice, or one has an extent of 0.
+    pub fn new(parts: &[Conditioning], device: &Device) -> Result<Self> {
+        if parts.is_empty() {
+            return Err(Error::usage("a hypernetwork needs at least one conditioning"));
+        }
+        for (i, part) in parts.iter().enumerate() {
+            part.check()?;
+            if parts[..i].iter().any(|other| std::mem::discriminant(other) == std::mem::discriminant(part)) {
+                return Err(Error::usage(format!("the conditioning {part:?} occurs twice")));
+            }
+        }
+        let normal = Initializer::Normal { mean: 0.0, std: 1.0 };
+        let (mut tables, mut encoders) = (Vec::new(), Vec::new());
+        for part in parts {
+            match *part {
+                Conditioning::Task { tasks, dim } => tables.push(normal.init([tasks, dim], device)),
+                Conditioning::Data { inputs, dim } => encoders.push(Encoder {
+                    hidden: LinearConfig::new(inputs, 4 * dim).init(device),
+                    output: LinearConfig::new(4 * dim, dim).init(device),
+                }),
+                Conditioning::Noise { .. } | Conditioning::Given { .. } => {}
+            }
+        }
+        Ok(Self { tables, encoders, parts: parts.to_vec() })
+    }
+
+    /// The codes of a batch.
+    ///
+    /// # Errors
+    /// When the condition lacks a part, has one of another width, or names a task that is not there.
+    pub fn encode(&self, condition: &Condition) -> Result<Code> {
+        let missing = |what: &str| {
+            Error::usage(format!("the hypernetwork is conditioned on {what}, which is not given"))
+        };
+        let fits = |what: &str, found: usize, dim: usize| match found == dim {
+            true => Ok(()),
+            false => Err(Error::usage(format!("the {what} has the width {found}, expected {dim}"))),
+        };
+        let parts = self.parts.iter().map(|part| match part {
+            Conditioning::Task { tasks, .. } => {
+                let table = self.tables[0].val();
+                let numbers = condition.tasks.as_ref().ok_or_else(|| missing("tasks"))?;
+                if let Some(task) = numbers.iter().find(|&task| task >= tasks) {
+                    return Err(Error::usage(format!("there is no task {task}"))
+                        .hint(format!("there are {tasks}, numbered from 0")));
+                }
+                let numbers: Vec<i64> = numbers.iter().map(|&task| task as i64).collect();
+                let count = numbers.len();
+                let numbers = Tensor::<1, Int>::from_data(TensorData::new(numbers, [count]), &table.device());
+                Ok(table.select(0, numbers).unsqueeze_dim(1))
+            }
+            Conditioning::Data { inputs, .. } => {
+                let support = condition.support.clone().ok_or_else(|| missing("data"))?;
+                fits("support set", support.dims()[2], *inputs)?;
+                let encoder = &self.encoders[0];
+                Ok(encoder.output.forward(encoder.hidden.forward_activated(support, Activation::Relu)))
+            }
+            Conditioning::Noise { dim } => {
+                let noise = condition.noise.clone().ok_or_else(|| missing("noise"))?;
+                fits("noise", noise.dims()[1], *dim)?;
+                Ok(noise.unsqueeze_dim(1))
+            }
+            Conditioning::Given { dim } => {
+                let given = condition.given.clone().ok_or_else(|| missing("a descriptor"))?;
+                fits("descriptor", given.dims()[1], *dim)?;
+                Ok(given.unsqueeze_dim(1))
+            }
+        });
+        Ok(Code(parts.collect::<Result<_>>()?))
+    }
+
+    /// Adds one more task; its vector begins as the mean of the others.
+    ///
+    /// # Errors
+    /// When the hypernetwork is not conditioned on tasks.
+    pub fn add_task(mut self) -> Result<Self> {
+        let Some(table) = self.tables.pop() else {
+            return Err(Error::usage("the hypernetwork is not conditioned on tasks"));
+        };
+        let table = table.val();
+        self.tables.push(Param::from_tensor(Tensor::cat(vec![table.clone(), table.mean_dim(0)], 0)));
+        for part in &mut self.parts {
+            if let Conditioning::Task { tasks, .. } = part {
+                *tasks += 1;
+            }
+        }
+        Ok(self)
+    }
+}

@@ -1,0 +1,504 @@
+//! The hypernetwork: `Θ = H(C; Φ)` for a target network `y = F(x; Θ)`.
+//!
+//! How Θ, a vector of N numbers, comes out of the generator is the review's second criterion:
+//!
+//! | scheme | pieces | output layers | parameters of the output |
+//! |---|---|---|---|
+//! | once | 1 | one, of N | d N |
+//! | heads | 1 | one for every tensor or layer | d N |
+//! | component | one a tensor, each with an embedding | one, of the largest tensor | d max + emb K |
+//! | chunk | ⌈N / chunk⌉, each with an embedding | one, of a chunk | d chunk + emb ⌈N / chunk⌉ |
+
+use std::ops::Range;
+
+use burn::module::{Module, Param};
+use burn::nn::Initializer;
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use clap::ValueEnum;
+use kiln_core::{Context, Error, Result};
+use kiln_nn::{Linear, LinearConfig, ParamSpec, WeightSpec, Weights, initialise};
+use serde::{Deserialize, Serialize};
+
+use crate::conditioning::{Condition, Conditioner, Conditioning};
+use crate::generator::{Arch, Embeddings, Generator, Pieces};
+
+/// How many codes the spread of the features is measured over.
+const PROBES: usize = 256;
+/// Standard deviation of biases that share an output layer with weights, as a part of the least of those; at exactly 0
+/// they could not be learned.
+const SHARED_BIAS: f64 = 0.01;
+
+/// What the generator makes at a time (the review's second criterion).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputScheme {
+    /// All weights in one output layer
+    Once,
+    /// One output layer for every tensor, or for every layer
+    Heads {
+        /// Whether weight and bias of a layer come from one output layer.
+        by_layer: bool,
+    },
+    /// One tensor a call, told apart by an embedding; the output is as long as the largest, and cropped
+    Component {
+        /// Width of the embeddings.
+        emb_dim: usize,
+    },
+    /// Equal chunks of Θ, told apart by an embedding; what the last has too much is dropped
+    Chunk {
+        /// Numbers in a chunk.
+        chunk: usize,
+        /// Width of the embeddings.
+        emb_dim: usize,
+    },
+}
+
+/// How the output layer is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Init {
+    /// Weights of variance 2 / fan-in of the target, biases 0 (Chang et al. 2020)
+    Hyperfan,
+    /// Standard deviation √(2 / width of the features), as for a layer of its own
+    Kaiming,
+    /// A tenth of that
+    Small,
+    /// Learned weights of the target beside those made, drawn as usual; what is made begins near 0
+    Base,
+}
+
+/// Configuration of a [`HyperNet`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HyperNetConfig {
+    /// The tensors of the target, in order.
+    pub target: WeightSpec,
+    /// Patterns of the tensors that are made; the others are ordinary parameters.
+    pub predict: Vec<String>,
+    /// What the hypernetwork sees.
+    pub conditioning: Vec<Conditioning>,
+    /// What it makes at a time.
+    pub scheme: OutputScheme,
+    /// How.
+    pub arch: Arch,
+    /// How the output layer is drawn.
+    pub init: Init,
+}
+
+impl HyperNetConfig {
+    /// One vector for all weights from a hidden layer of 32, conditioned on noise of width 8, drawn by hyperfan-in.
+    pub fn new(target: WeightSpec) -> Self {
+        Self {
+            target,
+            predict: vec!["*".into()],
+            conditioning: vec![Conditioning::Noise { dim: 8 }],
+            scheme: OutputScheme::Once,
+            arch: Arch::Mlp(vec![32]),
+            init: Init::Hyperfan,
+        }
+    }
+
+    /// Another input; several are put side by side.
+    pub fn with_conditioning(mut self, conditioning: impl Into<Vec<Conditioning>>) -> Self {
+        self.conditioning = conditioning.into();
+        self
+    }
+
+    /// Another scheme.
+    pub fn with_scheme(mut self, scheme: OutputScheme) -> Self {
+        self.scheme = scheme;
+        self
+    }
+
+    /// Another architecture.
+    pub fn with_arch(mut self, arch: Arch) -> Self {
+        self.arch = arch;
+        self
+    }
+
+    /// Another way to draw the output layer.
+    pub fn with_init(mut self, init: Init) -> Self {
+        self.init = init;
+        self
+    }
+
+    /// Makes only tensors whose names match one of these patterns, in which `*` stands for anything.
+    pub fn with_predict(mut self, patterns: &[&str]) -> Self {
+        self.predict = patterns.iter().map(ToString::to_string).collect();
+        self
+    }
+
+    /// Draws a hypernetwork that depends on the random stream alone.
+    ///
+    /// # Errors
+    /// When a part of the configuration makes no sense.
+    pub fn draw(&self, cx: &Context, stream: &str) -> Result<HyperNet> {
+        let mut failed = None;
+        let drawn = initialise(&cx.device, &mut cx.rng(stream, 0), |device| match self.init(None, device) {
+            Ok(hyper) => Some(hyper),
+            Err(error) => {
+                failed = Some(error);
+                None
+            }
+        });
+        drawn.ok_or_else(|| failed.unwrap_or_else(|| Error::usage("the hypernetwork cannot be made")))
+    }
+
+    /// The tensors that are made.
+    fn predicted(&self) -> Result<WeightSpec> {
+        self.target.select(&self.predict.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Draws a hypernetwork. The weights of the target that are not made, and with [`Init::Base`] those that are, begin as
+    /// `base [N]`, by default drawn as for the target alone.
+    ///
+    /// # Errors
+    /// When a part of the configuration makes no sense.
+    pub fn init(&self, base: Option<Tensor<1>>, device: &Device) -> Result<HyperNet> {
+        let made = self.predicted()?;
+        let count = made.numel();
+        if self.arch.width() == 0 || matches!(&self.arch, Arch::Mlp(widths) if widths.contains(&0)) {
+            return Err(
+                Error::usage("the generator has a layer of width 0").hint("--hidden must be at least 1")
+            );
+        }
+        let (pieces, sizes) = match self.scheme {
+            OutputScheme::Once => (Pieces { count: 1, embedding: 0 }, vec![count]),
+            OutputScheme::Heads { by_layer } => {
+                (Pieces { count: 1, embedding: 0 }, head_sizes(made.params(), by_layer))
+            }
+            OutputScheme::Component { emb_dim } => {
+                let largest = made.params().iter().map(ParamSpec::len).max().unwrap_or(0);
+                (Pieces { count: made.params().len(), embedding: emb_dim }, vec![largest])
+            }
+            OutputScheme::Chunk { chunk: 0, .. } => {
+                return Err(Error::usage("a chunk must hold at least one number").hint("raise --chunk"));
+            }
+            OutputScheme::Chunk { chunk, emb_dim } => {
+                (Pieces { count: count.div_ceil(chunk), embedding: emb_dim }, vec![chunk])
+            }
+        };
+        let embedded = matches!(self.scheme, OutputScheme::Component { .. } | OutputScheme::Chunk { .. });
+        if embedded && pieces.embedding == 0 {
+            return Err(Error::usage("pieces need embeddings of at least one number").hint("raise --emb-dim"));
+        }
+        let dims: Vec<usize> = self.conditioning.iter().map(Conditioning::dim).collect();
+        let normal = Initializer::Normal { mean: 0.0, std: 1.0 };
+        let base = match base {
+            Some(base) if base.dims()[0] != self.target.numel() => {
+                let message = format!("{} base weights cannot fill {}", base.dims()[0], self.target.numel());
+                return Err(Error::usage(message));
+            }
+            Some(base) => base,
+            None => draw_weights(&self.target, device),
+        };
+        let partial = count < self.target.numel();
+        let mut hyper = HyperNet {
+            conditioner: Conditioner::new(&self.conditioning, device)?,
+            embeddings: embedded.then(|| normal.init([pieces.count, pieces.embedding], device)),
+            generator: Generator::new(&self.arch, &dims, &pieces, device),
+            heads: sizes
+                .iter()
+                .map(|&size| LinearConfig::new(self.arch.width(), size).init(device))
+                .collect(),
+            base: (partial || self.init == Init::Base).then(|| Param::from_tensor(base)),
+            scale: None,
+            made: ranges(&self.target, &made),
+            config: self.clone(),
+        };
+        hyper.draw_output(&made, device)?;
+        Ok(hyper)
+    }
+}
+
+/// Lengths of the output layers: of every tensor, or of all tensors of a layer (`fc1.weight` and `fc1.bias`).
+fn head_sizes(params: &[ParamSpec], by_layer: bool) -> Vec<usize> {
+    let layer =
+        |param: &ParamSpec| param.name.rsplit_once('.').map_or(param.name.clone(), |(layer, _)| layer.into());
+    let groups = params.chunk_by(|a, b| by_layer && layer(a) == layer(b));
+    groups.map(|group| group.iter().map(ParamSpec::len).sum()).collect()
+}
+
+/// Where the tensors of a part lie among those of the whole.
+fn ranges(whole: &WeightSpec, part: &WeightSpec) -> Vec<Range<usize>> {
+    let mut start = 0;
+    let mut ranges = Vec::new();
+    for param in whole.params() {
+        if part.params().contains(param) {
+            ranges.push(start..start + param.len());
+        }
+        start += param.len();
+    }
+    ranges
+}
+
+/// Initial weights of the target alone: variance 2 / fan-in, biases 0, scales of norms 1.
+pub fn draw_weights(spec: &WeightSpec, device: &Device) -> Tensor<1> {
+    let parts = spec.params().iter().map(|param| match param.fan_in() {
+        Some(fan_in) => {
+            let std = (2.0 / fan_in as f64).sqrt();
+            Tensor::random([param.len()], Distribution::Normal(0.0, std), device)
+        }
+        None if is_scale(param) => Tensor::ones([param.len()], device),
+        None => Tensor::zeros([param.len()], device),
+    });
+    Tensor::cat(parts.collect(), 0)
+}
+
+/// Whether a tensor is the scale of a norm.
+fn is_scale(param: &ParamSpec) -> bool {
+    param.shape.len() == 1 && param.name.ends_with("weight")
+}
+
+/// A network that makes the weights of another.
+#[derive(Module, Debug)]
+pub struct HyperNet {
+    /// From conditions to codes.
+    pub conditioner: Conditioner,
+    /// Of the pieces, `[pieces, emb_dim]`
+    pub embeddings: Option<Param<Tensor<2>>>,
+    /// From codes to features of every piece.
+    pub generator: Generator,
+    /// From features to weights.
+    pub heads: Vec<Linear>,
+    /// Weights of the target that are learned directly, `[N]`: added to what is made.
+    pub base: Option<Param<Tensor<1>>>,
+    /// Fixed factors of what is made, `[1, made]`, where the output layer is shared between tensors.
+    #[module(skip)]
+    scale: Option<Tensor<2>>,
+    /// Where among the N numbers those that are made lie.
+    #[module(skip)]
+    made: Vec<Range<usize>>,
+    #[module(skip)]
+    config: HyperNetConfig,
+}
+
+/// Weights of the target, one set for every element of a batch.
+#[derive(Debug, Clone)]
+pub struct Theta {
+    /// `[batch, N]`
+    pub flat: Tensor<2>,
+    spec: WeightSpec,
+}
+
+impl Theta {
+    /// One tensor of the target with the batch before its own axes.
+    ///
+    /// # Errors
+    /// When there is none of that name and rank.
+    pub fn tensor<const D: usize>(&self, name: &str) -> Result<Tensor<D>> {
+        let mut start = 0;
+        for param in self.spec.params() {
+            if param.name == name {
+                let mut shape = vec![self.flat.dims()[0]];
+                shape.extend(&param.shape);
+                let shape: [usize; D] = shape.try_into().map_err(|shape| {
+                    Error::usage(format!("\"{name}\" has the shape {shape:?}, not {D} axes"))
+                })?;
+                return Ok(self.flat.clone().narrow(1, start, param.len()).reshape(shape));
+            }
+            start += param.len();
+        }
+        let names: Vec<&str> = self.spec.params().iter().map(|param| param.name.as_str()).collect();
+        Err(Error::usage(format!("the target has no tensor \"{name}\""))
+            .hint(format!("it has {}", names.join(", "))))
+    }
+
+    /// The weights of one element of the batch, to fill a module with.
+    ///
+    /// # Errors
+    /// Never for an element of the batch.
+    pub fn weights(&self, element: usize) -> Result<Weights> {
+        self.spec.split(self.flat.clone().narrow(0, element, 1).squeeze_dim(0))
+    }
+}
+
+impl HyperNet {
+    /// The configuration it was made with.
+    pub fn config(&self) -> &HyperNetConfig {
+        &self.config
+    }
+
+    /// N, the number of the target's weights.
+    pub fn target_len(&self) -> usize {
+        self.config.target.numel()
+    }
+
+    /// The target's weights for every element of a batch of conditions.
+    ///
+    /// # Errors
+    /// When the condition does not fit the conditioning.
+    pub fn generate(&self, condition: &Condition) -> Result<Theta> {
+        let code = self.conditioner.encode(condition)?;
+        let features = self.generator.forward(&code, self.pieces());
+        let made = self.outputs(features);
+        let batch = made.dims()[0];
+        let made = match &self.scale {
+            None => made,
+            Some(scale) => made * scale.clone(),
+        };
+        let flat = match &self.base {
+            None => made,
+            Some(base) => self.spread(made) + base.val().unsqueeze::<2>().expand([batch, self.target_len()]),
+        };
+        Ok(Theta { flat, spec: self.config.target.clone() })
+    }
+
+    /// Embeddings of the pieces: before C for chunks, after it for tensors.
+    fn pieces(&self) -> Option<Embeddings> {
+        let embeddings = self.embeddings.as_ref()?.val();
+        Some(match self.config.scheme {
+            OutputScheme::Component { .. } => Embeddings::After(embeddings),
+            _ => Embeddings::Before(embeddings),
+        })
+    }
+
+    /// Features `[batch, pieces, width]` to the numbers that are made, `[batch, made]`.
+    fn outputs(&self, features: Tensor<3>) -> Tensor<2> {
+        let batch = features.dims()[0];
+        let count: usize = self.made.iter().map(Range::len).sum();
+        match self.config.scheme {
+            OutputScheme::Once | OutputScheme::Heads { .. } => {
+                let features = features.squeeze_dim::<2>(1);
+                Tensor::cat(self.heads.iter().map(|head| head.forward(features.clone())).collect(), 1)
+            }
+            OutputScheme::Component { .. } => {
+                let x = self.heads[0].forward(features); // [batch, tensors, largest]
+                let crop = |(number, range): (usize, &Range<usize>)| {
+                    x.clone().narrow(1, number, 1).narrow(2, 0, range.len()).squeeze_dim::<2>(1)
+                };
+                Tensor::cat(self.made.iter().enumerate().map(crop).collect(), 1)
+            }
+            OutputScheme::Chunk { .. } => {
+                let x = self.heads[0].forward(features); // [batch, chunks, chunk]
+                x.reshape([batch as isize, -1]).narrow(1, 0, count)
+            }
+        }
+    }
+
+    /// Puts the numbers that are made at their places, with zeros between them: `[batch, N]`.
+    fn spread(&self, made: Tensor<2>) -> Tensor<2> {
+        let batch = made.dims()[0];
+        let device = made.device();
+        let (mut parts, mut at, mut taken) = (Vec::new(), 0, 0);
+        for range in &self.made {
+            if range.start > at {
+                parts.push(Tensor::zeros([batch, range.start - at], &device));
+            }
+            parts.push(made.clone().narrow(1, taken, range.len()));
+            (at, taken) = (range.end, taken + range.len());
+        }
+        if at < self.target_len() {
+            parts.push(Tensor::zeros([batch, self.target_len() - at], &device));
+        }
+        Tensor::cat(parts, 1)
+    }
+
+    /// Draws the output layers. Hyperfan-in measures how large the features are on codes drawn at random, where Chang et
+    /// al. assume it.
+    fn draw_output(&mut self, made: &WeightSpec, device: &Device) -> Result<()> {
+        let width = self.config.arch.width() as f64;
+        let std = match self.config.init {
+            Init::Hyperfan => (width * self.mean_square_feature(device)?).sqrt().recip(),
+            Init::Kaiming => (2.0 / width).sqrt(),
+            Init::Small | Init::Base => 0.1 * (2.0 / width).sqrt(),
+        };
+        for head in &mut self.heads {
+            let [inputs, outputs] = head.weight.val().dims();
+            let weight = Tensor::random([inputs, outputs], Distribution::Normal(0.0, std), device);
+            head.weight = Param::from_tensor(weight);
+            head.bias = Some(Param::from_tensor(Tensor::zeros([outputs], device)));
+        }
+        if self.config.init != Init::Hyperfan {
+            return Ok(());
+        }
+        let shared = self.embeddings.is_some();
+        let least = made.params().iter().filter_map(ParamSpec::fan_in).max().unwrap_or(1);
+        let factor = |param: &ParamSpec| match param.fan_in() {
+            Some(fan_in) => (2.0 / fan_in as f64).sqrt(),
+            None if shared => SHARED_BIAS * (2.0 / least as f64).sqrt(),
+            None => 0.0,
+        };
+        let scale: Vec<f32> = made
+            .params()
+            .iter()
+            .flat_map(|param| std::iter::repeat_n(factor(param) as f32, param.len()))
+            .collect();
+        if shared {
+            let count = scale.len();
+            self.scale = Some(Tensor::from_data(TensorData::new(scale, [1, count]), device));
+            return Ok(());
+        }
+        let mut start = 0;
+        for head in &mut self.heads {
+            let [inputs, outputs] = head.weight.val().dims();
+            let scale = TensorData::new(scale[start..start + outputs].to_vec(), [1, outputs]);
+            let weight = head.weight.val() * Tensor::<2>::from_data(scale, device).expand([inputs, outputs]);
+            head.weight = Param::from_tensor(weight);
+            start += outputs;
+        }
+        Ok(())
+    }
+
+    /// The mean square of a feature over codes drawn from N(0, 1), or over the tasks' own.
+    fn mean_square_feature(&self, device: &Device) -> Result<f64> {
+        let normal = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), device);
+        let mut condition = Condition::default();
+        for part in &self.config.conditioning {
+            match *part {
+                Conditioning::Task { tasks, .. } => {
+                    condition.tasks = Some((0..PROBES).map(|probe| probe % tasks).collect());
+                }
+                Conditioning::Data { inputs, .. } => {
+                    condition.support = Some(normal([PROBES, inputs]).unsqueeze_dim(1));
+                }
+                Conditioning::Noise { dim } => condition.noise = Some(normal([PROBES, dim])),
+                Conditioning::Given { dim } => condition.given = Some(normal([PROBES, dim])),
+            }
+        }
+        let code = self.conditioner.encode(&condition)?;
+        let features = self.generator.forward(&code, self.pieces());
+        let square: f32 = features.square().mean().into_scalar();
+        Ok(f64::from(square).max(1e-6))
+    }
+
+    /// Adds one more task; its vector begins as the mean of the others.
+    ///
+    /// # Errors
+    /// When the hypernetwork is not conditioned on tasks.
+    pub fn add_task(mut self) -> Result<Self> {
+        self.conditioner = self.conditioner.add_task()?;
+        for part in &mut self.config.conditioning {
+            if let Conditioning::Task { tasks, .. } = part {
+                *tasks += 1;
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// Keeps the weights of earlier tasks as they are (von Oswald et al., arXiv 1906.00695, Eq. (2)).
+#[derive(Debug, Clone)]
+pub struct OutputRegularizer {
+    /// Weights of tasks `0..k` before a new one is learned, `[k, N]`
+    pub old: Tensor<2>,
+}
+
+impl OutputRegularizer {
+    /// Remembers what a hypernetwork makes for the first `tasks` tasks.
+    ///
+    /// # Errors
+    /// When it has fewer tasks.
+    pub fn snapshot(hyper: &HyperNet, tasks: usize) -> Result<Self> {
+        Ok(Self { old: hyper.generate(&Condition::tasks((0..tasks).collect::<Vec<_>>()))?.flat.detach() })
+    }
+
+    /// The mean over tasks of `‖H(e_k) - H*(e_k*)‖²`.
+    ///
+    /// # Errors
+    /// When the hypernetwork has fewer tasks.
+    pub fn value(&self, hyper: &HyperNet) -> Result<Tensor<1>> {
+        let tasks = self.old.dims()[0];
+        let now = hyper.generate(&Condition::tasks((0..tasks).collect::<Vec<_>>()))?.flat;
+        Ok((now - self.old.clone()).square().sum() / tasks as f64)
+    }
+}
