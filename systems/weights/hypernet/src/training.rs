@@ -216,7 +216,7 @@ pub fn fit_best<M: Module>(
         clip_norm: 1.0,
         eval_every: fit.validate_every,
         checkpoint_every: 0,
-        patience: None,
+        ..TrainConfig::default()
     };
     let trained = train(model, &mut Closure { loss, validate }, &config, None, false, cx)?;
     match trained.outcome {
