@@ -22,6 +22,9 @@ use crate::table::{Sizes, table};
 use crate::target::Target;
 use crate::training::{Fit, Labelled, accuracy, cross_entropy, fit, likeliest, normals};
 
+/// The command whose runs a model folder keeps.
+const TRAIN: &str = "hypernet train";
+
 /// `kiln hypernet …`
 #[derive(Debug, Parser)]
 #[command(name = "hypernet", about = "Networks that make the weights of networks")]
@@ -514,8 +517,8 @@ impl Command {
 
 fn run_train(args: &TrainArgs, cx: &Context) -> Result<()> {
     let run = match (&args.resume, &args.out) {
-        (Some(folder), _) => TrainRun::resume(KIND, folder, args.steps)?,
-        (None, Some(out)) => TrainRun::begin(KIND, out, args.steps.unwrap_or(2000), args.recipe.clone(), cx),
+        (Some(folder), _) => TrainRun::resume(TRAIN, folder, args.steps)?,
+        (None, Some(out)) => TrainRun::begin(TRAIN, out, args.steps.unwrap_or(2000), args.recipe.clone(), cx),
         (None, None) => return Err(Error::usage("--out or --resume is needed")),
     };
     let cx = &run.context(cx);

@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use kiln_core::{Context, Error, HostTensor, OutputMode, Result, Scale, System, TensorFile};
+use kiln_core::testing::Desk;
+use kiln_core::{HostTensor, Scale, System, TensorFile};
 use kiln_data::write_npz;
 use kiln_hypernet::Hypernet;
 use serde_json::Value;
@@ -12,68 +13,27 @@ use serde_json::Value;
 /// Options of a model that trains in milliseconds.
 const TINY: &str = "--target mlp:2-4-2 --hidden 6 --emb-dim 3 --chunk 8 --steps 6 --batch 8 --eval-every 3";
 
-/// A folder for the files of one test, and a context that keeps what is printed.
-struct Desk {
-    folder: tempfile::TempDir,
-    cx: Context,
+fn desk() -> Desk {
+    Desk::new(&Hypernet)
 }
 
-impl Desk {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let cx = Context { output: OutputMode::Json, ..Context::for_tests(folder.path()) };
-        Self { folder, cx }
+/// A desk with `rows.csv`: two features, a task, a dose and a class.
+fn desk_with_rows() -> Desk {
+    let desk = desk();
+    let mut text = "a,b,writer,dose,label\n".to_string();
+    for i in 0..40 {
+        let (a, b) = (f64::from(i % 7) - 3.0, f64::from(i % 5) - 2.0);
+        let writer = ["anna", "ben"][i as usize % 2];
+        let label = ["no", "yes"][usize::from(if writer == "anna" { a > 0.0 } else { b > 0.0 })];
+        text += &format!("{a},{b},{writer},{}.5,{label}\n", i % 3);
     }
-
-    /// A desk with `rows.csv`: two features, a task, a dose and a class.
-    fn with_rows() -> Self {
-        let desk = Self::new();
-        let mut text = "a,b,writer,dose,label\n".to_string();
-        for i in 0..40 {
-            let (a, b) = (f64::from(i % 7) - 3.0, f64::from(i % 5) - 2.0);
-            let writer = ["anna", "ben"][i as usize % 2];
-            let label = ["no", "yes"][usize::from(if writer == "anna" { a > 0.0 } else { b > 0.0 })];
-            text += &format!("{a},{b},{writer},{}.5,{label}\n", i % 3);
-        }
-        desk.write("rows.csv", &text);
-        desk
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.path(name), text).unwrap();
-    }
-
-    /// Runs a verb; in `line`, `@` stands for this folder.
-    fn run(&self, line: &str) -> Result<()> {
-        let here = format!("{}/", self.folder.path().display());
-        let words = line.split_whitespace().map(|word| word.replace('@', &here));
-        let arguments = std::iter::once("hypernet".to_string()).chain(words);
-        let matches =
-            Hypernet.command().try_get_matches_from(arguments).map_err(|e| Error::usage(e.to_string()))?;
-        Hypernet.execute(&matches, &self.cx)
-    }
-
-    /// What a verb prints.
-    fn json(&self, line: &str) -> Value {
-        self.run(line).unwrap();
-        serde_json::from_str(&self.cx.take_printed()).unwrap()
-    }
-
-    /// Checks that a verb refuses with these words, in its message or its hint.
-    fn assert_refused(&self, line: &str, words: &str) {
-        let error = self.run(line).unwrap_err();
-        let refusal = format!("{error}; {}", error.hint_text().unwrap_or("no hint"));
-        assert!(refusal.contains(words), "`{line}` gave: {refusal}");
-    }
+    desk.write("rows.csv", text);
+    desk
 }
 
 #[test]
 fn the_golden_file_gives_the_golden_weights() {
-    let desk = Desk::new();
+    let desk = desk();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/hypernet_outputs.safetensors");
     let result = desk.json(&format!("forward --weights {} --to @theta.safetensors", golden.display()));
     assert_eq!(result["tensors"].as_array().unwrap().len(), 6);
@@ -90,7 +50,7 @@ fn the_golden_file_gives_the_golden_weights() {
 
 #[test]
 fn every_conditioning_trains_predicts_and_scores() {
-    let desk = Desk::with_rows();
+    let desk = desk_with_rows();
     for (name, options, columns) in [
         ("task", "--cond task --task-col writer", 6),
         ("noise", "--cond noise --scheme once", 6),
@@ -135,7 +95,7 @@ fn every_conditioning_trains_predicts_and_scores() {
 
 #[test]
 fn a_resumed_run_ends_as_one_that_was_never_interrupted() {
-    let desk = Desk::with_rows();
+    let desk = desk_with_rows();
     let options = format!("--data @rows.csv --cond task,given --task-col writer --cond-cols dose {TINY}");
     desk.json(&format!("train {options} --out @whole"));
     desk.cx.interrupted.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -149,7 +109,7 @@ fn a_resumed_run_ends_as_one_that_was_never_interrupted() {
 
 #[test]
 fn a_new_task_is_learned_and_the_others_are_kept() {
-    let desk = Desk::with_rows();
+    let desk = desk_with_rows();
     desk.json(&format!(
         "train --data @rows.csv --cond task,given --task-col writer --cond-cols dose {TINY} --out @m"
     ));
@@ -172,7 +132,7 @@ fn a_new_task_is_learned_and_the_others_are_kept() {
 
 #[test]
 fn applications_run_on_tables_of_ones_own() {
-    let desk = Desk::with_rows();
+    let desk = desk_with_rows();
     let found = desk.json("app continual --data @rows.csv --task-col writer --steps-per-task 2 --out @plots");
     assert_eq!(found["findings"][0]["table"]["rows"].as_array().unwrap().len(), 5);
     assert!(desk.path("plots/continual-learning.svg").exists());
@@ -212,7 +172,7 @@ fn applications_run_on_tables_of_ones_own() {
 
 #[test]
 fn all_cells_of_the_table_can_be_made_and_advice_is_given() {
-    let desk = Desk::new();
+    let desk = desk();
     let table = desk.json("table --target mlp:6-5-3 --hidden 4 --out @cells.csv");
     assert_eq!(table["rows"].as_array().unwrap().len(), 64);
     assert_eq!(fs::read_to_string(desk.path("cells.csv")).unwrap().lines().count(), 65);
@@ -229,7 +189,7 @@ fn all_cells_of_the_table_can_be_made_and_advice_is_given() {
 
 #[test]
 fn data_that_cannot_be_used_are_named_with_their_row() {
-    let desk = Desk::with_rows();
+    let desk = desk_with_rows();
     desk.write("nan.csv", "a,b,task,label\n1,2,x,0\n1,nan,x,1\n");
     desk.write("one.csv", "a,b,task,label\n1,2,x,0\n1,2,x,0\n");
     desk.write("empty.csv", "a,b,task,label\n");
@@ -284,7 +244,7 @@ fn data_that_cannot_be_used_are_named_with_their_row() {
 
 #[test]
 fn an_npz_file_is_read_like_a_table() {
-    let desk = Desk::new();
+    let desk = desk();
     let mut file = TensorFile::new();
     file.insert(
         "x",
@@ -306,7 +266,7 @@ fn an_npz_file_is_read_like_a_table() {
 
 #[test]
 fn the_experiment_reports_every_claim_and_a_model_is_captured() {
-    let desk = Desk::with_rows();
+    let desk = desk_with_rows();
     let report = Hypernet.experiment(Scale::Smoke, &desk.cx).unwrap();
     assert_eq!(report.claims.len(), 13);
     assert_eq!(report.tables.len(), 10);
