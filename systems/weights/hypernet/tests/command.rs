@@ -72,7 +72,7 @@ fn every_conditioning_trains_predicts_and_scores() {
             kept.collect::<Vec<_>>().join(",")
         };
         let rows: Vec<String> = table.lines().map(line).collect();
-        desk.write(&format!("{name}.csv"), &rows.join("\n"));
+        desk.write(&format!("{name}.csv"), rows.join("\n"));
         let result = desk.json(&format!("train --data @{name}.csv {options} {TINY} --out @{name}"));
         assert_eq!(result["steps"], 6, "{name}");
         let score = desk.json(&format!("eval --model @{name} --data @{name}.csv --samples 3"));
@@ -120,7 +120,7 @@ fn a_new_task_is_learned_and_the_others_are_kept() {
         TINY.trim_start_matches("--target mlp:2-4-2")
     ));
     desk.assert_refused("add-task --model @t --data @rows.csv --out @n", "holds 0 new tasks");
-    desk.write("more.csv", &table.replace("anna", "cleo"));
+    desk.write("more.csv", table.replace("anna", "cleo"));
     let strong = desk.json("add-task --model @t --data @more.csv --beta 1000 --steps 20 --out @strong");
     assert_eq!((&strong["task"], &strong["rows"]), (&Value::from("cleo"), &Value::from(20)));
     let weak = desk.json("add-task --model @t --data @more.csv --beta 0 --steps 20 --out @weak");
@@ -151,7 +151,7 @@ fn applications_run_on_tables_of_ones_own() {
         "app causal --data @trial.csv --treatment age --outcome days",
         "row 3: the treatment \"age\" is 2",
     );
-    desk.write("arm.csv", &text.replace("\n1,", "\n0,"));
+    desk.write("arm.csv", text.replace("\n1,", "\n0,"));
     desk.assert_refused(
         "app causal --data @arm.csv --treatment drug --outcome days",
         "60 untreated and 0 treated",
