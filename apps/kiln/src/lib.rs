@@ -4,6 +4,7 @@ pub use kiln_compiler as compiler;
 pub use kiln_core as core;
 pub use kiln_data as data;
 pub use kiln_gla as gla;
+pub use kiln_http as http;
 pub use kiln_hypernet as hypernet;
 pub use kiln_kronecker_attention as kronecker_attention;
 pub use kiln_mip as mip;

@@ -7,6 +7,7 @@
 //! Refusals are `{"error": {"message": …, "type": …}}` with a fitting status.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::net::TcpListener;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -14,8 +15,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{self, Poll};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{fmt, thread};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
@@ -25,13 +25,13 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http_body::Frame;
-use kiln_core::{Context, Error, ErrorKind, Result, random_stream};
+use kiln_core::{Context, Error, Result, random_stream};
 use kiln_data::StoppedText;
 use kiln_nn::{LanguageModel, Sampling, generate};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{Semaphore, oneshot};
 
 use crate::checkpoint::{self, Trained};
 
@@ -41,21 +41,12 @@ const MAX_BODY: usize = 1 << 20;
 const MAX_TOKENS: usize = 65_536;
 /// Tokens of a completion when the request does not say, as in OpenAI's interface.
 const DEFAULT_MAX_TOKENS: usize = 16;
-/// How often the main thread looks whether to stop.
-const POLL: Duration = Duration::from_millis(100);
-/// How long requests under way may take after that.
-const GRACE: Duration = Duration::from_secs(5);
-
 /// Serves the model of a folder on `host` and `port` (0: any that is free) until Ctrl-C.
 ///
 /// # Errors
 /// When the address is taken or the model cannot be opened.
 pub fn serve(model: &Path, host: &str, port: u16, cx: &Context) -> Result<()> {
-    let listener = TcpListener::bind((host, port)).map_err(|e| {
-        Error::io("listen on", format!("{host}:{port}"))(e)
-            .hint("choose another --port (0 takes any that is free) or --host")
-    })?;
-    serve_on(listener, model, cx)
+    serve_on(kiln_http::listen(host, port)?, model, cx)
 }
 
 /// As [`serve`], on a socket that listens already.
@@ -64,33 +55,7 @@ pub fn serve(model: &Path, host: &str, port: u16, cx: &Context) -> Result<()> {
 /// When the model cannot be opened or the operating system gives no threads.
 pub fn serve_on(listener: TcpListener, model: &Path, cx: &Context) -> Result<()> {
     let router = router(Server::open(model, cx)?);
-    let address = listener.local_addr().map_err(Error::io("find out", "the server's address"))?;
-    listener.set_nonblocking(true).map_err(Error::io("listen on", address.to_string()))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(Error::io("start", "the server's threads"))?;
-    let (stop, stopped) = oneshot::channel::<()>();
-    let serving = runtime.spawn(async move {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        // Dropping the sender ends the waiting, too.
-        axum::serve(listener, router).with_graceful_shutdown(async { drop(stopped.await) }).await
-    });
-    cx.note(format!("listening on http://{address}"));
-    while !cx.interrupted() && !serving.is_finished() {
-        thread::sleep(POLL);
-    }
-    drop(stop);
-    let asked = Instant::now();
-    while !serving.is_finished() && asked.elapsed() < GRACE {
-        thread::sleep(POLL / 10);
-    }
-    let served = if serving.is_finished() { runtime.block_on(serving) } else { Ok(Ok(())) };
-    runtime.shutdown_timeout(GRACE);
-    served
-        .map_err(|e| Error::work("the server has failed").caused_by(e))?
-        .map_err(Error::io("serve on", address.to_string()))
+    kiln_http::serve(listener, router, |address| format!("listening on {address}"), cx)
 }
 
 fn router(server: Server) -> Router {
@@ -404,11 +369,7 @@ impl IntoResponse for Refusal {
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        let status = match error.kind() {
-            ErrorKind::Usage | ErrorKind::Input => StatusCode::BAD_REQUEST,
-            ErrorKind::Io | ErrorKind::Work | ErrorKind::Interrupted => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self::new(status, error)
+        Self::new(kiln_http::status(&error), error)
     }
 }
 

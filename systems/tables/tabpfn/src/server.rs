@@ -10,10 +10,9 @@
 //! Tables are text as in a CSV file. Refusals are `{"error": {"message": …, "hint": …}}` with a fitting status. Nothing is
 //! kept between requests.
 
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::TcpListener;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -23,12 +22,12 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use kiln_core::{Context, Error, ErrorKind, OutputMode, Result};
+use kiln_core::{Context, Error, OutputMode, Result};
 use kiln_data::{Cells, Column, Matrix, Table, TableOptions};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 
 use crate::boundary::Boundary;
 use crate::classifier::{ClassifierOptions, TabPfnClassifier};
@@ -38,11 +37,6 @@ use crate::network::TabPfn;
 const PAGE: &str = include_str!("page.html");
 /// Largest body of a request, in bytes.
 const MAX_BODY: usize = 8 << 20;
-/// How often the main thread looks whether to stop.
-const POLL: Duration = Duration::from_millis(100);
-/// How long requests under way may take after that.
-const GRACE: Duration = Duration::from_secs(5);
-
 /// The network and what its requests share.
 pub struct Server {
     network: TabPfn,
@@ -161,11 +155,7 @@ fn parse(text: &str) -> Result<Table> {
 /// # Errors
 /// When the port is taken or the operating system gives no threads.
 pub fn serve(server: Server, port: u16, cx: &Context) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|e| {
-        Error::io("listen on", format!("127.0.0.1:{port}"))(e)
-            .hint("choose another --port; 0 takes any that is free")
-    })?;
-    serve_on(listener, server, cx)
+    serve_on(kiln_http::listen("127.0.0.1", port)?, server, cx)
 }
 
 /// As [`serve`], on a socket that listens already.
@@ -173,34 +163,8 @@ pub fn serve(server: Server, port: u16, cx: &Context) -> Result<()> {
 /// # Errors
 /// When the operating system gives no threads.
 pub fn serve_on(listener: TcpListener, server: Server, cx: &Context) -> Result<()> {
-    let address = listener.local_addr().map_err(Error::io("find out", "the server's address"))?;
-    listener.set_nonblocking(true).map_err(Error::io("listen on", address.to_string()))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(Error::io("start", "the server's threads"))?;
-    let (stop, stopped) = oneshot::channel::<()>();
-    let router = router(server);
-    let serving = runtime.spawn(async move {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        // Dropping the sender ends the waiting, too.
-        axum::serve(listener, router).with_graceful_shutdown(async { drop(stopped.await) }).await
-    });
-    cx.note(format!("open http://{address} in a browser; Ctrl-C ends"));
-    while !cx.interrupted() && !serving.is_finished() {
-        thread::sleep(POLL);
-    }
-    drop(stop);
-    let asked = Instant::now();
-    while !serving.is_finished() && asked.elapsed() < GRACE {
-        thread::sleep(POLL / 10);
-    }
-    let served = if serving.is_finished() { runtime.block_on(serving) } else { Ok(Ok(())) };
-    runtime.shutdown_timeout(GRACE);
-    served
-        .map_err(|e| Error::work("the server has failed").caused_by(e))?
-        .map_err(Error::io("serve on", address.to_string()))
+    let announcement = |address: &str| format!("open {address} in a browser; Ctrl-C ends");
+    kiln_http::serve(listener, router(server), announcement, cx)
 }
 
 fn router(server: Server) -> Router {
@@ -329,10 +293,7 @@ impl IntoResponse for Refusal {
 
 impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
-        let status = match error.kind() {
-            ErrorKind::Usage | ErrorKind::Input => StatusCode::BAD_REQUEST,
-            ErrorKind::Io | ErrorKind::Work | ErrorKind::Interrupted => StatusCode::INTERNAL_SERVER_ERROR,
-        };
+        let status = kiln_http::status(&error);
         Self { status, message: error.to_string(), hint: error.hint_text().map(Into::into) }
     }
 }

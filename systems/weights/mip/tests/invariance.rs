@@ -43,6 +43,9 @@ impl Net {
     }
 }
 
+/// Where a parameter stands in a model.
+type Place = fn(&mut MipHyper<Net>) -> &mut Param<Tensor<2>>;
+
 fn model(config: &MipConfig) -> MipHyper<Net> {
     config.draw(Net::new(), &mut random_stream(0, "hyper", 0), &Device::flex()).unwrap()
 }
@@ -116,7 +119,7 @@ fn gradients_of_the_hypernetwork_and_of_the_own_weights_are_slopes() {
         let drawn = model(&MipConfig::new(1).with_hidden(&[6]).with_parametrisation(parametrisation));
         let trained = drawn.clone().train();
         let gradients = objective(&trained).backward();
-        let places: [fn(&mut MipHyper<Net>) -> &mut Param<Tensor<2>>; 4] = [
+        let places: [Place; 4] = [
             |m| &mut m.hyper.hidden[0].weight,
             |m| &mut m.hyper.output.weight,
             |m| &mut m.base.fc.weight,
