@@ -16,7 +16,7 @@ const TINY: &str = "--dim 8 --layers 1 --z-dim 4 --h-dim 8 --ffn-dim 8 --kernel 
 #[test]
 fn a_language_model_is_trained_resumed_scored_and_continued() {
     let desk = Desk::new(&Tcnca);
-    desk.write("a.txt", &"to be or not to be. ".repeat(40));
+    desk.write("a.txt", "to be or not to be. ".repeat(40));
     let trained = desk.json(&format!("train --task lm --text @a.txt --seq-len 16 {TINY} --out @m"));
     assert_eq!(trained["steps"], 4);
     assert!(trained["test"]["bits_per_byte"].as_f64().unwrap() > 0.0, "{trained}");
@@ -60,19 +60,16 @@ fn every_format_of_sequences_is_trained_on_predicted_and_scored() {
     let rows = |line: fn(usize) -> String| (0..24).map(line).collect::<String>();
     desk.write(
         "t.csv",
-        &format!(
+        format!(
             "text,label\n{}",
             rows(|i| format!("\"word {}\",{}\n", "ab".repeat(i % 5 + 1), ["no", "yes"][i % 2]))
         ),
     );
-    desk.write("n.csv", &format!("a,b,c,label\n{}", rows(|i| format!("{i},{},1,{}\n", i * i, i % 3))));
-    desk.write(
-        "k.jsonl",
-        &rows(|i| format!("{{\"tokens\": [{}, 7, \"x\"], \"label\": {}}}\n", i % 4, i % 2)),
-    );
+    desk.write("n.csv", format!("a,b,c,label\n{}", rows(|i| format!("{i},{},1,{}\n", i * i, i % 3))));
+    desk.write("k.jsonl", rows(|i| format!("{{\"tokens\": [{}, 7, \"x\"], \"label\": {}}}\n", i % 4, i % 2)));
     desk.write(
         "v.jsonl",
-        &rows(|i| format!("{{\"values\": [[{i}, 1.5], [0, 2]], \"label\": \"c{}\"}}\n", i % 2)),
+        rows(|i| format!("{{\"values\": [[{i}, 1.5], [0, 2]], \"label\": \"c{}\"}}\n", i % 2)),
     );
     let mut arrays = TensorFile::new();
     let values: Vec<f32> = (0..24 * 10).map(|i| (i as f32).sin()).collect();
@@ -164,7 +161,7 @@ fn plans_timings_and_operators_run_on_their_own() {
 fn bad_input_is_named_and_leaves_nothing_behind() {
     let desk = Desk::new(&Tcnca);
     desk.write("short.txt", "too short");
-    desk.write("text.txt", &"some text. ".repeat(50));
+    desk.write("text.txt", "some text. ".repeat(50));
     desk.write("empty.csv", "text,label\n\"\",a\nb,b\n");
     desk.write("words.csv", "other,label\nx,a\ny,b\n");
     desk.write("unlabelled.csv", "text,label\nx,a\ny,\n");
@@ -172,7 +169,7 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     desk.write("same.csv", "text,label\nx,a\ny,a\n");
     desk.write("broken.jsonl", "{\"text\": \"x\", \"label\": 1}\n{\"text\": ");
     desk.write("uneven.jsonl", "{\"values\": [[1, 2], [3]], \"label\": 1}\n");
-    desk.write("good.csv", &format!("text,label\n{}", "abc,no\nde,yes\n".repeat(6)));
+    desk.write("good.csv", format!("text,label\n{}", "abc,no\nde,yes\n".repeat(6)));
     let train = |options: &str| format!("train --task classify {TINY} --out @x {options}");
     for (line, words) in [
         (
@@ -234,10 +231,10 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
     desk.assert_refused("logits --model @c --text @text.txt --out @l.npz", "is a classifier");
     desk.assert_refused(&train("--data @good.csv").replace("@x", "@c"), "already holds a training run");
     let config = fs::read_to_string(desk.path("c/config.json")).unwrap();
-    desk.write("c/config.json", &config.replace("\"classes\": 2", "\"classes\": 5"));
+    desk.write("c/config.json", config.replace("\"classes\": 2", "\"classes\": 5"));
     desk.assert_refused("eval --model @c --data @good.csv", "do not fit together");
-    desk.write("c/config.json", &config.replace("\"layers\": 1", "\"layers\": 2"));
+    desk.write("c/config.json", config.replace("\"layers\": 1", "\"layers\": 2"));
     desk.assert_refused("eval --model @c --data @good.csv", "layers.1");
-    desk.write("c/config.json", &config.replace("\"kernel\": 3", "\"kernel\": 9999999999999"));
+    desk.write("c/config.json", config.replace("\"kernel\": 3", "\"kernel\": 9999999999999"));
     desk.assert_refused("eval --model @c --data @good.csv", "config.json");
 }
