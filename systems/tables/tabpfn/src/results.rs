@@ -29,6 +29,10 @@ pub struct Summary {
     pub mean_auc: f64,
     /// Mean accuracy.
     pub mean_accuracy: f64,
+    /// Mean negative log-likelihood of a row, in nats.
+    pub mean_log_loss: f64,
+    /// Mean expected calibration error.
+    pub mean_calibration_error: f64,
     /// Mean rank by area among the methods, 1 the best.
     pub mean_rank: f64,
     /// Tables on which no other method has a larger area.
@@ -56,6 +60,8 @@ pub fn summaries(results: &[TableOutcome]) -> Vec<Summary> {
             method: results[0].outcomes[method].method.clone(),
             mean_auc: mean(&|o| o.mean.roc_auc),
             mean_accuracy: mean(&|o| o.mean.accuracy),
+            mean_log_loss: mean(&|o| o.mean.log_loss),
+            mean_calibration_error: mean(&|o| o.mean.calibration_error),
             mean_rank: ranks.iter().map(|ranks| ranks[method]).sum::<f64>() / results.len() as f64,
             wins: results.iter().filter(|result| best(result)).count(),
             mean_seconds: mean(&|o| o.seconds),
@@ -68,13 +74,24 @@ pub fn summaries(results: &[TableOutcome]) -> Vec<Summary> {
 pub fn summary_listing(results: &[TableOutcome]) -> Listing {
     let mut listing = Listing::new(
         format!("Means over {} tables", results.len()),
-        &["method", "ROC AUC", "accuracy", "rank by AUC", "wins", "seconds a table"],
+        &[
+            "method",
+            "ROC AUC",
+            "log-loss",
+            "accuracy",
+            "calibration error",
+            "rank by AUC",
+            "wins",
+            "seconds a table",
+        ],
     );
     for summary in summaries(results) {
         listing.row([
             summary.method,
             format!("{:.4}", summary.mean_auc),
+            format!("{:.4}", summary.mean_log_loss),
             format!("{:.4}", summary.mean_accuracy),
+            format!("{:.4}", summary.mean_calibration_error),
             format!("{:.2}", summary.mean_rank),
             summary.wins.to_string(),
             format!("{:.3}", summary.mean_seconds),
