@@ -4,17 +4,22 @@
 //! loss is the expected surprise of the posterior predictive distribution: the lower it is, the closer the network is
 //! to Bayesian inference under the prior.
 
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use kiln_core::{Context, Error, Result};
+use kiln_core::{Context, Error, OutputMode, Result, write_atomic};
 use kiln_nn::Task;
 use kiln_ops::{CrossEntropyOptions, cross_entropy};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::classifier::ClassifierOptions;
+use crate::evaluate::{Labelled, Method, Protocol, evaluate};
+use crate::examples;
+use crate::metrics::Scores;
 use crate::network::{TabPfn, TabPfnConfig};
 use crate::prior::{DataSet, Extents, PriorBag};
 
@@ -127,12 +132,23 @@ pub struct PriorFitting {
     network: TabPfnConfig,
     cx: Context,
     ahead: Option<(usize, Receiver<Result<Batch>>)>,
+    watched: Option<RealTables>,
 }
 
 impl PriorFitting {
     /// A run before its first step.
     pub fn new(fit: FitConfig, network: TabPfnConfig, cx: &Context) -> Self {
-        Self { fit, network, cx: cx.clone(), ahead: None }
+        Self { fit, network, cx: cx.clone(), ahead: None, watched: None }
+    }
+
+    /// Also predicts the tables that come with Kiln at every validation, and writes how well into a CSV file: what no step
+    /// has learned from.
+    ///
+    /// # Errors
+    /// When a file from an earlier part of the run is malformed.
+    pub fn watching(mut self, path: PathBuf) -> Result<Self> {
+        self.watched = Some(RealTables::new(path)?);
+        Ok(self)
     }
 
     /// The batch of a step, which is ready when steps are asked for one after the other.
@@ -171,12 +187,75 @@ impl Task<TabPfn> for PriorFitting {
             sum += f64::from(loss.into_scalar::<f32>()) * rows as f64;
             count += rows;
         }
+        let steps = self.ahead.as_ref().map_or(0, |(next, _)| *next);
+        if let Some(watched) = &mut self.watched {
+            watched.score(model, steps, &self.cx)?;
+        }
         Ok(sum / count as f64)
     }
 
     fn settings(&self) -> Map<String, Value> {
         let value = serde_json::json!({ "network": self.network, "prior": self.fit });
         value.as_object().cloned().unwrap_or_default()
+    }
+}
+
+/// Real tables, and how well each was predicted after how many steps.
+struct RealTables {
+    path: PathBuf,
+    tables: Vec<Labelled>,
+    lines: Vec<WatchLine>,
+}
+
+/// A line of the file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct WatchLine {
+    /// Steps done.
+    step: usize,
+    /// The table.
+    table: String,
+    /// Share of the rows whose class is right.
+    accuracy: f64,
+    /// One class against one.
+    roc_auc: f64,
+}
+
+impl RealTables {
+    fn new(path: PathBuf) -> Result<Self> {
+        let malformed =
+            |e: csv::Error| Error::input(path.display(), "is not the file that this run wrote").caused_by(e);
+        let lines = match path.exists() {
+            true => csv::Reader::from_path(&path).map_err(malformed)?.deserialize().collect::<Result<_, _>>(),
+            false => Ok(Vec::new()),
+        };
+        let lines = lines.map_err(malformed)?;
+        let table = |name| Labelled::new(name, examples::table(name)?, examples::TARGET);
+        Ok(Self { tables: examples::names().map(table).collect::<Result<_>>()?, lines, path })
+    }
+
+    /// Predicts one half of every table from the other with two members.
+    fn score(&mut self, model: &TabPfn, step: usize, cx: &Context) -> Result<()> {
+        // A resumed run repeats what came after its checkpoint.
+        self.lines.retain(|line| line.step < step);
+        let options = ClassifierOptions {
+            members: Some(2),
+            allow_large: true,
+            many_class: true,
+            ..ClassifierOptions::default()
+        };
+        let protocol = Protocol { splits: 1, ..Protocol::default() };
+        let quiet = Context { output: OutputMode::Quiet, ..cx.clone() };
+        for table in &self.tables {
+            let outcomes = evaluate(model, table, &[Method::TabPfn], options, &protocol, &quiet)?;
+            let Scores { accuracy, roc_auc, .. } = outcomes[0].mean;
+            self.lines.push(WatchLine { step, table: table.name.clone(), accuracy, roc_auc });
+        }
+        let failed =
+            |e: csv::Error| Error::work(format!("cannot write {}", self.path.display())).caused_by(e);
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        self.lines.iter().try_for_each(|line| writer.serialize(line)).map_err(failed)?;
+        let bytes = writer.into_inner().map_err(|e| failed(e.into_error().into()))?;
+        write_atomic(&self.path, &bytes)
     }
 }
 

@@ -82,6 +82,10 @@ fn a_stopped_fit_goes_on_to_the_same_weights() {
     desk.cx.interrupt_flag().store(false, Ordering::Relaxed);
     desk.json("fit-prior --resume @parts");
     let weights = |run: &str| TensorFile::read(&desk.path(run).join("model.safetensors")).unwrap();
+    let tables = |run: &str| fs::read_to_string(desk.path(run).join("tables.csv")).unwrap();
+    assert_eq!(tables("whole"), tables("parts"));
+    assert!(tables("whole").starts_with("step,table,accuracy,roc_auc\n3,iris,"), "{}", tables("whole"));
+    assert_eq!(tables("whole").lines().count(), 1 + 2 * 6);
     let (whole, parts) = (weights("whole"), weights("parts"));
     assert!(whole.names().all(|name| difference(&whole, &parts, name) == 0.0));
     desk.assert_refused(&format!("fit-prior {TINY} --steps 6 --out @whole"), "already holds a training run");

@@ -150,7 +150,8 @@ pub(super) fn run(args: FitPriorArgs, cx: &Context) -> Result<()> {
     run.save(|folder| folder.save_config(KIND, &recipe.network()))?;
     let model = recipe.initial(cx);
     cx.note(format!("{} parameters, {} steps", model.num_params(), run.steps));
-    let mut fitting = PriorFitting::new(recipe.fit(), recipe.network(), cx);
+    let fitting = PriorFitting::new(recipe.fit(), recipe.network(), cx);
+    let mut fitting = fitting.watching(run.folder.file("tables.csv"))?;
     let trained = run.train(model, &mut fitting, &config, "", cx)?;
     // Validation is noisier than what the last steps gain: the last weights are kept, not the luckiest.
     checkpoint::save(&trained.last, &run.folder)?;
