@@ -14,6 +14,7 @@
 mod attention;
 mod batch_norm;
 mod checkpoint;
+mod confusion;
 mod conv;
 mod conv_transpose;
 mod cross_entropy;
@@ -43,6 +44,7 @@ mod weights;
 
 pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
 pub use batch_norm::{BatchNorm, BatchNormConfig};
+pub use confusion::{Confusion, likeliest};
 pub use conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Conv3d, Conv3dConfig};
 pub use conv_transpose::{
     ConvTranspose1d, ConvTranspose1dConfig, ConvTranspose2d, ConvTranspose2dConfig, ConvTranspose3d,

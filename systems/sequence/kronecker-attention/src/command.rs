@@ -10,7 +10,7 @@ use burn::tensor::Tensor;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_core::{Context, Error, HostTensor, MemoryGauge, Plot, Result, TensorFile, write_atomic};
 use kiln_data::{read_tensors, write_tensors};
-use kiln_nn::{TrainConfig, TrainRun, TrainSummary, initialise};
+use kiln_nn::{TrainConfig, TrainRun, TrainSummary, initialise, likeliest};
 use kiln_ops::release_freed_memory;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ use crate::match3::{Convention, Instance, MatchConstruction};
 use crate::model::{KroneckerTransformerConfig, Target};
 use crate::plan::{self, Algorithm, admissible_entries, plan};
 use crate::polynomial::{Basis, ExpPolynomial, Monomials, tensor_attention_poly};
-use crate::training::{ClassificationTask, Scores, likeliest, predict, split};
+use crate::training::{ClassificationTask, Scores, predict, split};
 
 /// The command whose runs a model folder keeps.
 const TRAIN: &str = "kronecker-attention train";

@@ -3,7 +3,7 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, Result};
-use kiln_nn::{Task, token_nll};
+use kiln_nn::{Confusion, Task, likeliest, token_nll};
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -152,31 +152,15 @@ impl Scores {
         let pairs: Vec<(&Vec<f32>, usize)> =
             predictions.iter().flatten().zip(truth.map(|label| label as usize)).collect();
         let classes = coding.classes.len();
-        let mut confusion = vec![vec![0usize; classes]; classes];
-        for (probabilities, label) in &pairs {
-            confusion[*label][likeliest(probabilities)] += 1;
-        }
-        let of_class = |class: usize| confusion[class].iter().sum::<usize>();
-        let f1 = |class: usize| {
-            let guessed: usize = confusion.iter().map(|row| row[class]).sum();
-            2.0 * confusion[class][class] as f64 / (of_class(class) + guessed) as f64
-        };
-        let present: Vec<usize> = (0..classes).filter(|&class| of_class(class) > 0).collect();
-        let right: usize = (0..classes).map(|class| confusion[class][class]).sum();
-        let total = pairs.len() as f64;
+        let confusion = Confusion::new(classes, pairs.iter().map(|(p, label)| (*label, likeliest(p))));
         Self {
             labels: pairs.len(),
-            accuracy: right as f64 / total,
-            majority: (0..classes).map(of_class).max().unwrap_or(0) as f64 / total,
-            macro_f1: present.iter().map(|&class| f1(class)).sum::<f64>() / present.len() as f64,
+            accuracy: confusion.accuracy(),
+            majority: confusion.majority(),
+            macro_f1: confusion.macro_f1(),
             auc: (classes == 2).then(|| auc(&pairs)).flatten(),
         }
     }
-}
-
-/// The class with the highest probability.
-pub fn likeliest(probabilities: &[f32]) -> usize {
-    (0..probabilities.len()).max_by(|&a, &b| probabilities[a].total_cmp(&probabilities[b])).unwrap_or(0)
 }
 
 /// The share of pairs of a positive and a negative in the right order, ties counting half; `None` without such pairs.

@@ -13,7 +13,7 @@ use kiln_core::{Context, Error, HostTensor, OutputMode, Result, TensorFile, writ
 use kiln_data::{Corpus, StoppedText, Tokenizer, read_tensors, write_tensors};
 use kiln_nn::{
     Decay, LanguageModel, Sampling, Score, Task, TrainConfig, TrainRun, TrainSummary, generate,
-    ids_to_tensor, score_carried, score_windows,
+    ids_to_tensor, likeliest, score_carried, score_windows,
 };
 use kiln_ops::{DilatedConvOptions, dilated_conv};
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ use crate::plan;
 use crate::recall::Recall;
 use crate::speed;
 use crate::tcn::{TcnConfig, TcnConv};
-use crate::training::{ClassificationTask, LanguageTask, RecallTask, Scores, likeliest, predict, split};
+use crate::training::{ClassificationTask, LanguageTask, RecallTask, Scores, predict, split};
 
 /// A text is read in pieces of so many steps when the state is carried along.
 const PIECE: usize = 1024;

@@ -4,7 +4,9 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{Int, Tensor, TensorData};
 use kiln_core::{Context, Plot, Result, Table};
 use kiln_data::{Corpus, Windows};
-use kiln_nn::{CrossEntropyLossConfig, LanguageModel, Task, next_token_loss, score_windows};
+use kiln_nn::{
+    Confusion, CrossEntropyLossConfig, LanguageModel, Task, likeliest, next_token_loss, score_windows,
+};
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -256,25 +258,16 @@ impl Scores {
     /// Compares probabilities with the labels of the same sequences.
     pub fn new(predictions: &[Vec<f32>], sequences: &[Sequence], coding: &Coding) -> Self {
         let classes = coding.classes.len();
-        let mut confusion = vec![vec![0usize; classes]; classes];
-        for (probabilities, sequence) in predictions.iter().zip(sequences) {
-            confusion[coding.class(sequence)][likeliest(probabilities)] += 1;
-        }
-        let of_class = |class: usize| confusion[class].iter().sum::<usize>();
-        let f1 = |class: usize| {
-            let guessed: usize = confusion.iter().map(|row| row[class]).sum();
-            2.0 * confusion[class][class] as f64 / (of_class(class) + guessed) as f64
-        };
-        let present: Vec<usize> = (0..classes).filter(|&class| of_class(class) > 0).collect();
-        let right: usize = (0..classes).map(|class| confusion[class][class]).sum();
-        let total = sequences.len() as f64;
+        let pairs = predictions.iter().zip(sequences);
+        let confusion =
+            Confusion::new(classes, pairs.map(|(p, sequence)| (coding.class(sequence), likeliest(p))));
         Self {
             sequences: sequences.len(),
-            accuracy: right as f64 / total,
-            majority: (0..classes).map(of_class).max().unwrap_or(0) as f64 / total,
-            macro_f1: present.iter().map(|&class| f1(class)).sum::<f64>() / present.len() as f64,
+            accuracy: confusion.accuracy(),
+            majority: confusion.majority(),
+            macro_f1: confusion.macro_f1(),
             classes: coding.classes.clone(),
-            confusion,
+            confusion: confusion.counts().to_vec(),
         }
     }
 
@@ -302,11 +295,6 @@ impl Scores {
             cells,
         )
     }
-}
-
-/// The class with the highest probability.
-pub fn likeliest(probabilities: &[f32]) -> usize {
-    (0..probabilities.len()).max_by(|&a, &b| probabilities[a].total_cmp(&probabilities[b])).unwrap_or(0)
 }
 
 /// Splits off a share of the sequences for validation, at random: (training, validation).

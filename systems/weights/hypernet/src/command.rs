@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_core::{Context, Error, HostTensor, ModelFolder, Result, Table, TensorFile, write_atomic};
-use kiln_nn::{TrainConfig, TrainRun, TrainSummary};
+use kiln_nn::{TrainConfig, TrainRun, TrainSummary, likeliest};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ use crate::hypernet::{HyperNetConfig, Init, OutputRegularizer, OutputScheme};
 use crate::model::{self, ClassificationTask, Config, KIND, mean, predict, split};
 use crate::table::{Sizes, table};
 use crate::target::Target;
-use crate::training::{Fit, Labelled, accuracy, cross_entropy, fit, likeliest, normals};
+use crate::training::{Fit, Labelled, accuracy, cross_entropy, fit, normals};
 
 /// The command whose runs a model folder keeps.
 const TRAIN: &str = "hypernet train";

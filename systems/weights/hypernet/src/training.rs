@@ -5,7 +5,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, Error, Result};
 use kiln_data::digits::{self, Digits};
-use kiln_nn::{Outcome, Task, TrainConfig, token_nll, train};
+use kiln_nn::{Outcome, Task, TrainConfig, likeliest, token_nll, train};
 use rand::{Rng, RngExt};
 
 use crate::hypernet::draw_weights;
@@ -243,11 +243,6 @@ pub fn accuracy(probabilities: &[f32], classes: &[usize]) -> f64 {
     let width = probabilities.len() / classes.len();
     let right = probabilities.chunks(width).zip(classes).filter(|(row, class)| likeliest(row) == **class);
     right.count() as f64 / classes.len() as f64
-}
-
-/// The class with the highest probability.
-pub fn likeliest(row: &[f32]) -> usize {
-    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0)
 }
 
 /// Accuracy of one set of weights `[1, N]` on labelled rows.

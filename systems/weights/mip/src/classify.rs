@@ -4,7 +4,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use clap::ValueEnum;
 use kiln_core::{Context, Result};
 use kiln_data::Images;
-use kiln_nn::Task;
+use kiln_nn::{Task, likeliest};
 use kiln_ops::{CrossEntropyOptions, cross_entropy};
 use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
@@ -253,11 +253,6 @@ pub fn scores(probabilities: &[Vec<f32>], labels: &[usize]) -> Scores {
     }
     let ece = bins.iter().map(|(confidence, hits)| (confidence - hits).abs()).sum::<f64>() / count;
     Scores { accuracy: right / count, nll: nll / count, ece, entropy: entropy / count }
-}
-
-/// The class with the highest probability.
-pub fn likeliest(row: &[f32]) -> usize {
-    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -261,7 +261,7 @@ fn infer(config: &Config, hyper: &HyperNet, tasks: &[TaskData], cx: &Context) ->
         for (row, &class) in task.test.y.iter().enumerate() {
             let of = |task: usize| &all[(task * rows + row) * classes..][..classes];
             let surest = (0..count).min_by(|&a, &b| entropy(of(a)).total_cmp(&entropy(of(b)))).unwrap_or(0);
-            right += usize::from(surest == number && crate::training::likeliest(of(surest)) == class);
+            right += usize::from(surest == number && kiln_nn::likeliest(of(surest)) == class);
             total += 1;
         }
     }

@@ -76,7 +76,7 @@ pub fn calibration_error(probabilities: &[f32], classes: &[usize], bins: usize) 
     let width = probabilities.len() / classes.len();
     let mut sums = vec![(0.0f64, 0.0f64); bins];
     for (row, &class) in probabilities.chunks(width).zip(classes) {
-        let best = crate::training::likeliest(row);
+        let best = kiln_nn::likeliest(row);
         let confidence = f64::from(row[best]);
         let bin = &mut sums[((confidence * bins as f64) as usize).min(bins - 1)];
         bin.0 += confidence;
