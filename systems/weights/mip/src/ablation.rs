@@ -166,7 +166,6 @@ fn train(
 ) -> Result<Course> {
     let cx = &Context { seed: cx.seed + seed, ..cx.clone() };
     let mut arm = Arm {
-        name: setting.name.clone(),
         network: ClassifierConfig {
             arch: Arch::Mlp(vec![32, 32]),
             image: images.shape,
@@ -222,7 +221,7 @@ fn summarise(
     }
 }
 
-/// For every setting the median loss of each arm, between the lowest and the highest over seeds.
+/// For every setting the median loss of each arm over seeds.
 pub fn plots(lines: &[Line]) -> Vec<Plot> {
     let same =
         |a: &Line, b: &Line| (a.summary.axis, &a.summary.setting) == (b.summary.axis, &b.summary.setting);

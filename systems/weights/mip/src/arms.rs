@@ -28,8 +28,6 @@ pub enum Optimiser {
 /// A network under one parametrisation, and how it is trained.
 #[derive(Debug, Clone)]
 pub struct Arm {
-    /// What it is called.
-    pub name: String,
     /// The network.
     pub network: ClassifierConfig,
     /// Its parametrisation.

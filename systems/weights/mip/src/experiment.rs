@@ -176,7 +176,6 @@ fn train_arm(
     cx: &Context,
 ) -> Result<Vec<Course>> {
     let arm = Arm {
-        name: name(parametrisation).into(),
         network: network(),
         mip: MipConfig::new(1).with_parametrisation(parametrisation),
         optimiser,

@@ -147,7 +147,7 @@ impl HyperNetConfig {
                 OutputInit::FanOut => gain / (param.len() as f64).sqrt(),
                 OutputInit::FanIn => gain / (width as f64).sqrt(),
                 OutputInit::Hyperfan => {
-                    // A layer has a bias, too, which adds half of the variance.
+                    // Weights and biases of a layer share its variance in halves; the gain makes up for LeakyReLU.
                     let fan_in = param.fan_in().unwrap_or(1) as f64;
                     (2.0 * fan_in * width as f64 * square).recip().sqrt() * gain
                 }
