@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use kiln_core::{Context, Error, ModelFolder, Result, TensorFile};
+use burn::module::Module;
+use burn::tensor::{Device, DispatchTensor, Tensor};
+use kiln_core::{Context, Error, ModelFolder, Network, Port, PortKind, Result, TensorFile};
 
 use crate::network::{TabPfn, TabPfnConfig};
 
@@ -95,4 +97,48 @@ fn config_of(file: &mut TensorFile) -> Result<TabPfnConfig> {
     };
     let layers = (0..).take_while(is_layer).count();
     Ok(TabPfnConfig { max_features, max_classes, emsize, layers, heads: 4, hidden })
+}
+
+/// Rows of the example inputs, with a label and without; a captured graph has them fixed.
+const EXAMPLE_ROWS: [usize; 2] = [32, 8];
+
+/// A network from a labelled table and further rows to logits, for capture.
+pub(crate) struct Captured {
+    model: TabPfn,
+}
+
+impl Captured {
+    pub fn open(path: &Path, cx: &Context) -> Result<Self> {
+        Ok(Self { model: open(path, cx)? })
+    }
+}
+
+impl Network for Captured {
+    fn kind(&self) -> &str {
+        KIND
+    }
+
+    fn inputs(&self) -> Vec<Port> {
+        let [labelled, asked] = EXAMPLE_ROWS;
+        let port = |name: &str, shape| Port { name: name.into(), kind: PortKind::Float, shape };
+        vec![
+            port("x", vec![1, labelled + asked, self.model.config().max_features]),
+            port("y", vec![1, labelled]),
+        ]
+    }
+
+    fn outputs(&self) -> Vec<Port> {
+        let shape = vec![1, EXAMPLE_ROWS[1], self.model.config().max_classes];
+        vec![Port { name: "logits".into(), kind: PortKind::Float, shape }]
+    }
+
+    fn move_to(&mut self, device: &Device) {
+        self.model = self.model.clone().to_device(device);
+    }
+
+    fn forward(&self, inputs: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
+        let mut inputs = inputs.into_iter();
+        let (Some(x), Some(y)) = (inputs.next(), inputs.next()) else { return Vec::new() };
+        vec![self.model.forward(Tensor::from_dispatch(x), Tensor::from_dispatch(y)).into_dispatch()]
+    }
 }

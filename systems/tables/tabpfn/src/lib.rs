@@ -19,8 +19,10 @@ pub mod results;
 pub mod server;
 mod trees;
 
+use std::path::Path;
+
 use clap::{CommandFactory, FromArgMatches};
-use kiln_core::{Card, Context, Error, Report, Result, Scale, System};
+use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
 pub use classifier::{ClassifierOptions, TabPfnClassifier};
 pub use network::{LabelledRows, TabPfn, TabPfnConfig};
@@ -54,5 +56,9 @@ impl System for Tabpfn {
 
     fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> {
         experiment::run(self.card(), scale, cx)
+    }
+
+    fn network(&self, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {
+        Ok(Box::new(checkpoint::Captured::open(model, cx)?))
     }
 }

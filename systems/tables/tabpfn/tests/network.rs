@@ -2,9 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
-use kiln_core::{ModelFolder, TensorFile};
-use kiln_tabpfn::{TabPfn, TabPfnConfig};
+use burn::tensor::{Device, Tensor, TensorData};
+use kiln_core::{Context, ModelFolder, System, TensorFile};
+use kiln_tabpfn::{TabPfn, TabPfnConfig, Tabpfn};
 
 /// The reference's model with random weights: 12 columns, 10 classes.
 fn model() -> TabPfn {
@@ -100,4 +100,18 @@ fn gradients_are_the_slopes_of_the_objective() {
             "{number}: {measured} against {expected}"
         );
     }
+}
+
+#[test]
+fn a_model_as_a_network_gives_the_logits_of_the_model_on_inputs_of_its_ports() {
+    let network = Tabpfn.network("tests/data/model".as_ref(), &Context::for_tests("unused")).unwrap();
+    let shapes: Vec<Vec<usize>> = network.inputs().into_iter().map(|port| port.shape).collect();
+    let fill =
+        |shape: &[usize]| -> Vec<f32> { (0..shape.iter().product()).map(|i| (i % 7) as f32 / 7.0).collect() };
+    let x = Tensor::<3>::from_data(TensorData::new(fill(&shapes[0]), shapes[0].clone()), &Device::flex());
+    let y = Tensor::<2>::zeros([shapes[1][0], shapes[1][1]], &Device::flex());
+    let output = network.forward(vec![x.clone().into_dispatch(), y.clone().into_dispatch()]).remove(0);
+    let output = Tensor::<3>::from_dispatch(output);
+    assert_eq!(output.dims().to_vec(), network.outputs()[0].shape);
+    assert_eq!(difference(output, model().forward(x, y)), 0.0);
 }

@@ -16,6 +16,7 @@ use rand::{Rng, RngExt};
 
 pub use functions::{Layer, RandomFunction};
 
+use crate::preprocess::{OutlierRule, ZScore};
 use draws::{log_uniform, small_count};
 use functions::{Widths, draw_causes, hidden_width};
 
@@ -242,25 +243,12 @@ fn balanced_order(y: &[usize], classes: usize, labelled: usize, rng: &mut impl R
 fn standardise(x: &mut [f32], features: usize, labelled: usize) {
     for feature in 0..features {
         let mut column: Vec<f64> = x.iter().skip(feature).step_by(features).map(|&x| x.into()).collect();
-        let (mean, std) = moments(column[..labelled].iter().copied());
-        column.iter_mut().for_each(|x| *x = ((*x - mean) / (std + 1e-6)).clamp(-100.0, 100.0));
-        let (mean, std) = moments(column[..labelled].iter().copied());
-        let inliers = column[..labelled].iter().copied().filter(|x| (x - mean).abs() <= 4.0 * std);
-        let (mean, std) = moments(inliers);
-        let (lower, upper) = (mean - 4.0 * std, mean + 4.0 * std);
-        for (x, value) in x.iter_mut().skip(feature).step_by(features).zip(column) {
-            let beyond = value.abs().ln_1p();
-            *x = value.max(lower - beyond).min(upper + beyond) as f32;
-        }
+        let score = ZScore::fit(&column[..labelled]);
+        column.iter_mut().for_each(|x| *x = score.apply(*x));
+        let outliers = OutlierRule::fit(&column[..labelled]);
+        let values = x.iter_mut().skip(feature).step_by(features).zip(column);
+        values.for_each(|(x, value)| *x = outliers.apply(value) as f32);
     }
-}
-
-/// Mean and standard deviation (of `n - 1`).
-fn moments(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
-    let count = values.clone().count() as f64;
-    let mean = values.clone().sum::<f64>() / count;
-    let squares: f64 = values.map(|x| (x - mean).powi(2)).sum();
-    (mean, (squares / (count - 1.0)).sqrt())
 }
 
 #[cfg(test)]
