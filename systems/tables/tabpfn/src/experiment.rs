@@ -17,6 +17,7 @@ use crate::evaluate::{Labelled, Method, Outcome, Protocol, evaluate};
 use crate::examples::{self, TARGET};
 use crate::fit::{FitConfig, PriorFitting};
 use crate::network::TabPfnConfig;
+use crate::prior::PriorBag;
 use crate::results::{TableOutcome, areas_listing, reliability_plot, scores_listing, summary_listing};
 
 /// The table on which boosted trees are tuned.
@@ -228,7 +229,7 @@ fn report_tuning(report: &mut Report, plan: &Plan, results: &[TableOutcome], cx:
 fn report_fitting(report: &mut Report, plan: &Plan, steps: usize, cx: &Context) -> Result<()> {
     let network =
         TabPfnConfig { max_features: 20, max_classes: 10, emsize: 96, layers: 4, heads: 4, hidden: 192 };
-    let fit = FitConfig { rows: 128, batch: 8, causal_share: 0.5 };
+    let fit = FitConfig { rows: 128, batch: 8, prior: PriorBag::default() };
     let config = TrainConfig {
         steps,
         lr: 1e-3,

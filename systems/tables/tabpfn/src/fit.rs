@@ -38,8 +38,9 @@ pub struct FitConfig {
     pub rows: usize,
     /// Data sets of a step.
     pub batch: usize,
-    /// Share of the causal models among them.
-    pub causal_share: f64,
+    /// What they are drawn from.
+    #[serde(flatten)]
+    pub prior: PriorBag,
 }
 
 impl FitConfig {
@@ -55,10 +56,7 @@ impl FitConfig {
         if self.batch == 0 {
             return Err(Error::usage("a step needs at least one data set"));
         }
-        if !(0.0..=1.0).contains(&self.causal_share) {
-            return Err(Error::usage(format!("a share of {} is not between 0 and 1", self.causal_share)));
-        }
-        Ok(())
+        self.prior.check()
     }
 }
 
@@ -89,11 +87,10 @@ impl Batch {
         let labelled = rng.random_range(FEWEST_LABELLED..=rows - FEWEST_LABELLED);
         let TabPfnConfig { max_features, max_classes, .. } = *network;
         let extents = Extents { rows, labelled, max_features, max_classes };
-        let prior = PriorBag { causal_share: fit.causal_share };
         let mut x = Vec::with_capacity(batch * rows * max_features);
         let mut y = Vec::with_capacity(batch * rows);
         for _ in 0..batch {
-            let set = prior.sample(&extents, &mut rng)?;
+            let set = fit.prior.sample(&extents, &mut rng)?;
             pad_columns(&set, max_features, &mut x);
             y.extend(set.y);
         }
@@ -273,7 +270,7 @@ mod tests {
         let mut model = network.init(&cx.device);
         model.decoder.2.weight = Initializer::Zeros.init([8, 7], &cx.device);
         model.decoder.2.bias = Some(Param::from_tensor(Tensor::zeros([7], &cx.device)));
-        let fit = FitConfig { rows: 32, batch: 2, causal_share: 0.5 };
+        let fit = FitConfig { rows: 32, batch: 2, prior: PriorBag::default() };
         let loss = PriorFitting::new(fit, network, &cx).validate(&model).unwrap();
         assert!((loss - 7f64.ln()).abs() < 1e-5, "{loss}");
     }
@@ -283,7 +280,7 @@ mod tests {
         let cx = Context::for_tests("unused");
         let network =
             TabPfnConfig { max_features: 5, max_classes: 3, emsize: 8, layers: 1, heads: 2, hidden: 8 };
-        let fit = FitConfig { rows: 32, batch: 2, causal_share: 0.5 };
+        let fit = FitConfig { rows: 32, batch: 2, prior: PriorBag::default() };
         let mut fitting = PriorFitting::new(fit, network.clone(), &cx);
         let in_order: Vec<Batch> = (0..3).map(|step| fitting.batch(step).unwrap()).collect();
         let again = PriorFitting::new(fit, network, &cx).batch(2).unwrap();

@@ -24,8 +24,11 @@ pub(super) struct FitPriorArgs {
     #[arg(long, required_unless_present = "resume")]
     out: Option<PathBuf>,
     /// Continue the run in this folder
-    #[arg(long, value_name = "DIR", conflicts_with = "out")]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "init_from"])]
     resume: Option<PathBuf>,
+    /// Start from the weights of this network, whose sizes then hold
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["emsize", "layers", "heads", "hidden", "max_features", "max_classes"])]
+    init_from: Option<PathBuf>,
     /// Steps of the whole run
     #[arg(long)]
     steps: Option<usize>,
@@ -66,6 +69,10 @@ struct Recipe {
     /// Where data sets come from
     #[arg(long, value_enum, default_value = "mix", conflicts_with = "resume")]
     prior: super::Prior,
+    /// Share of data sets whose classes are regions in a space of several values, not slices of one
+    #[arg(long, value_name = "SHARE", default_value_t = 0.25, conflicts_with = "resume")]
+    #[serde(default)]
+    regions: f64,
     /// Highest learning rate
     #[arg(long, default_value_t = 1e-3, conflicts_with = "resume")]
     lr: f64,
@@ -92,8 +99,13 @@ impl Recipe {
         }
     }
 
+    fn take_sizes(&mut self, network: &TabPfnConfig) {
+        let TabPfnConfig { max_features, max_classes, emsize, layers, heads, hidden } = *network;
+        *self = Self { max_features, max_classes, emsize, layers, heads, hidden, ..*self };
+    }
+
     fn fit(&self) -> FitConfig {
-        FitConfig { rows: self.rows, batch: self.batch, causal_share: self.prior.causal_share() }
+        FitConfig { rows: self.rows, batch: self.batch, prior: self.prior.bag(self.regions) }
     }
 
     fn training(&self, steps: usize) -> TrainConfig {
@@ -127,7 +139,11 @@ impl Recipe {
 
 /// Trains a network on synthetic tables.
 pub(super) fn run(args: FitPriorArgs, cx: &Context) -> Result<()> {
-    let recipe = args.recipe;
+    let mut recipe = args.recipe;
+    let start = args.init_from.as_deref().map(|folder| checkpoint::open(folder, cx)).transpose()?;
+    if let Some(model) = &start {
+        recipe.take_sizes(model.config());
+    }
     recipe.network().check()?;
     recipe.fit().check()?;
     let run = match (&args.resume, &args.out) {
@@ -148,7 +164,7 @@ pub(super) fn run(args: FitPriorArgs, cx: &Context) -> Result<()> {
     let (recipe, config) = (&run.recipe, run.recipe.training(run.steps));
     config.check()?;
     run.save(|folder| folder.save_config(KIND, &recipe.network()))?;
-    let model = recipe.initial(cx);
+    let model = start.unwrap_or_else(|| recipe.initial(cx));
     cx.note(format!("{} parameters, {} steps", model.num_params(), run.steps));
     let fitting = PriorFitting::new(recipe.fit(), recipe.network(), cx);
     let mut fitting = fitting.watching(run.folder.file("tables.csv"))?;

@@ -13,12 +13,12 @@ const MARGIN: f64 = 40.0;
 /// A node by its layer, 0 for the causes, and its place there.
 type Node = (usize, usize);
 
-/// Columns in blue, the target in red, what leads to them in grey, causes on the left; of the edges into a node only the
+/// Columns in blue, targets in red, what leads to them in grey, causes on the left; of the edges into a node only the
 /// heaviest.
 pub(super) fn svg(mechanism: &Mechanism) -> String {
     let layers = &mechanism.function.layers;
-    let (features, target) = observed(mechanism);
-    let mut shown: Vec<Node> = features.iter().copied().chain([target]).collect();
+    let (features, targets) = observed(mechanism);
+    let mut shown: Vec<Node> = features.iter().chain(&targets).copied().collect();
     let mut edges: Vec<(Node, Node, f32)> = Vec::new();
     let mut next = 0;
     while let Some(&node) = shown.get(next) {
@@ -52,29 +52,33 @@ pub(super) fn svg(mechanism: &Mechanism) -> String {
     for node in shown {
         let (x, y) = place(node);
         let (colour, radius) = match node {
-            node if node == target => ("#c0392b", 7),
+            node if targets.contains(&node) => ("#c0392b", 7),
             node if features.contains(&node) => ("#2471a3", 5),
             _ => ("#999999", 3),
         };
         let _ = writeln!(svg, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\" fill=\"{colour}\"/>");
     }
-    let legend = "causes on the left; columns blue, target red; the three heaviest edges into each node, positive blue, \
+    let legend = "causes on the left; columns blue, targets red; the three heaviest edges into each node, positive blue, \
                   negative brown";
     let _ =
         writeln!(svg, "<text x=\"{MARGIN}\" y=\"{}\" fill=\"#333\">{legend}</text>\n</svg>", height - 12.0);
     svg
 }
 
-/// The nodes of columns and target.
-fn observed(mechanism: &Mechanism) -> (Vec<Node>, Node) {
+/// The nodes of columns and targets.
+fn observed(mechanism: &Mechanism) -> (Vec<Node>, Vec<Node>) {
     let layers = &mechanism.function.layers;
     match &mechanism.nodes {
-        None => ((0..layers[0].inputs).map(|cause| (0, cause)).collect(), (layers.len(), 0)),
+        None => {
+            let outputs = layers.last().map_or(0, |last| last.outputs);
+            let all = |layer: usize, count: usize| (0..count).map(|node| (layer, node)).collect();
+            (all(0, layers[0].inputs), all(layers.len(), outputs))
+        }
         Some(nodes) => {
             // The nodes are counted from the second layer on, and all layers are equally wide.
             let width = layers[0].outputs;
             let node = |&index: &usize| (2 + index / width, index % width);
-            (nodes.features.iter().map(node).collect(), node(&nodes.target))
+            (nodes.features.iter().map(node).collect(), nodes.targets.iter().map(node).collect())
         }
     }
 }

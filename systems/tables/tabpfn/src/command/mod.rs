@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
 use crate::network::TabPfn;
+use crate::prior::PriorBag;
 
 /// `kiln tabpfn …`
 #[derive(Debug, Parser)]
@@ -70,7 +71,8 @@ enum Verb {
     #[command(after_help = "Examples:
   kiln tabpfn fit-prior --minutes 60 --out my-model/
   kiln tabpfn fit-prior --emsize 64 --layers 3 --max-features 20 --steps 2000 --out small/
-  kiln tabpfn fit-prior --resume my-model/      after Ctrl-C or a crash")]
+  kiln tabpfn fit-prior --resume my-model/      after Ctrl-C or a crash
+  kiln tabpfn fit-prior --init-from my-model/ --lr 5e-4 --steps 5000 --out further/")]
     FitPrior(fit_prior::FitPriorArgs),
     /// Write synthetic tables, as the network is trained on them
     #[command(after_help = "Examples:
@@ -118,12 +120,13 @@ enum Prior {
 }
 
 impl Prior {
-    fn causal_share(self) -> f64 {
-        match self {
+    fn bag(self, region_share: f64) -> PriorBag {
+        let causal_share = match self {
             Self::Scm => 1.0,
             Self::Bnn => 0.0,
             Self::Mix => 0.5,
-        }
+        };
+        PriorBag { causal_share, region_share }
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::Prior;
 use super::graph_drawing;
-use crate::prior::{DataSet, Extents, PriorBag};
+use crate::prior::{DataSet, Extents};
 
 #[derive(Debug, Args)]
 pub(super) struct SamplePriorArgs {
@@ -27,6 +27,9 @@ pub(super) struct SamplePriorArgs {
     /// Where data sets come from
     #[arg(long, value_enum, default_value = "mix")]
     prior: Prior,
+    /// Share of data sets whose classes are regions in a space of several values, not slices of one
+    #[arg(long, value_name = "SHARE", default_value_t = 0.25)]
+    regions: f64,
     /// Also draw the first two columns of each, and the graph that made it
     #[arg(long)]
     plot: bool,
@@ -43,7 +46,8 @@ pub(super) fn run(args: &SamplePriorArgs, cx: &Context) -> Result<()> {
         max_features: args.max_features,
         max_classes: args.max_classes,
     };
-    let prior = PriorBag { causal_share: args.prior.causal_share() };
+    let prior = args.prior.bag(args.regions);
+    prior.check()?;
     std::fs::create_dir_all(&args.out).map_err(Error::io("create", &args.out))?;
     let bar = cx.progress(args.n as u64, "drawing");
     let mut listing = Vec::with_capacity(args.n);

@@ -4,7 +4,9 @@
 //! are nodes of a random layered graph with sparse edges, so that a column may be a cause of the target, an effect of
 //! it, or neither; small graphs are likelier than large ones. In the prior of Bayesian networks ([`BnnPrior`]) the
 //! columns are the causes and the target is the output of a random perceptron. [`PriorBag`] mixes them and turns what
-//! they make into tables as people have them: with categories, outliers and classes (Hollmann et al., §4 and C).
+//! they make into tables as people have them: with categories, outliers and classes (Hollmann et al., §4 and C). Classes
+//! are slices of one target, as published, or regions about examples in a space of several: kinds of things that differ
+//! in more than one respect, as letters and species do.
 
 mod classes;
 mod draws;
@@ -13,6 +15,7 @@ mod functions;
 use kiln_core::{Error, Result};
 use rand::seq::{SliceRandom, index};
 use rand::{Rng, RngExt};
+use serde::{Deserialize, Serialize};
 
 pub use functions::{Layer, RandomFunction};
 
@@ -20,12 +23,12 @@ use crate::preprocess::{OutlierRule, ZScore};
 use draws::{log_uniform, small_count};
 use functions::{Widths, draw_causes, hidden_width};
 
-/// Columns and a target, before they look like a table of classes.
+/// Columns and targets, before they look like a table of classes.
 #[derive(Debug, Clone)]
 pub struct Sample {
     /// `[rows, features]`
     pub x: Vec<f32>,
-    /// `[rows]`
+    /// `[rows, targets]`
     pub target: Vec<f32>,
     /// What made them.
     pub mechanism: Mechanism,
@@ -36,7 +39,7 @@ pub struct Sample {
 pub struct Mechanism {
     /// The random function.
     pub function: RandomFunction,
-    /// Where columns and target stand in it; `None` when the columns are its causes and the target its output.
+    /// Where columns and targets stand in it; `None` when the columns are its causes and the targets its outputs.
     pub nodes: Option<Nodes>,
 }
 
@@ -45,8 +48,8 @@ pub struct Mechanism {
 pub struct Nodes {
     /// One for every column.
     pub features: Vec<usize>,
-    /// That of the target.
-    pub target: usize,
+    /// One for every target.
+    pub targets: Vec<usize>,
 }
 
 /// Structural causal models.
@@ -55,41 +58,45 @@ pub struct ScmPrior;
 
 impl ScmPrior {
     /// Draws a graph, its causes, and the nodes that are observed.
-    pub fn sample(&self, rows: usize, features: usize, rng: &mut impl Rng) -> Sample {
+    pub fn sample(&self, rows: usize, features: usize, targets: usize, rng: &mut impl Rng) -> Sample {
         let causes = small_count(2, 3.0, 7.0, rng);
-        let hidden = hidden_width(rng).max(2 * features + 1);
+        let hidden = hidden_width(rng).max(2 * (features + targets) - 1);
         let function = RandomFunction::draw(Widths { causes, hidden, outputs: hidden }, rng);
         let layers = function.run(&draw_causes(rows, causes, rng), rng);
-        let nodes = Nodes::draw(layers.len() * hidden, features, rng);
+        let nodes = Nodes::draw(layers.len() * hidden, features, targets, rng);
         let value = |row: usize, node: usize| layers[node / hidden][row * hidden + node % hidden];
+        let values = |nodes: &[usize]| {
+            (0..rows).flat_map(|row| nodes.iter().map(move |&node| value(row, node))).collect()
+        };
         Sample {
-            x: (0..rows).flat_map(|row| nodes.features.iter().map(move |&node| value(row, node))).collect(),
-            target: (0..rows).map(|row| value(row, nodes.target)).collect(),
+            x: values(&nodes.features),
+            target: values(&nodes.targets),
             mechanism: Mechanism { function, nodes: Some(nodes) },
         }
     }
 }
 
 impl Nodes {
-    /// Chooses among `count` nodes: the target last of all or anywhere; the columns near each other or anywhere, in the
+    /// Chooses among `count` nodes: the targets last of all or anywhere; the columns near each other or anywhere, in the
     /// order of the graph or in none.
-    fn draw(count: usize, features: usize, rng: &mut impl Rng) -> Self {
+    fn draw(count: usize, features: usize, targets: usize, rng: &mut impl Rng) -> Self {
         let near_each_other = rng.random::<bool>();
-        let target_is_last = rng.random::<bool>();
-        let others = count - 1;
+        let targets_are_last = rng.random::<bool>();
+        let others = count - targets;
         let mut chosen = if near_each_other {
-            let first = rng.random_range(0..=others - (features + 1));
-            let mut range: Vec<usize> = (first..=first + features).collect();
+            let first = rng.random_range(0..=others - (features + targets));
+            let mut range: Vec<usize> = (first..first + features + targets).collect();
             range.shuffle(rng);
             range
         } else {
-            index::sample(rng, others, features + 1).into_vec()
+            index::sample(rng, others, features + targets).into_vec()
         };
-        let target = chosen.pop().filter(|_| !target_is_last).unwrap_or(others);
+        let among_the_columns = chosen.split_off(features);
+        let targets = if targets_are_last { (others..count).collect() } else { among_the_columns };
         if rng.random() {
             chosen.sort_unstable();
         }
-        Self { features: chosen, target }
+        Self { features: chosen, targets }
     }
 }
 
@@ -99,8 +106,8 @@ pub struct BnnPrior;
 
 impl BnnPrior {
     /// Draws a network and its inputs.
-    pub fn sample(&self, rows: usize, features: usize, rng: &mut impl Rng) -> Sample {
-        let widths = Widths { causes: features, hidden: hidden_width(rng), outputs: 1 };
+    pub fn sample(&self, rows: usize, features: usize, targets: usize, rng: &mut impl Rng) -> Sample {
+        let widths = Widths { causes: features, hidden: hidden_width(rng), outputs: targets };
         let function = RandomFunction::draw(widths, rng);
         let x = draw_causes(rows, features, rng);
         let target = function.run(&x, rng).pop().expect("a random function has at least two layers");
@@ -137,24 +144,40 @@ pub struct DataSet {
 }
 
 /// A mixture of both priors, with everything that makes a table of what they draw.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct PriorBag {
     /// The share of causal models; the others are Bayesian networks.
     pub causal_share: f64,
+    /// The share of data sets whose classes are regions about examples in a space of several targets; those of the
+    /// others are slices of one.
+    pub region_share: f64,
 }
 
 impl Default for PriorBag {
     fn default() -> Self {
-        Self { causal_share: 0.5 }
+        Self { causal_share: 0.5, region_share: 0.25 }
     }
 }
 
+/// Fewest and most targets of a space in which classes are regions.
+const REGION_TARGETS: [usize; 2] = [2, 6];
 /// Draws of a data set before it is given up; about one in ten is rejected.
 const MOST_DRAWS: usize = 1000;
 /// Orders of the rows that are tried until labelled and other rows hold the same classes.
 const MOST_ORDERS: usize = 10;
 
 impl PriorBag {
+    /// Checks that shares are shares.
+    ///
+    /// # Errors
+    /// Names the one that is not.
+    pub fn check(&self) -> Result<()> {
+        match [self.causal_share, self.region_share].iter().find(|share| !(0.0..=1.0).contains(*share)) {
+            Some(share) => Err(Error::usage(format!("a share of {share} is not between 0 and 1"))),
+            None => Ok(()),
+        }
+    }
+
     /// Draws a data set, again and again until one has finite columns and the same classes, two at least, among the
     /// labelled rows as among the others.
     ///
@@ -177,17 +200,25 @@ impl PriorBag {
         let Extents { rows, labelled, max_features, max_classes } = *extents;
         let features = feature_count(max_features, rng);
         let causal = rng.random::<f64>() < self.causal_share;
+        let in_regions = self.region_share > 0.0 && rng.random::<f64>() < self.region_share;
+        let [fewest, most] = REGION_TARGETS;
+        let targets = if in_regions { rng.random_range(fewest..=most) } else { 1 };
         let Sample { mut x, target, mechanism } = match causal {
-            true => ScmPrior.sample(rows, features, rng),
-            false => BnnPrior.sample(rows, features, rng),
+            true => ScmPrior.sample(rows, features, targets, rng),
+            false => BnnPrior.sample(rows, features, targets, rng),
         };
         if x.iter().chain(&target).any(|value| !value.is_finite()) {
             return None;
         }
         make_categories(&mut x, features, rng);
-        let wanted = classes::class_count(max_classes, rng);
-        let mut y = classes::cut(&target, wanted, rng);
-        classes::reorder(&mut y, wanted, rng.random::<f64>() * 0.5, rng);
+        let mut y = if in_regions {
+            classes::regions(&target, targets, rng.random_range(2..=max_classes), rng)
+        } else {
+            let wanted = classes::class_count(max_classes, rng);
+            let mut y = classes::cut(&target, wanted, rng);
+            classes::reorder(&mut y, wanted, rng.random::<f64>() * 0.5, rng);
+            y
+        };
         let classes = classes::renumber(&mut y);
         let order = balanced_order(&y, classes, labelled, rng)?;
         let turn = rng.random_range(0..classes);
@@ -289,15 +320,16 @@ mod tests {
     }
 
     #[test]
-    fn observed_nodes_differ_from_each_other_and_from_the_target() {
+    fn observed_nodes_differ_from_each_other_and_from_the_targets() {
         let mut rng = random_stream(0, "test", 1);
         for features in 1..=20 {
-            let count = 2 * features + 1;
-            let nodes = Nodes::draw(count, features, &mut rng);
-            let mut all = [&nodes.features[..], &[nodes.target]].concat();
+            let targets = 1 + features % 6;
+            let count = 2 * (features + targets) - 1;
+            let nodes = Nodes::draw(count, features, targets, &mut rng);
+            let mut all = [&nodes.features[..], &nodes.targets].concat();
             all.sort_unstable();
             all.dedup();
-            assert!(all.len() == features + 1 && all.iter().all(|&node| node < count), "{nodes:?}");
+            assert!(all.len() == features + targets && all.iter().all(|&node| node < count), "{nodes:?}");
         }
     }
 
