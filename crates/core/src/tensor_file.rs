@@ -367,6 +367,22 @@ impl TensorFile {
         tensor.to_tensor(device).ok_or_else(|| self.wrong(name, &tensor, &format!("floats with {D} axes")))
     }
 
+    /// Removes a tensor that must be there with floats of the given shape.
+    ///
+    /// # Errors
+    /// When it is missing, holds integers or has another shape.
+    pub fn take_shaped<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+        device: &burn::tensor::Device,
+    ) -> Result<Tensor<D>> {
+        let tensor = self.take(name)?;
+        let fits = tensor.shape == shape;
+        let wrong = || self.wrong(name, &tensor, &format!("floats of the shape {shape:?}"));
+        tensor.to_tensor(device).filter(|_| fits).ok_or_else(wrong)
+    }
+
     /// Removes a tensor that must be there with integers of the given rank.
     ///
     /// # Errors

@@ -8,13 +8,14 @@
 //! [`train()`] is the one training loop: a system describes its objective as a [`Task`], and checkpoints,
 //! resume, early stopping, the log and Ctrl-C come with it. A command keeps its options and its results beside
 //! them with a [`TrainRun`]. [`WeightSpec`] and [`Weights`] run any module with weights that another network makes,
-//! [`functional`] has layers with one set of weights a sample. Networks over token ids implement [`LanguageModel`] and get [`generate()`] and the
-//! scores in [`evaluate`].
+//! [`functional`] has layers with one set of weights a sample. Networks over token ids implement [`LanguageModel`] and get [`generate()`], the
+//! options of a command that continues a text ([`ContinueText`]) and the scores in [`evaluate`].
 
 mod attention;
 mod batch_norm;
 mod checkpoint;
 mod confusion;
+mod continue_text;
 mod conv;
 mod conv_transpose;
 mod cross_entropy;
@@ -45,6 +46,7 @@ mod weights;
 pub use attention::{CausalSelfAttention, CausalSelfAttentionConfig, KvCache};
 pub use batch_norm::{BatchNorm, BatchNormConfig};
 pub use confusion::{Confusion, likeliest};
+pub use continue_text::ContinueText;
 pub use conv::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, Conv3d, Conv3dConfig};
 pub use conv_transpose::{
     ConvTranspose1d, ConvTranspose1dConfig, ConvTranspose2d, ConvTranspose2dConfig, ConvTranspose3d,

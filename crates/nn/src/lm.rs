@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use kiln_core::{Error, Result};
+use kiln_core::{Error, Result, TensorFile};
 
 /// An autoregressive network over token ids.
 ///
@@ -27,6 +27,27 @@ pub trait LanguageModel: Module {
 
     /// As [`forward`](Self::forward), continuing from `state`; any `time` of at least one token.
     fn forward_with_state(&self, ids: Tensor<2, Int>, state: Self::State) -> (Tensor<3>, Self::State);
+
+    /// The state of one text as tensors to be kept in a file.
+    ///
+    /// # Errors
+    /// When this network's states are not kept: those that grow with the text are as large as the text is long.
+    fn state_to_tensors(&self, _state: Self::State) -> Result<TensorFile> {
+        Err(unkept())
+    }
+
+    /// Takes a state out of a file that holds what [`state_to_tensors`](Self::state_to_tensors) made.
+    ///
+    /// # Errors
+    /// When this network's states are not kept, or a tensor is missing or of another shape.
+    fn state_from_tensors(&self, _file: &mut TensorFile, _device: &Device) -> Result<Self::State> {
+        Err(unkept())
+    }
+}
+
+fn unkept() -> Error {
+    Error::usage("the state of this kind of model grows with the text and is not kept in files")
+        .hint("give the whole text as the prompt")
 }
 
 /// Token ids as one row `[1, time]` on `device`.

@@ -8,9 +8,7 @@ use kiln_core::{Context, Error, HostTensor, ModelFolder, Result, TensorFile};
 use kiln_data::Tokenizer;
 use serde_json::Value;
 
-use crate::layer::GlaLayerState;
-use crate::lm::{Lm, LmConfig, LmState};
-use crate::model::GlaState;
+use crate::lm::{Lm, LmConfig};
 
 /// The `kind` in `config.json`.
 pub const KIND: &str = "gla";
@@ -157,84 +155,6 @@ fn split_gate_and_up(weights: &mut TensorFile, gate: &str, up: String) -> Result
     weights.insert(gate, HostTensor::float([rows / 2, d], gate_rows));
     weights.insert(up, HostTensor::float([rows / 2, d], up_rows));
     Ok(())
-}
-
-/// Names of the short convolutions' tails in a state file.
-const TAILS: [&str; 3] = ["q_tail", "k_tail", "v_tail"];
-
-/// Saves a prompt's state, and the last token, which the state has not read yet.
-///
-/// # Errors
-/// When the model is not recurrent in constant memory, or the file cannot be written.
-pub fn save_state(path: &Path, state: &LmState, last: u32) -> Result<()> {
-    let LmState::Gla(state) = state else {
-        return Err(Error::usage("only the state of gla, retnet and linear models can be saved"));
-    };
-    let mut file = TensorFile::new();
-    file.insert("last_token", HostTensor::int([1], vec![last.into()]));
-    for (layer, state) in state.layers.iter().enumerate() {
-        file.insert(format!("layers.{layer}.state"), HostTensor::from_tensor(state.state.clone()));
-        for (name, tail) in TAILS.iter().zip(state.tails.iter().flatten()) {
-            file.insert(format!("layers.{layer}.{name}"), HostTensor::from_tensor(tail.clone()));
-        }
-    }
-    file.write(path)
-}
-
-/// Loads a state that [`save_state`] wrote, and the token to go on from.
-///
-/// # Errors
-/// When the file is missing or broken, or belongs to a model of another shape.
-pub fn load_state(path: &Path, fresh: LmState, vocab_size: usize, cx: &Context) -> Result<(LmState, u32)> {
-    let LmState::Gla(fresh) = fresh else {
-        return Err(Error::usage("only the state of gla, retnet and linear models can be loaded"));
-    };
-    let mut file = TensorFile::read(path)?;
-    let last = file.take("last_token")?;
-    let last = match last.as_ints() {
-        Some(&[id]) if (0..vocab_size as i64).contains(&id) => id as u32,
-        _ => return Err(Error::input(path.display(), "\"last_token\" is no token of this model")),
-    };
-    let mut layers = Vec::with_capacity(fresh.layers.len());
-    for (layer, fresh) in fresh.layers.iter().enumerate() {
-        let name = format!("layers.{layer}.state");
-        let state = file.take_float::<4>(&name, &cx.device)?;
-        check_shape(path, &name, state.dims(), fresh.state.dims())?;
-        let tails = match &fresh.tails {
-            Some(expected) => {
-                let mut tails = Vec::with_capacity(TAILS.len());
-                for (part, expected) in TAILS.iter().zip(expected) {
-                    let name = format!("layers.{layer}.{part}");
-                    let tail = file.take_float::<3>(&name, &cx.device)?;
-                    check_shape(path, &name, tail.dims(), expected.dims())?;
-                    tails.push(tail);
-                }
-                tails.try_into().ok()
-            }
-            None => None,
-        };
-        layers.push(GlaLayerState { state, tails });
-    }
-    match file.names().next() {
-        Some(name) => {
-            Err(Error::input(path.display(), format!("tensor \"{name}\" has no place in this model"))
-                .hint("the state was saved with another model"))
-        }
-        None => Ok((LmState::Gla(GlaState { layers }), last)),
-    }
-}
-
-fn check_shape<const D: usize>(
-    path: &Path,
-    name: &str,
-    found: [usize; D],
-    expected: [usize; D],
-) -> Result<()> {
-    if found == expected {
-        return Ok(());
-    }
-    let message = format!("tensor \"{name}\" has shape {found:?}, this model needs {expected:?}");
-    Err(Error::input(path.display(), message).hint("the state was saved with another model"))
 }
 
 /// Reads token ids, one sequence a row: `input_ids [rows, time]` of a safetensors file.

@@ -1,16 +1,13 @@
 //! The verbs of `kiln gla`.
 
-use std::fs;
-use std::io::Read;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{Context, Error, HostTensor, OutputMode, Result, TensorFile};
-use kiln_data::{Corpus, StoppedText, Tokenizer};
+use kiln_core::{Context, Error, HostTensor, Result, TensorFile};
+use kiln_data::{Corpus, Tokenizer};
 use kiln_nn::{
-    LanguageModel, Sampling, Score, TrainConfig, TrainRun, TrainSummary, generate, score_carried,
+    ContinueText, LanguageModel, Score, TrainConfig, TrainRun, TrainSummary, score_carried,
     score_context_lengths, score_windows,
 };
 use serde::{Deserialize, Serialize};
@@ -238,42 +235,8 @@ struct GenerateArgs {
     /// Model folder
     #[arg(long)]
     model: PathBuf,
-    /// Text to continue
-    #[arg(long, conflicts_with = "prompt_file")]
-    prompt: Option<String>,
-    /// File with the text to continue; - is standard input
-    #[arg(long)]
-    prompt_file: Option<PathBuf>,
-    /// Most tokens to write
-    #[arg(long, default_value_t = 200)]
-    max_tokens: usize,
-    /// Above 1 wilder, below 1 tamer
-    #[arg(long, default_value_t = 0.8)]
-    temperature: f64,
-    /// Choose among so many likeliest tokens; 0 is all
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Choose among the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Always take the likeliest token
-    #[arg(long)]
-    greedy: bool,
-    /// Above 1, tokens already there become less likely
-    #[arg(long, default_value_t = 1.0)]
-    repetition_penalty: f64,
-    /// Stop before this text appears
-    #[arg(long)]
-    stop: Option<String>,
-    /// Go on from the state in this file
-    #[arg(long, value_name = "FILE")]
-    state_in: Option<PathBuf>,
-    /// Save the state at the end to this file
-    #[arg(long, value_name = "FILE")]
-    state_out: Option<PathBuf>,
-    /// Write tokens as they come
-    #[arg(long)]
-    stream: bool,
+    #[command(flatten)]
+    text: ContinueText,
 }
 
 #[derive(Debug, Args)]
@@ -587,72 +550,9 @@ fn run_logits(args: &LogitsArgs, cx: &Context) -> Result<()> {
 }
 
 fn run_generate(args: &GenerateArgs, cx: &Context) -> Result<()> {
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        greedy: args.greedy,
-        repetition_penalty: args.repetition_penalty,
-    };
-    sampling.check()?;
+    args.text.check()?;
     let Trained { model, tokenizer, .. } = checkpoint::open(&args.model, cx)?;
-    let text = match (&args.prompt, &args.prompt_file) {
-        (Some(prompt), _) => prompt.clone().into_bytes(),
-        (None, Some(path)) => read_prompt(path)?,
-        (None, None) => Vec::new(),
-    };
-    let mut prompt = tokenizer.encode(&text)?;
-    let mut state = model.initial_state(1, &cx.device);
-    if let Some(path) = &args.state_in {
-        let (loaded, last) = checkpoint::load_state(path, state, model.vocab_size(), cx)?;
-        state = loaded;
-        prompt.insert(0, last);
-    }
-    if prompt.is_empty() {
-        let start = tokenizer.start_token();
-        cx.note(format!("the prompt is empty; starting from token {start}"));
-        prompt.push(start);
-    }
-
-    let shown = cx.output != OutputMode::Json;
-    let mut output = StoppedText::new(&tokenizer, args.stop.as_deref());
-    let mut failure = None;
-    let on_token = |id| {
-        let piece = output.push(id);
-        if shown
-            && args.stream
-            && let Err(error) = cx.print(&piece)
-        {
-            failure = Some(error);
-            return ControlFlow::Break(());
-        }
-        if output.stopped() || cx.interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    };
-    let mut rng = cx.rng("generate", 0);
-    let (ids, state) = generate(&model, &prompt, state, &sampling, args.max_tokens, &mut rng, on_token)?;
-    if let Some(error) = failure {
-        return Err(error);
-    }
-    let rest = output.finish();
-    let text = output.text();
-    if let Some(path) = &args.state_out {
-        let last = ids.last().or(prompt.last()).copied().unwrap_or_else(|| tokenizer.start_token());
-        checkpoint::save_state(path, &state, last)?;
-    }
-    match (cx.output, args.stream) {
-        (OutputMode::Json, _) => cx.emit(&json!({ "ids": ids, "text": text }), |_| String::new()),
-        (_, true) => cx.print(&format!("{rest}\n")),
-        (_, false) => cx.print(&format!("{text}\n")),
-    }
-}
-
-fn read_prompt(path: &Path) -> Result<Vec<u8>> {
-    if path != Path::new("-") {
-        return fs::read(path).map_err(Error::io("read", path));
-    }
-    let mut text = Vec::new();
-    std::io::stdin().read_to_end(&mut text).map_err(Error::io("read", "standard input"))?;
-    Ok(text)
+    args.text.run(&model, &tokenizer, cx)
 }
 
 fn run_op(args: &OpArgs, cx: &Context) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use kiln_core::{Context, Error, Result};
+use kiln_core::{Context, Error, Result, TensorFile};
 use kiln_nn::{LanguageModel, Llama, LlamaConfig, LlamaState, initialise};
 use serde::{Deserialize, Serialize};
 
@@ -209,6 +209,8 @@ pub enum LmState {
     Mamba(MambaState),
 }
 
+const OWN_STATE: &str = "a state belongs to the architecture that made it";
+
 impl LanguageModel for Lm {
     type State = LmState;
 
@@ -250,7 +252,24 @@ impl LanguageModel for Lm {
                 let (logits, state) = model.forward_with_state(ids, state);
                 (logits, LmState::Mamba(state))
             }
-            _ => panic!("a state belongs to the architecture that made it"),
+            _ => panic!("{OWN_STATE}"),
+        }
+    }
+
+    fn state_to_tensors(&self, state: LmState) -> Result<TensorFile> {
+        match (self, state) {
+            (Self::Gla(model), LmState::Gla(state)) => model.state_to_tensors(state),
+            (Self::Llama(model), LmState::Llama(state)) => model.state_to_tensors(state),
+            (Self::Mamba(model), LmState::Mamba(state)) => model.state_to_tensors(state),
+            _ => panic!("{OWN_STATE}"),
+        }
+    }
+
+    fn state_from_tensors(&self, file: &mut TensorFile, device: &Device) -> Result<LmState> {
+        match self {
+            Self::Gla(model) => model.state_from_tensors(file, device).map(LmState::Gla),
+            Self::Llama(model) => model.state_from_tensors(file, device).map(LmState::Llama),
+            Self::Mamba(model) => model.state_from_tensors(file, device).map(LmState::Mamba),
         }
     }
 }

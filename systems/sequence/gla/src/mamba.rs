@@ -16,6 +16,7 @@ use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Initializer};
 use burn::tensor::{Device, Int, Tensor};
+use kiln_core::{HostTensor, Result, TensorFile};
 use kiln_nn::{LanguageModel, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use kiln_ops::{Activation, activate, gated};
 
@@ -239,6 +240,24 @@ impl LanguageModel for MambaLm {
         }
         let logits = self.lm_head.forward(self.backbone.norm_f.forward(x));
         (logits, MambaState { layers })
+    }
+
+    fn state_to_tensors(&self, state: MambaState) -> Result<TensorFile> {
+        let mut file = TensorFile::new();
+        for (layer, MixerState { tail, h }) in state.layers.into_iter().enumerate() {
+            file.insert(format!("layers.{layer}.tail"), HostTensor::from_tensor(tail));
+            file.insert(format!("layers.{layer}.state"), HostTensor::from_tensor(h));
+        }
+        Ok(file)
+    }
+
+    fn state_from_tensors(&self, file: &mut TensorFile, device: &Device) -> Result<MambaState> {
+        let mut state = self.initial_state(1, device);
+        for (layer, MixerState { tail, h }) in state.layers.iter_mut().enumerate() {
+            *tail = file.take_shaped(&format!("layers.{layer}.tail"), tail.dims(), device)?;
+            *h = file.take_shaped(&format!("layers.{layer}.state"), h.dims(), device)?;
+        }
+        Ok(state)
     }
 }
 

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Initializer};
 use burn::tensor::{Device, Int, Tensor};
-use kiln_core::{Error, Result};
+use kiln_core::{Error, HostTensor, Result, TensorFile};
 use kiln_nn::{
     LanguageModel, Linear, LinearConfig, RmsNorm, RmsNormConfig, SwiGlu, SwiGluConfig, swiglu_hidden,
 };
@@ -294,6 +294,9 @@ impl GlaLm {
     }
 }
 
+/// Names of the short convolutions' tails in a state file.
+const TAILS: [&str; 3] = ["q_tail", "k_tail", "v_tail"];
+
 impl LanguageModel for GlaLm {
     type State = GlaState;
 
@@ -325,5 +328,27 @@ impl LanguageModel for GlaLm {
             });
         }
         (self.head(x), GlaState { layers })
+    }
+
+    fn state_to_tensors(&self, state: GlaState) -> Result<TensorFile> {
+        let mut file = TensorFile::new();
+        for (layer, GlaLayerState { state, tails }) in state.layers.into_iter().enumerate() {
+            file.insert(format!("layers.{layer}.state"), HostTensor::from_tensor(state));
+            for (name, tail) in TAILS.iter().zip(tails.into_iter().flatten()) {
+                file.insert(format!("layers.{layer}.{name}"), HostTensor::from_tensor(tail));
+            }
+        }
+        Ok(file)
+    }
+
+    fn state_from_tensors(&self, file: &mut TensorFile, device: &Device) -> Result<GlaState> {
+        let mut state = self.initial_state(1, device);
+        for (layer, GlaLayerState { state, tails }) in state.layers.iter_mut().enumerate() {
+            *state = file.take_shaped(&format!("layers.{layer}.state"), state.dims(), device)?;
+            for (name, tail) in TAILS.iter().zip(tails.iter_mut().flatten()) {
+                *tail = file.take_shaped(&format!("layers.{layer}.{name}"), tail.dims(), device)?;
+            }
+        }
+        Ok(state)
     }
 }

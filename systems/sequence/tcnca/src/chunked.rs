@@ -106,8 +106,8 @@ fn rotated(vector: Tensor<2>, positions: Range<usize>) -> Tensor<2> {
 /// Keys `[batch, steps, z]` and values `[batch, steps, h]` of the chunk that is being read.
 #[derive(Debug, Clone)]
 pub struct ChunkState {
-    keys: Tensor<3>,
-    values: Tensor<3>,
+    pub(crate) keys: Tensor<3>,
+    pub(crate) values: Tensor<3>,
 }
 
 impl ChunkedAttentionConfig {

@@ -1,19 +1,16 @@
 //! The verbs of `kiln tcnca`.
 
-use std::fs;
-use std::io::Read;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::activation::softmax;
 use burn::tensor::{Int, Tensor, TensorData};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{Context, Error, HostTensor, OutputMode, Result, TensorFile, write_atomic};
-use kiln_data::{Corpus, StoppedText, Tokenizer, read_tensors, write_tensors};
+use kiln_core::{Context, Error, HostTensor, Result, TensorFile, write_atomic};
+use kiln_data::{Corpus, Tokenizer, read_tensors, write_tensors};
 use kiln_nn::{
-    Decay, LanguageModel, Sampling, Score, Task, TrainConfig, TrainRun, TrainSummary, generate,
-    ids_to_tensor, likeliest, score_carried, score_windows,
+    ContinueText, Decay, LanguageModel, Score, Task, TrainConfig, TrainRun, TrainSummary, ids_to_tensor,
+    likeliest, score_carried, score_windows,
 };
 use kiln_ops::{DilatedConvOptions, dilated_conv};
 use serde::{Deserialize, Serialize};
@@ -65,6 +62,7 @@ enum Verb {
   kiln tcnca train --task classify --data reviews.csv --text-col text --label-col label --out c/
   kiln tcnca train --task classify --data logs.jsonl --tokens word --causal --class-weights --out c/
   kiln tcnca train --task classify --data signals.npz --patience 5 --out c/
+  kiln tcnca train --task classify --data pictures/ --out c/      one folder of PNG or JPEG files a class
   kiln tcnca train --task listops --out l/
   kiln tcnca train --task recall --seq-len 64 --values 16 --out r/
   kiln tcnca train --text my.txt --resume m/      after Ctrl-C or a crash")]
@@ -87,7 +85,9 @@ enum Verb {
     /// Continue a prompt
     #[command(after_help = "Examples:
   kiln tcnca generate --model m/ --prompt \"To be\" --stream
-  kiln tcnca generate --model m/ --prompt-file - --greedy --max-tokens 50 < prompt.txt")]
+  kiln tcnca generate --model m/ --prompt-file - --greedy --max-tokens 50 < prompt.txt
+  kiln tcnca generate --model m/ --prompt \"A long preface\" --state-out preface.safetensors
+  kiln tcnca generate --model m/ --state-in preface.safetensors --prompt \" and on\"")]
     Generate(GenerateArgs),
     /// Make ListOps expressions and their values
     #[command(after_help = "Examples:
@@ -121,7 +121,8 @@ struct TrainArgs {
     /// Text file, or folder of text files, for --task lm
     #[arg(long)]
     text: Option<PathBuf>,
-    /// .csv, .jsonl or .npz file of labelled sequences, for --task classify and listops
+    /// .csv, .jsonl or .npz file of labelled sequences, or folder of images with one folder a class, for --task
+    /// classify and listops
     #[arg(long, conflicts_with = "text")]
     data: Option<PathBuf>,
     /// Folder for the model
@@ -271,7 +272,7 @@ struct PredictArgs {
     /// Model folder
     #[arg(long)]
     model: PathBuf,
-    /// .csv, .jsonl or .npz file of sequences
+    /// .csv, .jsonl or .npz file of sequences, or folder of images
     #[arg(long)]
     data: PathBuf,
     /// CSV file to write: row, label, and the probability of every class
@@ -316,7 +317,7 @@ struct EvalArgs {
     /// Text file, or folder of text files, for a language model
     #[arg(long, required_unless_present = "data", conflicts_with = "data")]
     text: Option<PathBuf>,
-    /// File of labelled sequences, for a classifier or a model of recall
+    /// File or folder of labelled sequences, for a classifier or a model of recall
     #[arg(long)]
     data: Option<PathBuf>,
     /// How a text is read
@@ -361,36 +362,8 @@ struct GenerateArgs {
     /// Model folder
     #[arg(long)]
     model: PathBuf,
-    /// Text to continue
-    #[arg(long, conflicts_with = "prompt_file")]
-    prompt: Option<String>,
-    /// File with the text to continue; - is standard input
-    #[arg(long)]
-    prompt_file: Option<PathBuf>,
-    /// Most bytes to write
-    #[arg(long, default_value_t = 200)]
-    max_tokens: usize,
-    /// Above 1 wilder, below 1 tamer
-    #[arg(long, default_value_t = 0.8)]
-    temperature: f64,
-    /// Choose among so many likeliest bytes; 0 is all
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Choose among the likeliest bytes that together have this probability
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Always take the likeliest byte
-    #[arg(long)]
-    greedy: bool,
-    /// Above 1, bytes already there become less likely
-    #[arg(long, default_value_t = 1.0)]
-    repetition_penalty: f64,
-    /// Stop before this text appears
-    #[arg(long)]
-    stop: Option<String>,
-    /// Write bytes as they come
-    #[arg(long)]
-    stream: bool,
+    #[command(flatten)]
+    text: ContinueText,
 }
 
 #[derive(Debug, Args)]
@@ -960,60 +933,12 @@ fn read_ids(path: &Path) -> Result<(Vec<i64>, [usize; 2])> {
 }
 
 fn run_generate(args: &GenerateArgs, cx: &Context) -> Result<()> {
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        greedy: args.greedy,
-        repetition_penalty: args.repetition_penalty,
-    };
-    sampling.check()?;
+    args.text.check()?;
     let model = checkpoint::open_lm(&args.model, cx)?;
     if model.vocab_size() != BYTES {
         return Err(Error::input(args.model.display(), "does not know bytes, so it writes no text"));
     }
-    let text = match (&args.prompt, &args.prompt_file) {
-        (Some(prompt), _) => prompt.clone().into_bytes(),
-        (None, Some(path)) => read_prompt(path)?,
-        (None, None) => Vec::new(),
-    };
-    let mut prompt = Tokenizer::Byte.encode(&text)?;
-    if prompt.is_empty() {
-        let start = Tokenizer::Byte.start_token();
-        cx.note(format!("the prompt is empty; starting from byte {start}"));
-        prompt.push(start);
-    }
-    let streamed = args.stream && cx.output != OutputMode::Json;
-    let mut output = StoppedText::new(&Tokenizer::Byte, args.stop.as_deref());
-    let mut failure = None;
-    let on_token = |id| {
-        let piece = output.push(id);
-        if streamed && let Err(error) = cx.print(&piece) {
-            failure = Some(error);
-            return ControlFlow::Break(());
-        }
-        if output.stopped() || cx.interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    };
-    let state = model.initial_state(1, &cx.device);
-    let mut rng = cx.rng("generate", 0);
-    let (ids, _) = generate(&model, &prompt, state, &sampling, args.max_tokens, &mut rng, on_token)?;
-    if let Some(error) = failure {
-        return Err(error);
-    }
-    let rest = output.finish();
-    match streamed {
-        true => cx.print(&format!("{rest}\n")),
-        false => cx.emit(&json!({ "ids": ids, "text": output.text() }), |_| format!("{}\n", output.text())),
-    }
-}
-
-fn read_prompt(path: &Path) -> Result<Vec<u8>> {
-    if path != Path::new("-") {
-        return fs::read(path).map_err(Error::io("read", path));
-    }
-    let mut text = Vec::new();
-    std::io::stdin().read_to_end(&mut text).map_err(Error::io("read", "standard input"))?;
-    Ok(text)
+    args.text.run(&model, &Tokenizer::Byte, cx)
 }
 
 fn made_listops(count: usize, listops: &ListOps, cx: &Context) -> Result<Vec<Sequence>> {

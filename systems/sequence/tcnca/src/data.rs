@@ -1,4 +1,4 @@
-//! Labelled sequences from CSV, JSONL and NPZ files, and as batches.
+//! Labelled sequences from CSV, JSONL and NPZ files and folders of images, and as batches.
 
 use std::collections::HashMap;
 use std::fs;
@@ -7,7 +7,7 @@ use std::path::Path;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use clap::ValueEnum;
 use kiln_core::{Error, Result, Values};
-use kiln_data::read_npz;
+use kiln_data::{ImageOptions, Images, read_npz};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -60,15 +60,18 @@ pub struct Columns {
 /// - JSONL: `{"text": "..", "label": ..}`, `{"tokens": [..], "label": ..}` with words or whole numbers, or
 ///   `{"values": [..], "label": ..}` with numbers, or lists of numbers, a step each
 /// - NPZ: `x [rows, n]` of integers, or `[rows, n]` or `[rows, n, width]` of floats, and `y [rows]`
+/// - a folder with one folder of PNG or JPEG files a class, or (to be labelled) the files themselves: a pixel is a step,
+///   row after row
 ///
 /// # Errors
 /// When the file is missing, malformed or empty, or a sequence has no steps or numbers that are not finite.
 pub fn read(path: &Path, columns: &Columns) -> Result<Vec<Sequence>> {
     let sequences = match path.extension().and_then(|extension| extension.to_str()) {
+        _ if path.is_dir() => read_images(path),
         Some("csv") => read_csv(path, columns),
         Some("jsonl" | "json") => read_jsonl(path, columns),
         Some("npz") => read_arrays(path),
-        _ => Err(Error::usage(format!("{} is neither .csv, .jsonl nor .npz", path.display()))
+        _ => Err(Error::usage(format!("{} is neither .csv, .jsonl, .npz nor a folder", path.display()))
             .hint("the format is told by the end of the name")),
     }?;
     if sequences.is_empty() {
@@ -217,6 +220,20 @@ fn read_arrays(path: &Path) -> Result<Vec<Sequence>> {
         Err(_) => vec![None; rows],
     };
     Ok(contents.into_iter().zip(labels).map(|(content, label)| Sequence { content, label }).collect())
+}
+
+fn read_images(path: &Path) -> Result<Vec<Sequence>> {
+    let images = Images::read(path, &ImageOptions { unlabelled: true, ..ImageOptions::default() })?;
+    let [channels, height, width] = images.shape;
+    let pixels = height * width;
+    let sequence = |index| {
+        let image = images.image(index);
+        let steps =
+            (0..pixels).flat_map(|pixel| (0..channels).map(move |channel| image[channel * pixels + pixel]));
+        let label = images.labels.get(index).map(|&class| images.classes[class].clone());
+        Sequence { content: Content::Numbers(steps.collect(), channels), label }
+    };
+    Ok((0..images.len()).map(sequence).collect())
 }
 
 /// What turns sequences and labels into numbers; kept in the model folder.

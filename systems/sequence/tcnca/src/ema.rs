@@ -88,6 +88,15 @@ pub struct MultiHeadEma {
     config: MultiHeadEmaConfig,
 }
 
+/// What a causal EMA remembers.
+#[derive(Debug, Clone)]
+pub struct EmaState {
+    /// `[batch, D, N]`
+    pub h: Tensor<3>,
+    /// The last inputs of a truncated EMA, `[batch, truncation, D]`.
+    pub past: Option<Tensor<3>>,
+}
+
 impl MultiHeadEma {
     /// The configuration it was made with.
     pub fn config(&self) -> &MultiHeadEmaConfig {
@@ -146,34 +155,45 @@ impl MultiHeadEma {
         Tensor::from_dispatch(apply(&LongConv, inputs))
     }
 
-    /// The state before a sequence, zeros `[batch, D, N]`.
-    pub fn initial_state(&self, batch: usize, device: &Device) -> Tensor<3> {
-        Tensor::zeros([batch, self.config.channels, self.config.states], device)
+    /// The state before a sequence: zeros.
+    pub fn initial_state(&self, batch: usize, device: &Device) -> EmaState {
+        let MultiHeadEmaConfig { channels, states, truncation, .. } = self.config;
+        let past = truncation.map(|steps| Tensor::zeros([batch, steps, channels], device));
+        EmaState { h: Tensor::zeros([batch, channels, states], device), past }
     }
 
     /// The recurrence, continuing from `state`, whose size does not depend on how much was read; only a causal EMA can.
-    /// It does not know truncation.
     ///
     /// # Shapes
     /// - x, output: `[batch, time, channels]`
-    /// - state: `[batch, D, N]`
-    pub fn forward_with_state(&self, x: Tensor<3>, state: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
+    pub fn forward_with_state(&self, x: Tensor<3>, state: EmaState) -> (Tensor<3>, EmaState) {
         let (p, damping) = self.rates();
         let (q, input) = (damping.neg() + 1.0, p * self.beta.val().squeeze_dim::<2>(2));
         let skip = x.clone() * self.omega.val().unsqueeze::<3>();
-        let (o, state) = match runs_natively(&x) && !x.device().is_autodiff() {
-            true => scan(x, [q, input, self.readout()], state),
-            false => recurrence(x, [q, input, self.readout()], state),
+        let native = runs_natively(&x) && !x.device().is_autodiff();
+        let run = |x, input, h| match native {
+            true => scan(x, [q.clone(), input, self.readout()], h),
+            false => recurrence(x, [q.clone(), input, self.readout()], h),
         };
-        (activate(o + skip, Activation::Silu), state)
+        let (mut o, mut h) = run(x.clone(), input.clone(), state.h);
+        let past = state.past.map(|past| {
+            // A step is forgotten when it is `reach` steps old: all is linear, so what is left of it is taken away.
+            let (reach, time) = (past.dims()[1], x.dims()[1]);
+            let seen = Tensor::cat(vec![past, x], 1);
+            let left = input * q.clone().powi_scalar(reach as i64);
+            let (o_old, h_old) = run(seen.clone().slice_dim(1, ..time), left, h.zeros_like());
+            o = o.clone() - o_old;
+            h = h.clone() - h_old;
+            seen.slice_dim(1, time..)
+        });
+        (activate(o + skip, Activation::Silu), EmaState { h, past })
     }
 
     /// One step of the recurrence.
     ///
     /// # Shapes
     /// - x, output: `[batch, channels]`
-    /// - state: `[batch, D, N]`
-    pub fn step(&self, x: Tensor<2>, state: Tensor<3>) -> (Tensor<2>, Tensor<3>) {
+    pub fn step(&self, x: Tensor<2>, state: EmaState) -> (Tensor<2>, EmaState) {
         let (y, state) = self.forward_with_state(x.unsqueeze_dim(1), state);
         (y.squeeze_dim(1), state)
     }

@@ -4,13 +4,13 @@ use burn::module::{Module, Param};
 use burn::nn::Initializer;
 use burn::tensor::{Bool, Device, Tensor};
 use clap::ValueEnum;
-use kiln_core::{Error, Result};
+use kiln_core::{Error, HostTensor, Result, TensorFile};
 use kiln_nn::{Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear};
 use kiln_ops::{Activation, activate, gated};
 use serde::{Deserialize, Serialize};
 
 use crate::chunked::{BiasKind, ChunkState, ChunkedAttentionConfig, RelativeBias};
-use crate::ema::{MultiHeadEma, MultiHeadEmaConfig};
+use crate::ema::{EmaState, MultiHeadEma, MultiHeadEmaConfig};
 use crate::tcn::{Tcn, TcnConfig, TcnState, linear};
 
 /// Standard deviation of the scales and biases that attention draws.
@@ -221,8 +221,7 @@ pub struct LayerState {
 #[allow(clippy::large_enum_variant)]
 enum MixerState {
     Tcn(TcnState),
-    /// `[batch, D, N]`
-    Ema(Tensor<3>),
+    Ema(EmaState),
 }
 
 const VARIANT: &str = "a layer has the parameters of its variant";
@@ -281,6 +280,59 @@ impl TcncaLayer {
             MixerKind::Ema => MixerState::Ema(self.ema.as_ref().expect(MIXER).initial_state(batch, device)),
         };
         LayerState { mixer, chunk: None }
+    }
+
+    /// Names the tensors of a state.
+    pub(crate) fn state_to_tensors(state: LayerState) -> TensorFile {
+        let mut file = TensorFile::new();
+        let mut insert = |name: String, tensor| file.insert(name, HostTensor::from_tensor(tensor));
+        match state.mixer {
+            MixerState::Tcn(blocks) => {
+                blocks.into_iter().enumerate().for_each(|(b, before)| insert(format!("tcn.{b}"), before));
+            }
+            MixerState::Ema(EmaState { h, past }) => {
+                insert("ema.h".into(), h);
+                past.into_iter().for_each(|past| insert("ema.past".into(), past));
+            }
+        }
+        if let Some(ChunkState { keys, values }) = state.chunk {
+            insert("chunk.keys".into(), keys);
+            insert("chunk.values".into(), values);
+        }
+        file
+    }
+
+    /// Takes a state out of a file.
+    ///
+    /// # Errors
+    /// When a tensor is missing or does not fit this layer.
+    pub(crate) fn state_from_tensors(&self, file: &mut TensorFile, device: &Device) -> Result<LayerState> {
+        let mut state = self.initial_state(1, device);
+        match &mut state.mixer {
+            MixerState::Tcn(blocks) => {
+                for (b, before) in blocks.iter_mut().enumerate() {
+                    *before = file.take_shaped(&format!("tcn.{b}"), before.dims(), device)?;
+                }
+            }
+            MixerState::Ema(EmaState { h, past }) => {
+                *h = file.take_shaped("ema.h", h.dims(), device)?;
+                if let Some(past) = past {
+                    *past = file.take_shaped("ema.past", past.dims(), device)?;
+                }
+            }
+        }
+        if let Some(steps) = file.get("chunk.keys").and_then(|keys| keys.shape.get(1).copied()) {
+            if self.config.attention.chunk > 0 && steps >= self.config.attention.chunk {
+                let found =
+                    format!("a state of {steps} steps, but a chunk has {}", self.config.attention.chunk);
+                return Err(Error::input(file.source().display(), found));
+            }
+            state.chunk = Some(ChunkState {
+                keys: file.take_shaped("chunk.keys", [1, steps, self.config.z_dim], device)?,
+                values: file.take_shaped("chunk.values", [1, steps, self.config.h_dim], device)?,
+            });
+        }
+        Ok(state)
     }
 
     fn combine(

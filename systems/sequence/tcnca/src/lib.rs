@@ -36,7 +36,7 @@ use clap::{CommandFactory, FromArgMatches};
 use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
 pub use chunked::{ChunkedAttentionConfig, RelativeBias};
-pub use ema::{MultiHeadEma, MultiHeadEmaConfig};
+pub use ema::{EmaState, MultiHeadEma, MultiHeadEmaConfig};
 pub use layer::{MixerKind, TcncaLayer, TcncaLayerConfig, Variant};
 pub use model::{TcncaClassifier, TcncaClassifierConfig, TcncaConfig, TcncaLm, TcncaLmConfig};
 pub use tcn::{Tcn, TcnConfig};

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use burn::module::Module;
 use burn::nn::Initializer;
 use burn::tensor::{Device, Int, Tensor};
-use kiln_core::{Error, Result};
+use kiln_core::{Error, Result, TensorFile};
 use kiln_nn::{Embedding, EmbeddingConfig, LanguageModel, LayerNorm, LayerNormConfig, Linear};
 use kiln_ops::Activation;
 use serde::{Deserialize, Serialize};
@@ -316,6 +316,25 @@ impl LanguageModel for TcncaLm {
     fn forward_with_state(&self, ids: Tensor<2, Int>, state: TcncaState) -> (Tensor<3>, TcncaState) {
         let (x, state) = state.through(&self.layers, self.embed.forward(ids));
         (self.head.forward(self.norm.forward(x)), state)
+    }
+
+    fn state_to_tensors(&self, state: TcncaState) -> Result<TensorFile> {
+        let mut file = TensorFile::new();
+        for (layer, state) in state.0.into_iter().enumerate() {
+            file.insert_section(&format!("layers.{layer}."), TcncaLayer::state_to_tensors(state));
+        }
+        Ok(file)
+    }
+
+    fn state_from_tensors(&self, file: &mut TensorFile, device: &Device) -> Result<TcncaState> {
+        let states = self.layers.iter().enumerate().map(|(layer, network)| {
+            let prefix = format!("layers.{layer}.");
+            let mut section = file.take_section(&prefix);
+            let state = network.state_from_tensors(&mut section, device)?;
+            file.insert_section(&prefix, section);
+            Ok(state)
+        });
+        states.collect::<Result<_>>().map(TcncaState)
     }
 }
 

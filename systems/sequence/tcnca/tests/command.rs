@@ -43,6 +43,33 @@ fn a_language_model_is_trained_resumed_scored_and_continued() {
 }
 
 #[test]
+fn a_saved_state_goes_on_as_if_nothing_had_happened() {
+    let desk = Desk::new(&Tcnca);
+    desk.write("a.txt", "to be or not to be. ".repeat(40));
+    for (model, options) in
+        [("m", "--mixer tcn"), ("e", "--mixer ema --ema-truncation 9 --variant simplified")]
+    {
+        desk.json(&format!("train --text @a.txt --seq-len 16 {TINY} {options} --out @{model}"));
+        let start = format!("generate --model @{model} --greedy --prompt tobeornot");
+        let whole = desk.json(&format!("{start} --max-tokens 12"))["ids"].clone();
+        for first in [0, 5] {
+            let begun = desk.json(&format!("{start} --max-tokens {first} --state-out @state"))["ids"].clone();
+            let rest = desk.json(&format!(
+                "generate --model @{model} --greedy --state-in @state --max-tokens {}",
+                12 - first
+            ));
+            let joined =
+                [begun.as_array().unwrap().clone(), rest["ids"].as_array().unwrap().clone()].concat();
+            assert_eq!(&joined, whole.as_array().unwrap(), "{options}, {first}");
+        }
+    }
+    let state = TensorFile::read(&desk.path("state")).unwrap();
+    assert_eq!(state.get("layers.0.ema.past").unwrap().shape, [1, 9, 8]);
+    desk.assert_refused("generate --model @m --state-in @state", "the state was saved with another model");
+    desk.assert_refused("generate --model @m --state-in @a.txt", "safetensors format");
+}
+
+#[test]
 fn golden_logits_come_out_of_the_command() {
     let desk = Desk::new(&Tcnca);
     desk.json("logits --model %model_full --ids %model_full/io.safetensors --out @l.npz");
@@ -76,6 +103,12 @@ fn every_format_of_sequences_is_trained_on_predicted_and_scored() {
     arrays.insert("x", HostTensor::float([24, 5, 2], values));
     arrays.insert("y", HostTensor::int([24], (0..24).map(|i| i % 2).collect()));
     write_npz(&desk.path("a.npz"), &arrays).unwrap();
+    for i in 0..24u8 {
+        let folder = desk.path("pictures").join(["cat", "dog"][usize::from(i % 2)]);
+        fs::create_dir_all(&folder).unwrap();
+        let picture = image::RgbImage::from_fn(3, 2, |x, y| image::Rgb([i * 9, x as u8 * 40, y as u8]));
+        picture.save(folder.join(format!("{i}.png"))).unwrap();
+    }
     for (name, options) in [
         ("t.csv", "--class-weights"),
         ("t.csv", "--tokens word --causal --truncate --max-len 2"),
@@ -83,6 +116,7 @@ fn every_format_of_sequences_is_trained_on_predicted_and_scored() {
         ("k.jsonl", "--mixer ema --attention laplace"),
         ("v.jsonl", "--bias simple --tcn-conv full"),
         ("a.npz", "--causal --patience 9"),
+        ("pictures", "--mixer ema --variant full"),
     ] {
         let folder = format!("m{}", options.len());
         let trained =
@@ -179,7 +213,7 @@ fn bad_input_is_named_and_leaves_nothing_behind() {
         (format!("train --task lm {TINY} --out @x"), "--text is needed"),
         (train(""), "--data is needed"),
         (train("--data @missing.csv"), "cannot read"),
-        (train("--data @text.txt"), "neither .csv, .jsonl nor .npz"),
+        (train("--data @text.txt"), "neither .csv, .jsonl, .npz nor a folder"),
         (train("--data @empty.csv"), "row 1: is empty"),
         (train("--data @words.csv"), "column \"other\" is \"x\", not a number"),
         (train("--data @unlabelled.csv"), "row 2: has no label"),
