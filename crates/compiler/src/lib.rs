@@ -2,11 +2,13 @@
 //!
 //! [`capture`] runs a network's forward function on Burn's capture device, which records operations
 //! instead of computing them, and returns a [`Graph`]: operations of Burn's own intermediate
-//! representation ([`burn::backend::ir`]) in execution order, with the parameters apart as constants.
+//! representation ([`burn::backend::ir`]) in execution order, with the parameters apart as constants. [`loops`] is the
+//! level below: programs of loops over buffers, with an interpreter that defines what they mean.
 
 mod capture;
 mod disk;
 mod graph;
+pub mod loops;
 
 pub use capture::capture;
 pub use graph::{Boundary, Graph};

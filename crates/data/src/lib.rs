@@ -15,7 +15,7 @@ mod windows;
 
 pub use images::{ImageOptions, Images};
 pub use matrix::Matrix;
-pub use npz::{read_npz, write_npz};
+pub use npz::{read_npz, read_npz_as, write_npz, write_npz_as};
 pub use shared::shared_dir;
 pub use stopped_text::StoppedText;
 pub use table::{Cells, Column, Encoder, Table, TableOptions};

@@ -1,5 +1,6 @@
 //! NumPy's archives of named arrays.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Cursor, Read, Write};
 use std::path::Path;
@@ -14,13 +15,29 @@ use zip::{ZipArchive, ZipWriter};
 /// # Errors
 /// When the file is missing or malformed, or an array has a type that Kiln does not read.
 pub fn read_npz(path: &Path) -> Result<TensorFile> {
+    let mut tensors = TensorFile::from_source(path);
+    for (name, tensor) in read_npz_as(path, decode)? {
+        tensors.insert(name, tensor);
+    }
+    Ok(tensors)
+}
+
+/// Reads every array of an `.npz` file as `decode` makes it from the bytes of a `.npy` file, or says what is wrong with
+/// them.
+///
+/// # Errors
+/// When the file is missing or malformed, or an array cannot be decoded.
+pub fn read_npz_as<T>(
+    path: &Path,
+    decode: impl Fn(&[u8]) -> Result<T, String>,
+) -> Result<BTreeMap<String, T>> {
     let malformed = |found: &str| {
         Error::input(path.display(), found).hint("is it a complete file as numpy.savez writes it?")
     };
     let file = File::open(path).map_err(Error::io("read", path))?;
     let mut archive = ZipArchive::new(BufReader::new(file))
         .map_err(|e| malformed("is no zip archive").caused_by(e.to_string()))?;
-    let mut tensors = TensorFile::from_source(path);
+    let mut arrays = BTreeMap::new();
     for index in 0..archive.len() {
         let mut entry =
             archive.by_index(index).map_err(|e| malformed("cannot be unpacked").caused_by(e.to_string()))?;
@@ -34,10 +51,10 @@ pub fn read_npz(path: &Path) -> Result<TensorFile> {
         entry
             .read_to_end(&mut bytes)
             .map_err(|e| malformed(&format!("array \"{name}\" cannot be unpacked")).caused_by(e))?;
-        let tensor = decode(&bytes).map_err(|found| malformed(&format!("array \"{name}\" {found}")))?;
-        tensors.insert(name, tensor);
+        let array = decode(&bytes).map_err(|found| malformed(&format!("array \"{name}\" {found}")))?;
+        arrays.insert(name, array);
     }
-    Ok(tensors)
+    Ok(arrays)
 }
 
 /// Writes every tensor into an `.npz` file, atomically.
@@ -45,14 +62,26 @@ pub fn read_npz(path: &Path) -> Result<TensorFile> {
 /// # Errors
 /// When the file cannot be written.
 pub fn write_npz(path: &Path, tensors: &TensorFile) -> Result<()> {
+    let arrays = tensors.names().filter_map(|name| Some((name, tensors.get(name)?)));
+    write_npz_as(path, arrays, encode)
+}
+
+/// Writes every array into an `.npz` file, atomically; `encode` makes the bytes of its `.npy` file.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_npz_as<'a, T>(
+    path: &Path,
+    arrays: impl IntoIterator<Item = (&'a str, T)>,
+    encode: impl Fn(T) -> std::io::Result<Vec<u8>>,
+) -> Result<()> {
     let failed = |e: std::io::Error| Error::work(format!("cannot lay out {}", path.display())).caused_by(e);
     let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
-    for name in tensors.names() {
-        let Some(tensor) = tensors.get(name) else { continue };
+    for (name, array) in arrays {
         archive
             .start_file(npyz::npz::file_name_from_array_name(name), SimpleFileOptions::default())
             .map_err(std::io::Error::other)
-            .and_then(|()| archive.write_all(&encode(tensor)?))
+            .and_then(|()| archive.write_all(&encode(array)?))
             .map_err(failed)?;
     }
     let bytes = archive.finish().map_err(|e| failed(std::io::Error::other(e)))?.into_inner();

@@ -1,0 +1,169 @@
+//! Whether the turns of a loop are independent of each other: no element that one writes is touched by another.
+//!
+//! Indices are taken as sums `c v + Σ c_k x_k + constant` of the loop's variable v and others. Two accesses to a buffer
+//! never meet in different turns when, along some axis, both have the same `c` and the rest can differ by less than |c|:
+//! variables from outside of the loop are the same in both, those of loops inside run over their ranges.
+
+use std::collections::BTreeMap;
+
+use super::program::{BinOp, Expr, For, Stmt};
+
+/// A whole number as a sum of multiples of variables and a constant; the constant's name is empty.
+type Affine = BTreeMap<String, i64>;
+
+/// The lowest and the highest value of a variable.
+type Range = (i64, i64);
+
+impl For {
+    /// Whether its turns can run in any order, and at once. Names in the program must be unique.
+    pub fn is_independent(&self) -> bool {
+        let mut accesses = Accesses::default();
+        accesses.collect(&self.body, &mut Vec::new());
+        let Accesses { touched, own, ranges } = accesses;
+        touched.iter().enumerate().filter(|(_, access)| access.writes).all(|(number, write)| {
+            own.contains(&write.buffer)
+                || touched.iter().enumerate().filter(|(_, other)| other.buffer == write.buffer).all(
+                    |(at, other)| {
+                        (at < number && other.writes) || self.never_meet(&write.index, &other.index, &ranges)
+                    },
+                )
+        })
+    }
+
+    fn never_meet(&self, a: &[Expr], b: &[Expr], ranges: &BTreeMap<String, Option<Range>>) -> bool {
+        a.iter().zip(b).any(|(a, b)| {
+            let (Some(mut a), Some(mut b)) = (affine(a), affine(b)) else { return false };
+            let (turn_a, turn_b) = (a.remove(&self.var).unwrap_or(0), b.remove(&self.var).unwrap_or(0));
+            turn_a == turn_b
+                && turn_a != 0
+                && largest_gap(&a, &b, ranges).is_some_and(|gap| gap < turn_a.unsigned_abs())
+        })
+    }
+}
+
+/// How far the rests of two indices can be apart; `None` when nothing bounds it.
+fn largest_gap(a: &Affine, b: &Affine, ranges: &BTreeMap<String, Option<Range>>) -> Option<u64> {
+    let (mut low, mut high) = (0i64, 0i64);
+    let mut add = |(from, to): Range| {
+        low = low.checked_add(from)?;
+        high = high.checked_add(to)?;
+        Some(())
+    };
+    let names: Vec<&String> = a.keys().chain(b.keys().filter(|name| !a.contains_key(*name))).collect();
+    for name in names {
+        let (in_a, in_b) = (a.get(name).copied().unwrap_or(0), b.get(name).copied().unwrap_or(0));
+        match ranges.get(name) {
+            // From outside of the loop, or the constant: the same in both turns.
+            None if name.is_empty() => add((in_a.checked_sub(in_b)?, in_a.checked_sub(in_b)?))?,
+            None if in_a == in_b => {}
+            None | Some(None) => return None,
+            Some(Some(range)) => {
+                add(scaled(*range, in_a)?)?;
+                add(scaled(*range, in_b.checked_neg()?)?)?;
+            }
+        }
+    }
+    Some(low.unsigned_abs().max(high.unsigned_abs()))
+}
+
+fn scaled((low, high): Range, factor: i64) -> Option<Range> {
+    let (a, b) = (low.checked_mul(factor)?, high.checked_mul(factor)?);
+    Some((a.min(b), a.max(b)))
+}
+
+/// An index as a sum; `None` when it is none.
+fn affine(expr: &Expr) -> Option<Affine> {
+    match expr {
+        Expr::I64(value) => Some(BTreeMap::from([(String::new(), *value)])),
+        Expr::Var(name) => Some(BTreeMap::from([(name.clone(), 1)])),
+        Expr::Bin(BinOp::Add, a, b) => sum(affine(a)?, affine(b)?, 1),
+        Expr::Bin(BinOp::Sub, a, b) => sum(affine(a)?, affine(b)?, -1),
+        Expr::Bin(BinOp::Mul, a, b) => match (&**a, &**b) {
+            (Expr::I64(factor), x) | (x, Expr::I64(factor)) => sum(Affine::new(), affine(x)?, *factor),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// `a + factor b`
+fn sum(mut a: Affine, b: Affine, factor: i64) -> Option<Affine> {
+    for (name, value) in b {
+        let part = a.entry(name).or_insert(0);
+        *part = part.checked_add(value.checked_mul(factor)?)?;
+    }
+    Some(a)
+}
+
+struct Access {
+    buffer: String,
+    index: Vec<Expr>,
+    writes: bool,
+}
+
+/// What a body does to buffers.
+#[derive(Default)]
+struct Accesses {
+    touched: Vec<Access>,
+    /// Buffers that are made inside: every turn has its own.
+    own: Vec<String>,
+    /// Variables that are bound inside, and their ranges where they are known.
+    ranges: BTreeMap<String, Option<Range>>,
+}
+
+impl Accesses {
+    /// `names` are those that `let` binds, with what they stand for.
+    fn collect(&mut self, body: &[Stmt], names: &mut Vec<(String, Expr)>) {
+        for statement in body {
+            for expr in statement.exprs() {
+                self.collect_loads(expr, names);
+            }
+            match statement {
+                Stmt::Store { buf, idx, .. } => self.touch(buf, idx, true, names),
+                Stmt::Alloc { buf, .. } => self.own.push(buf.clone()),
+                Stmt::For(For { var, min, extent, .. }) => {
+                    let range = match (resolved(min, names), resolved(extent, names)) {
+                        (Expr::I64(min), Expr::I64(extent)) if extent > 0 => {
+                            min.checked_add(extent - 1).map(|max| (min, max))
+                        }
+                        _ => None,
+                    };
+                    self.ranges.insert(var.clone(), range);
+                }
+                Stmt::Let { var, value, .. } => {
+                    self.ranges.insert(var.clone(), None);
+                    let value = resolved(value, names);
+                    names.push((var.clone(), value));
+                }
+                Stmt::If { .. } | Stmt::Assert { .. } => {}
+            }
+            statement.bodies().into_iter().for_each(|body| self.collect(body, names));
+        }
+    }
+
+    fn collect_loads(&mut self, expr: &Expr, names: &[(String, Expr)]) {
+        expr.visit(&mut |part| {
+            if let Expr::Load { buf, idx } = part {
+                self.touch(buf, idx, false, names);
+            }
+        });
+    }
+
+    fn touch(&mut self, buffer: &str, index: &[Expr], writes: bool, names: &[(String, Expr)]) {
+        let index = index.iter().map(|part| resolved(part, names)).collect();
+        self.touched.push(Access { buffer: buffer.into(), index, writes });
+    }
+}
+
+/// An expression with what names stand for in their place.
+fn resolved(expr: &Expr, names: &[(String, Expr)]) -> Expr {
+    let mut expr = expr.clone();
+    expr.rewrite(&mut |part| {
+        if let Expr::Var(name) = part
+            && let Some((_, value)) = names.iter().find(|(known, _)| known == name)
+        {
+            *part = value.clone();
+        }
+    });
+    expr
+}
