@@ -6,6 +6,7 @@ use std::path::Path;
 
 use kiln_compiler::loops::{
     Buffer, Elements, Outcome, PASSES, Pass, Program, Value, check, default_passes, interpret, read_buffers,
+    to_wasm,
 };
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
@@ -220,13 +221,7 @@ fn no_pass_changes_what_a_program_does() {
         for passes in &lists {
             let mut program = case.program.clone();
             passes.iter().for_each(|pass| pass.apply(&mut program).unwrap());
-            match (run(&program, &inputs), &expected) {
-                (Ok(found), Ok(expected)) => {
-                    let same = found.iter().all(|(name, buffer)| buffer.same(&expected[name]));
-                    assert!(same, "{passes:?}: {program}");
-                }
-                (found, expected) => assert_eq!(&found, expected, "{passes:?}: {program}"),
-            }
+            assert_same(&program, run(&program, &inputs), &expected);
             let again: Program = program.to_string().parse().unwrap();
             assert_eq!(again.to_string(), program.to_string());
         }
@@ -310,5 +305,151 @@ fn borders_are_peeled_and_blocks_leave_a_rest() {
     {
         let refusal = Pass::parse(pass).unwrap_err();
         assert!(format!("{refusal:?}").contains(words), "{refusal:?}");
+    }
+}
+
+fn run_as_wasm(program: &Program, inputs: &BTreeMap<String, Buffer>) -> Outcome {
+    to_wasm(program, &check(program).unwrap()).unwrap().run(inputs).unwrap()
+}
+
+fn assert_same(program: &Program, found: Outcome, expected: &Outcome) {
+    match (found, expected) {
+        (Ok(found), Ok(expected)) => {
+            assert_eq!(found.len(), expected.len());
+            for (name, found) in &found {
+                assert!(
+                    found.same(&expected[name]),
+                    "{name} is {found:?}, should be {:?}: {program}",
+                    expected[name]
+                );
+            }
+        }
+        (found, expected) => assert_eq!(&found, expected, "{program}"),
+    }
+}
+
+#[test]
+fn webassembly_does_what_the_interpreter_does() {
+    let golden = Golden::read();
+    for case in &golden.cases {
+        let inputs = golden.arrays(case, "in");
+        let expected = run(&case.program, &inputs);
+        assert_same(&case.program, run_as_wasm(&case.program, &inputs), &expected);
+        let mut optimised = case.program.clone();
+        default_passes().iter().for_each(|pass| pass.apply(&mut optimised).unwrap());
+        assert_same(&case.program, run_as_wasm(&optimised, &inputs), &expected);
+    }
+}
+
+/// Values at which operations go wrong if they can.
+fn odd_values(dtype: &str) -> Elements {
+    match dtype {
+        "f32" => Elements::F32(vec![
+            0.0,
+            -0.0,
+            1.5,
+            -2.5,
+            1e30,
+            -1e30,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            1e-40,
+        ]),
+        "f64" => Elements::F64(vec![
+            0.0,
+            -0.0,
+            1.5,
+            -2.5,
+            1e300,
+            -3e9,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+            f64::NAN,
+            5e-324,
+        ]),
+        "i32" => Elements::I32(vec![0, 1, -1, 7, -7, 31, 33, i32::MAX, i32::MIN, i32::MIN + 1]),
+        _ => Elements::I64(vec![0, 1, -1, 7, -7, 63, 65, i64::MAX, i64::MIN, i64::MIN + 1]),
+    }
+}
+
+#[test]
+fn every_operation_agrees_on_odd_values_on_every_target() {
+    let floats = ["f32", "f64"];
+    let ints = ["i32", "i64"];
+    let mut programs = Vec::new();
+    let mut add = |dtype: &str, result: &str, value: &str| {
+        let body = format!("for i in 0 count 10 {{ for j in 0 count 10 {{ Y[i, j] = {value} }} }}");
+        programs.push((
+            dtype.to_string(),
+            format!("program p(in X: {dtype}[10], out Y: {result}[10, 10]) {{ {body} }}"),
+        ));
+    };
+    for dtype in floats.into_iter().chain(ints) {
+        for op in ["+", "-", "*", "/", "%"] {
+            let nonzero =
+                if ints.contains(&dtype) && "/%".contains(op) { "X[1 + floormod(j, 9)]" } else { "X[j]" };
+            add(dtype, dtype, &format!("X[i] {op} {nonzero}"));
+        }
+        ["min", "max"].iter().for_each(|op| add(dtype, dtype, &format!("{op}(X[i], X[j])")));
+        ["==", "!=", "<", "<=", ">", ">="]
+            .iter()
+            .for_each(|op| add(dtype, "bool", &format!("X[i] {op} X[j]")));
+        ["f32", "f64", "i32", "i64", "bool"]
+            .iter()
+            .for_each(|to| add(dtype, to, &format!("cast_{to}(X[i])")));
+        ["neg", "abs"].iter().for_each(|op| add(dtype, dtype, &format!("{op}(X[i])")));
+    }
+    for dtype in ints {
+        ["<<", ">>", "&", "|", "^"].iter().for_each(|op| add(dtype, dtype, &format!("X[i] {op} X[j]")));
+        ["floordiv", "floormod"]
+            .iter()
+            .for_each(|op| add(dtype, dtype, &format!("{op}(X[i], X[1 + floormod(j, 9)])")));
+        add(dtype, dtype, "not(X[i])");
+    }
+    for dtype in floats {
+        ["exp", "log", "sqrt", "tanh", "erf", "floor", "ceil"]
+            .iter()
+            .for_each(|f| add(dtype, dtype, &format!("{f}(X[i])")));
+        add(dtype, dtype, "fma(X[i], X[j], X[2])");
+    }
+    for (dtype, text) in programs {
+        let program: Program = text.parse().unwrap_or_else(|e| panic!("{text}: {e}"));
+        let inputs =
+            BTreeMap::from([("X".to_string(), Buffer { shape: vec![10], elements: odd_values(&dtype) })]);
+        let expected = run(&program, &inputs);
+        assert!(expected.is_ok(), "{text}: {expected:?}");
+        assert_same(&program, run_as_wasm(&program, &inputs), &expected);
+    }
+}
+
+#[test]
+fn lowest_integers_and_zero_divisors_wrap_and_trap() {
+    let of = |value: &str, a: i64, b: i64| {
+        let program: Program =
+            format!("program p(in X: i64[2], out Y: i64[]) {{ Y[] = {value} }}").parse().unwrap();
+        let elements = Elements::I64(vec![a, b]);
+        let inputs = BTreeMap::from([("X".to_string(), Buffer { shape: vec![2], elements })]);
+        let outcome = run(&program, &inputs);
+        assert_same(&program, run_as_wasm(&program, &inputs), &outcome);
+        outcome.map(|results| results["Y"].get(0))
+    };
+    let [div, rem, floordiv, floormod] =
+        ["X[0] / X[1]", "X[0] % X[1]", "floordiv(X[0], X[1])", "floormod(X[0], X[1])"];
+    for (value, a, b, expected) in [
+        (div, i64::MIN, -1, i64::MIN),
+        (floordiv, i64::MIN, -1, i64::MIN),
+        (rem, i64::MIN, -1, 0),
+        (floormod, i64::MIN, -1, 0),
+        (div, -7, 2, -3),
+        (rem, -7, 2, -1),
+        (floordiv, -7, 2, -4),
+        (floormod, -7, 2, 1),
+        (floormod, 7, -2, -1),
+    ] {
+        assert_eq!(of(value, a, b).unwrap(), Value::I64(expected), "{value} of {a} and {b}");
+    }
+    for value in [div, rem, floordiv, floormod] {
+        assert_eq!(of(value, 5, 0).unwrap_err().to_string(), "division by zero", "{value}");
     }
 }

@@ -6,7 +6,7 @@
 //! operation is rounded to its type, nothing is contracted or reassociated, `min` and `max` propagate NaN and put -0
 //! below +0. Division of an integer by zero, an index out of bounds and an assertion that does not hold end a program
 //! with a [`Trap`]; `and`, `or` of truth values and `select` compute what they need only. A [`Pass`] makes a program into
-//! another that does the same.
+//! another that does the same, [`to_wasm`] a WebAssembly module.
 
 mod buffer;
 mod check;
@@ -17,6 +17,7 @@ mod program;
 pub mod text;
 mod value;
 mod walk;
+mod wasm;
 
 pub use buffer::{Buffer, Elements, read_buffers, write_buffers};
 pub use check::{Checked, check};
@@ -24,3 +25,4 @@ pub use interpret::{Outcome, Trap, interpret};
 pub use passes::{PASSES, Pass, default_passes};
 pub use program::{BinOp, Expr, For, Function, Io, LoopKind, Memory, Param, Program, ScalarType, Stmt, UnOp};
 pub use value::Value;
+pub use wasm::{WasmModule, to_wasm};
