@@ -105,6 +105,19 @@ pub enum Verb {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    /// Look at a trained model's computation, run it, and make it smaller
+    Graph {
+        #[command(subcommand)]
+        verb: GraphVerb,
+    },
+    /// Compile a loop program, or run it
+    #[command(
+        after_help = "A program is text (`program relu(in X: f32[4], out Y: f32[4]) { .. }`) or JSON (kiln-loop-ir/1)."
+    )]
+    Compile {
+        #[command(subcommand)]
+        verb: CompileVerb,
+    },
     /// Print a completion script for a shell
     #[command(
         after_help = "Example:\n  kiln completions bash > ~/.local/share/bash-completion/completions/kiln"
@@ -112,6 +125,115 @@ pub enum Verb {
     Completions {
         /// The shell
         shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum GraphVerb {
+    /// Print a graph, and draw it
+    #[command(
+        after_help = "Examples:\n  kiln graph show --model my-model\n  kiln graph show --graph my-graph --svg graph.svg"
+    )]
+    Show {
+        #[command(flatten)]
+        source: GraphSource,
+        /// Also draw it into this SVG file
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
+    /// Compute a graph's outputs
+    #[command(after_help = "Example:\n  kiln graph run --graph my-graph --inputs in.npz --out out.npz\n\n\
+        in.npz holds an array for every input, under its name: f32, or whole numbers.")]
+    Run {
+        #[command(flatten)]
+        source: GraphSource,
+        /// .npz file of the inputs
+        #[arg(long, value_name = "FILE")]
+        inputs: PathBuf,
+        /// .npz file for the outputs
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Compute so many times and tell the median time
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        repeat: u32,
+    },
+    /// Write a graph that computes the same with fewer operations
+    #[command(after_help = "Example:\n  kiln graph optimise --graph my-graph --out smaller\n  \
+        kiln graph optimise --graph my-graph --passes cse,dce --out smaller")]
+    Optimise {
+        #[command(flatten)]
+        source: GraphSource,
+        /// Passes in their order: fold-constants, cse, dce [default: all]
+        #[arg(long, value_delimiter = ',')]
+        passes: Vec<String>,
+        /// Folder for the graph
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+}
+
+/// Where a graph comes from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct GraphSource {
+    /// Folder that `kiln export` wrote
+    #[arg(long, value_name = "DIR")]
+    pub graph: Option<PathBuf>,
+    /// Folder of a trained model
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+}
+
+/// A program and how it is made.
+#[derive(Debug, Args)]
+pub struct ProgramArgs {
+    /// Program as text or JSON
+    #[arg(long, value_name = "FILE")]
+    pub program: PathBuf,
+    /// What it is made into
+    #[arg(long, value_enum, default_value = "wasm")]
+    pub target: Target,
+    /// "default", "none", or passes in their order, such as simplify,unroll:8,vectorize:4
+    #[arg(long, value_delimiter = ',', default_value = "default")]
+    pub passes: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Target {
+    /// The program itself, for the reference interpreter
+    Interp,
+    /// A WebAssembly module
+    Wasm,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CompileVerb {
+    /// Write a program as its target has it, with the text and the JSON of what the passes made of it
+    #[command(after_help = "Examples:\n  kiln compile build --program relu.txt --out relu/\n  \
+        kiln compile build --program relu.json --passes simplify,vectorize:4 --target interp --out relu/")]
+    Build {
+        #[command(flatten)]
+        program: ProgramArgs,
+        /// Folder for the compiled program
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Run a program on arrays
+    #[command(
+        after_help = "Example:\n  kiln compile run --program relu.txt --target interp --inputs in.npz --out out.npz"
+    )]
+    Run {
+        #[command(flatten)]
+        program: ProgramArgs,
+        /// .npz file with the program's inputs by their names
+        #[arg(long, value_name = "FILE")]
+        inputs: PathBuf,
+        /// .npz file for the outputs
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Stop the interpreter after so many statements
+        #[arg(long, default_value_t = 10_000_000_000)]
+        max_steps: u64,
     },
 }
 

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap_complete::Shell;
+use kiln::compiler::Graph;
 use kiln::core::{
     Card, Context, Error, ModelFolder, Report, Result, Scale, System, Table, html, write_atomic,
 };
 use serde::Serialize;
 
-type Systems<'a> = &'a [&'a dyn System];
+pub type Systems<'a> = &'a [&'a dyn System];
 
 /// The system with this slug.
 pub fn find<'a>(systems: Systems<'a>, slug: &str) -> Option<&'a dyn System> {
@@ -159,7 +160,8 @@ struct Exported {
     constant_bytes: usize,
 }
 
-pub fn export(systems: Systems, model: PathBuf, out: &Path, cx: &Context) -> Result<()> {
+/// The computation of a trained model, whatever system it belongs to.
+pub fn captured(systems: Systems, model: &Path, cx: &Context) -> Result<Graph> {
     let folder = ModelFolder::new(model);
     let kind = folder.kind()?;
     let system = find(systems, &kind).ok_or_else(|| {
@@ -167,10 +169,14 @@ pub fn export(systems: Systems, model: PathBuf, out: &Path, cx: &Context) -> Res
         Error::input(config.display(), format!("there is no system of kind \"{kind}\""))
             .hint("`kiln list` names them all")
     })?;
-    let graph = kiln::compiler::capture(system.network(folder.path(), cx)?)?;
+    kiln::compiler::capture(system.network(folder.path(), cx)?)
+}
+
+pub fn export(systems: Systems, model: &Path, out: &Path, cx: &Context) -> Result<()> {
+    let graph = captured(systems, model, cx)?;
     graph.save(out)?;
     let exported = Exported {
-        kind,
+        kind: graph.kind.clone(),
         out: out.into(),
         operations: graph.operations.len(),
         constants: graph.constants.len(),

@@ -2,6 +2,8 @@
 
 mod cli;
 mod commands;
+mod graphs;
+mod programs;
 
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
 use std::process::ExitCode;
@@ -73,7 +75,9 @@ fn dispatch(matches: &clap::ArgMatches, cx: &Context) -> Result<ExitCode> {
         Verb::Show { slug } => commands::show(commands::known(SYSTEMS, &slug)?, cx),
         Verb::Run { slug, scale, out } => commands::run(commands::known(SYSTEMS, &slug)?, scale, out, cx),
         Verb::Tour { scale, out } => commands::tour(SYSTEMS, scale, &out, cx),
-        Verb::Export { model, out } => commands::export(SYSTEMS, model, &out, cx),
+        Verb::Export { model, out } => commands::export(SYSTEMS, &model, &out, cx),
+        Verb::Graph { verb } => graphs::execute(verb, SYSTEMS, cx),
+        Verb::Compile { verb } => programs::execute(&verb, cx),
         Verb::Completions { shell } => commands::completions(shell, cx),
     }
     .map(|()| ExitCode::SUCCESS)

@@ -85,7 +85,17 @@ fn completions_exist_for_every_shell_and_know_the_systems() {
 
 #[test]
 fn help_has_examples_everywhere() {
-    for verb in [&[][..], &["list"], &["show"], &["run"], &["tour"], &["export"], &["completions"]] {
+    for verb in [
+        &[][..],
+        &["list"],
+        &["show"],
+        &["run"],
+        &["tour"],
+        &["export"],
+        &["graph", "show"],
+        &["compile", "build"],
+        &["completions"],
+    ] {
         let arguments = [verb, &["--help"]].concat();
         let output = kiln(&arguments);
         assert!(output.status.success());

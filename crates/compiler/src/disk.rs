@@ -1,7 +1,7 @@
 //! A graph in a folder: `graph.json` and `constants.safetensors`.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -91,24 +91,9 @@ impl Graph {
             operations: document.operations,
             constants: read_constants(&folder.join(CONSTANTS))?,
         };
-        match graph.first_unprovided() {
-            Some(id) => Err(Error::input(path.display(), format!("nothing provides tensor %{}", id.value()))
-                .hint(format!("do {GRAPH} and {CONSTANTS} belong together?"))),
-            None => Ok(graph),
-        }
-    }
-
-    /// The first tensor that is read without being an input, a constant or an earlier result.
-    fn first_unprovided(&self) -> Option<TensorId> {
-        let mut provided: BTreeSet<TensorId> = self.constants.keys().copied().collect();
-        provided.extend(self.inputs.iter().map(|input| input.tensor));
-        for operation in &self.operations {
-            if let Some(tensor) = operation.inputs().find(|tensor| !provided.contains(&tensor.id)) {
-                return Some(tensor.id);
-            }
-            provided.extend(operation.outputs().map(|tensor| tensor.id));
-        }
-        self.outputs.iter().map(|output| output.tensor).find(|id| !provided.contains(id))
+        graph.sound().map(|()| graph).map_err(|found| {
+            Error::input(path.display(), found).hint(format!("do {GRAPH} and {CONSTANTS} belong together?"))
+        })
     }
 }
 

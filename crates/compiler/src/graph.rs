@@ -93,7 +93,7 @@ fn typed(id: TensorId, dtype: DType, shape: &[usize]) -> String {
 ///
 /// Burn's operations are enums in enums (`NumericFloat(F32, Add(BinaryOpIr { … }))`); their JSON form,
 /// `{"NumericFloat": ["F32", {"Add": {…}}]}`, can be walked without knowing each of them.
-fn name_and_attributes(operation: &OperationIr) -> Result<(String, Vec<(String, String)>)> {
+pub(crate) fn name_and_attributes(operation: &OperationIr) -> Result<(String, Vec<(String, String)>)> {
     let mut value = serde_json::to_value(operation)
         .map_err(|e| Error::work("an operation cannot be written as JSON").caused_by(e))?;
     let mut name = String::new();

@@ -2,13 +2,18 @@
 //!
 //! [`capture`] runs a network's forward function on Burn's capture device, which records operations
 //! instead of computing them, and returns a [`Graph`]: operations of Burn's own intermediate
-//! representation ([`burn::backend::ir`]) in execution order, with the parameters apart as constants. [`loops`] is the
+//! representation ([`burn::backend::ir`]) in execution order, with the parameters apart as constants. A graph is
+//! run by [`Graph::run`], rewritten by a [`GraphPass`], printed and drawn. [`loops`] is the
 //! level below: programs of loops over buffers, with an interpreter that defines what they mean.
 
 mod capture;
 mod disk;
+mod draw;
+mod execute;
 mod graph;
 pub mod loops;
+mod rewrite;
 
 pub use capture::capture;
 pub use graph::{Boundary, Graph};
+pub use rewrite::GraphPass;

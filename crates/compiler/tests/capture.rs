@@ -126,7 +126,7 @@ fn broken_folders_are_refused_with_the_file_named() {
     std::fs::write(&constants, &whole[..whole.len() - 1]).unwrap();
     assert!(error(dir.path()).contains("constants.safetensors"));
     std::fs::write(&constants, b"\x02\0\0\0\0\0\0\0{}").unwrap();
-    assert!(error(dir.path()).contains("nothing provides tensor"));
+    assert!(error(dir.path()).contains("is read before it is there"));
     std::fs::write(dir.path().join("graph.json"), "{}").unwrap();
     assert!(error(dir.path()).contains("graph.json"));
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use burn::tensor::{DType, TensorData};
 use kiln_core::{Error, Result};
 use kiln_data::{read_npz_as, write_npz_as};
 use npyz::{NpyFile, Order, WriterBuilder};
@@ -70,6 +71,27 @@ impl Buffer {
             ScalarType::Bool => Elements::Bool(vec![false; count]),
         };
         Self { shape: shape.to_vec(), elements }
+    }
+
+    /// A tensor as an array; `None` when it holds other elements than f32, f64, i32, i64 or truth values.
+    pub fn from_tensor(data: &TensorData) -> Option<Self> {
+        let elements = match data.dtype() {
+            DType::F32 => Elements::F32(data.try_to_vec().ok()?),
+            DType::F64 => Elements::F64(data.try_to_vec().ok()?),
+            DType::I32 => Elements::I32(data.try_to_vec().ok()?),
+            DType::I64 => Elements::I64(data.try_to_vec().ok()?),
+            DType::Bool(_) => Elements::Bool(data.iter::<bool>().collect()),
+            _ => return None,
+        };
+        Some(Self { shape: data.shape().to_vec(), elements })
+    }
+
+    /// The array as a tensor.
+    pub fn to_tensor(&self) -> TensorData {
+        each_type!(&self.elements, values, V => {
+            let _ = V;
+            TensorData::new(values.clone(), self.shape.clone())
+        })
     }
 
     /// Type of the elements.

@@ -1,0 +1,111 @@
+//! `kiln graph`: looking at captured networks, running and rewriting them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use kiln::compiler::loops::{Buffer, read_buffers, write_buffers};
+use kiln::compiler::{Graph, GraphPass};
+use kiln::core::{Context, Error, Result, write_atomic};
+use serde_json::json;
+
+use crate::cli::{GraphSource, GraphVerb};
+use crate::commands::{Systems, captured};
+
+pub fn execute(verb: GraphVerb, systems: Systems, cx: &Context) -> Result<()> {
+    match verb {
+        GraphVerb::Show { source, svg } => show(&open(&source, systems, cx)?, svg.as_deref(), cx),
+        GraphVerb::Run { source, inputs, out, repeat } => {
+            run(&open(&source, systems, cx)?, &inputs, &out, repeat, cx)
+        }
+        GraphVerb::Optimise { source, passes, out } => {
+            let passes = match passes.as_slice() {
+                [] => GraphPass::ALL.to_vec(),
+                named => named.iter().map(|name| GraphPass::parse(name)).collect::<Result<_>>()?,
+            };
+            optimise(open(&source, systems, cx)?, &passes, &out, cx)
+        }
+    }
+}
+
+fn open(source: &GraphSource, systems: Systems, cx: &Context) -> Result<Graph> {
+    match (&source.graph, &source.model) {
+        (Some(folder), _) => Graph::load(folder),
+        (None, Some(model)) => captured(systems, model, cx),
+        (None, None) => Err(Error::usage("--graph or --model is needed")),
+    }
+}
+
+fn show(graph: &Graph, svg: Option<&Path>, cx: &Context) -> Result<()> {
+    if let Some(path) = svg {
+        write_atomic(path, graph.to_svg()?.as_bytes())?;
+    }
+    let text = graph.to_text()?;
+    let counts = graph.operation_counts()?;
+    let shown =
+        json!({ "kind": graph.kind, "operations": counts, "constants": graph.constants.len(), "text": text });
+    cx.emit(&shown, |_| text.clone())
+}
+
+fn run(graph: &Graph, inputs: &Path, out: &Path, repeat: u32, cx: &Context) -> Result<()> {
+    let arrays = read_buffers(inputs)?;
+    let input = |name: &String| {
+        let known = || arrays.keys().cloned().collect::<Vec<_>>().join(", ");
+        arrays.get(name).map(Buffer::to_tensor).ok_or_else(|| {
+            Error::input(inputs.display(), format!("there is no array \"{name}\""))
+                .hint(format!("it holds: {}", known()))
+        })
+    };
+    let inputs: Vec<_> =
+        graph.inputs.iter().map(|boundary| input(&boundary.port.name)).collect::<Result<_>>()?;
+    let mut times = Vec::new();
+    let mut outputs = Vec::new();
+    let bar = cx.progress(repeat.into(), "runs");
+    for _ in 0..repeat {
+        let begun = Instant::now();
+        outputs = graph.run(&inputs)?;
+        times.push(begun.elapsed().as_secs_f64());
+        bar.inc(1);
+    }
+    times.sort_by(f64::total_cmp);
+    let named = graph.outputs.iter().zip(&outputs).map(|(boundary, data)| {
+        let name = &boundary.port.name;
+        let buffer = Buffer::from_tensor(data).ok_or_else(|| {
+            Error::work(format!("output \"{name}\" of type {:?} cannot be written", data.dtype()))
+        })?;
+        Ok((name.clone(), buffer))
+    });
+    let named: BTreeMap<String, Buffer> = named.collect::<Result<_>>()?;
+    write_buffers(out, &named)?;
+    let milliseconds = 1e3 * times[times.len() / 2];
+    let names: Vec<&String> = named.keys().collect();
+    cx.emit(&json!({ "out": out, "outputs": names, "median_ms": milliseconds, "runs": repeat }), |_| {
+        format!("{} outputs in {}, {milliseconds:.2} ms\n", names.len(), out.display())
+    })
+}
+
+fn optimise(mut graph: Graph, passes: &[GraphPass], out: &Path, cx: &Context) -> Result<()> {
+    let bytes = |graph: &Graph| graph.constants.values().map(|data| data.as_bytes().len()).sum::<usize>();
+    let size = |graph: &Graph| (graph.operations.len(), graph.constants.len(), bytes(graph));
+    let mut steps = vec![("captured".to_string(), size(&graph))];
+    for pass in passes {
+        pass.apply(&mut graph)?;
+        steps.push((pass.name(), size(&graph)));
+    }
+    graph.save(out)?;
+    let rows: Vec<_> = steps
+        .iter()
+        .map(|(pass, (operations, constants, bytes))| {
+            json!({ "after": pass, "operations": operations, "constants": constants, "constant_bytes": bytes })
+        })
+        .collect();
+    cx.emit(&json!({ "out": out, "steps": rows }), |_| {
+        let line = |(pass, (operations, constants, bytes)): &(String, (usize, usize, usize))| {
+            format!(
+                "{pass:<16}{operations:>6} operations {constants:>5} constants {:>9.2} MB\n",
+                *bytes as f64 / 1e6
+            )
+        };
+        steps.iter().map(line).collect()
+    })
+}

@@ -1,0 +1,85 @@
+//! `kiln compile`: loop programs into modules, and what they compute.
+
+use std::fs;
+use std::path::Path;
+
+use kiln::compiler::loops::{
+    Checked, Outcome, Pass, Program, check, default_passes, interpret, read_buffers, to_wasm, write_buffers,
+};
+use kiln::core::{Context, Error, Result, write_atomic};
+use serde_json::json;
+
+use crate::cli::{CompileVerb, ProgramArgs, Target};
+
+pub fn execute(verb: &CompileVerb, cx: &Context) -> Result<()> {
+    match verb {
+        CompileVerb::Build { program, out } => build(program, out, cx),
+        CompileVerb::Run { program, inputs, out, max_steps } => run(program, inputs, out, *max_steps, cx),
+    }
+}
+
+/// Writes a program as its target has it, beside the text and the JSON of what the passes made of it.
+fn build(args: &ProgramArgs, out: &Path, cx: &Context) -> Result<()> {
+    let (program, checked) = prepared(args)?;
+    fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    let file = |name: &str| out.join(name);
+    let json = serde_json::to_vec_pretty(&program)
+        .map_err(|e| Error::work("cannot write the program").caused_by(e))?;
+    write_atomic(&file("program.json"), &json)?;
+    write_atomic(&file("program.txt"), program.to_string().as_bytes())?;
+    let mut written = vec!["program.json", "program.txt"];
+    if args.target == Target::Wasm {
+        let module = to_wasm(&program, &checked)?;
+        let params = program.params.iter().zip(&module.offsets);
+        let params: Vec<_> = params
+            .map(|(param, offset)| {
+                json!({ "name": param.name, "dtype": param.dtype, "shape": param.shape, "io": param.io, "offset": offset })
+            })
+            .collect();
+        let layout = json!({ "params": params, "memory": module.memory, "assertions": module.assertions });
+        write_atomic(&file("module.wasm"), &module.bytes)?;
+        write_atomic(&file("layout.json"), layout.to_string().as_bytes())?;
+        written.extend(["module.wasm", "layout.json"]);
+    }
+    cx.emit(&json!({ "out": out, "files": written }), |_| {
+        format!("{} in {}\n", written.join(", "), out.display())
+    })
+}
+
+fn run(args: &ProgramArgs, inputs: &Path, out: &Path, max_steps: u64, cx: &Context) -> Result<()> {
+    let (program, checked) = prepared(args)?;
+    let arrays = read_buffers(inputs)?;
+    let outcome: Outcome = match args.target {
+        Target::Interp => interpret(&program, &checked, &arrays, max_steps)?,
+        Target::Wasm => to_wasm(&program, &checked)?.run(&arrays)?,
+    };
+    let results =
+        outcome.map_err(|trap| Error::work(format!("the program \"{}\" trapped: {trap}", program.name)))?;
+    write_buffers(out, &results)?;
+    let names: Vec<&String> = results.keys().collect();
+    cx.emit(&json!({ "out": out, "outputs": names }), |_| {
+        format!("{} in {}\n", results.keys().cloned().collect::<Vec<_>>().join(", "), out.display())
+    })
+}
+
+/// Reads a program, verifies it and applies the passes that were asked for.
+fn prepared(args: &ProgramArgs) -> Result<(Program, Checked)> {
+    let path = &args.program;
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let mut program: Program = if text.trim_start().starts_with('{') {
+        serde_json::from_str(&text).map_err(|e| {
+            Error::input(path.display(), "is no program in the format kiln-loop-ir/1").caused_by(e)
+        })?
+    } else {
+        text.parse()?
+    };
+    check(&program)?;
+    let passes = match args.passes.as_slice() {
+        [all] if all == "default" => default_passes(),
+        [none] if none == "none" => Vec::new(),
+        named => named.iter().map(|pass| Pass::parse(pass)).collect::<Result<_>>()?,
+    };
+    passes.iter().try_for_each(|pass| pass.apply(&mut program))?;
+    let checked = check(&program)?;
+    Ok((program, checked))
+}

@@ -1,0 +1,243 @@
+//! Every system's network as a graph: captured, run beside the network itself, made smaller; and loop programs.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use kiln::SYSTEMS;
+use kiln::compiler::loops::{Buffer, Elements, read_buffers, write_buffers};
+use kiln::compiler::{GraphPass, capture};
+use kiln::core::testing::Desk;
+use kiln::core::{Port, PortKind, random_stream};
+
+use burn::backend::DispatchTensor;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use rand::RngExt;
+
+/// A model of a system, trained for a step or two; whole numbers in its inputs are below the second part.
+fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
+    let rows = |names: &str| {
+        let row = |i: usize| format!("{},{},{},{}\n", i % 7, i % 5, i % 3, ["up", "down"][i % 2]);
+        format!("{names}\n{}", (0..24).map(row).collect::<String>())
+    };
+    let below = match slug {
+        "gla" => {
+            desk.write("a.txt", "to be or not to be. ".repeat(40));
+            desk.json("train --text @a.txt --out @m --steps 2 --d-model 16 --layers 1 --heads 2 --seq-len 32 --batch 2");
+            256
+        }
+        "tcnca" => {
+            desk.write("a.txt", "to be or not to be. ".repeat(40));
+            desk.json(
+                "train --task lm --text @a.txt --out @m --steps 2 --dim 8 --layers 2 --mixer tcn,ema --z-dim 4 --h-dim 8 \
+                 --ffn-dim 8 --kernel 3 --dilation 2 --blocks 2 --chunk 8 --batch 4 --seq-len 16",
+            );
+            256
+        }
+        "kronecker-attention" => {
+            desk.run("match3 --n 5 --modulus 7 --count 24 --out @ids.jsonl").unwrap();
+            desk.run(
+                "train --data @ids.jsonl --input fourier:7 --dim 16 --heads 2 --steps 2 --batch 4 --out @m",
+            )
+            .unwrap();
+            7
+        }
+        "tabpfn" => {
+            desk.json(
+                "fit-prior --emsize 16 --layers 1 --heads 2 --hidden 16 --max-features 5 --max-classes 3 --rows 32 \
+                 --batch 2 --steps 2 --out @m",
+            );
+            3
+        }
+        "hypernet" => {
+            desk.write("rows.csv", rows("a,b,writer,label"));
+            desk.json(
+                "train --data @rows.csv --target-col label --task-col writer --target mlp:2-4-2 --hidden 6 --emb-dim 3 \
+                 --chunk 8 --steps 2 --batch 8 --out @m",
+            );
+            3
+        }
+        "mip" => {
+            let row = |i: usize| format!("{},9,9,5,5,5,0,0,{},{}\n", i % 5, i % 3, ["up", "down"][i % 2]);
+            desk.write(
+                "data.csv",
+                format!("a,b,c,d,e,f,g,h,i,label\n{}", (0..12).map(row).collect::<String>()),
+            );
+            desk.json("train --data @data.csv --arch mlp:4 --hidden 4,6 --batch 4 --steps 2 --out @h");
+            desk.json("export --model @h --gamma 0.5 --to @m");
+            2
+        }
+        other => panic!("say here how to make a model of {other}"),
+    };
+    (desk.path("m"), below)
+}
+
+/// Random numbers for a port.
+fn random_input(port: &Port, below: i64, number: u64) -> TensorData {
+    let mut rng = random_stream(0, "input", number);
+    let count = port.shape.iter().product();
+    match port.kind {
+        PortKind::Float => {
+            TensorData::new((0..count).map(|_| rng.random::<f32>()).collect::<Vec<_>>(), port.shape.clone())
+        }
+        PortKind::Int => TensorData::new(
+            (0..count).map(|_| rng.random_range(0..below)).collect::<Vec<_>>(),
+            port.shape.clone(),
+        ),
+    }
+}
+
+/// A tensor of whatever rank on the CPU.
+fn to_dispatch(port: &Port, data: &TensorData) -> DispatchTensor {
+    let device = Device::flex();
+    /// One arm a rank.
+    macro_rules! by_rank {
+        ($($rank:literal),+) => {
+            match (port.kind, port.shape.len()) {
+                $((PortKind::Float, $rank) => Tensor::<$rank>::from_data(data.clone(), &device).into_dispatch(),
+                (PortKind::Int, $rank) => Tensor::<$rank, Int>::from_data(data.clone(), &device).into_dispatch(),)+
+                (_, rank) => panic!("an input of rank {rank}"),
+            }
+        };
+    }
+    by_rank!(1, 2, 3, 4)
+}
+
+fn floats(data: &TensorData) -> Vec<f32> {
+    data.iter::<f32>().collect()
+}
+
+#[test]
+fn every_network_and_its_graph_compute_the_same() {
+    for system in SYSTEMS {
+        let slug = system.card().slug;
+        let desk = Desk::new(*system);
+        let (model, below) = tiny_model(&desk, slug);
+        let network = system.network(&model, &desk.cx).unwrap();
+        let inputs: Vec<TensorData> = network
+            .inputs()
+            .iter()
+            .zip(0..)
+            .map(|(port, number)| random_input(port, below, number))
+            .collect();
+        let tensors =
+            network.inputs().iter().zip(&inputs).map(|(port, data)| to_dispatch(port, data)).collect();
+        let outputs = network.forward(tensors);
+        let outputs: Vec<Vec<f32>> = network
+            .outputs()
+            .iter()
+            .zip(outputs)
+            .map(|(port, output)| match port.shape.len() {
+                1 => floats(&Tensor::<1>::from_dispatch(output).into_data()),
+                2 => floats(&Tensor::<2>::from_dispatch(output).into_data()),
+                3 => floats(&Tensor::<3>::from_dispatch(output).into_data()),
+                _ => floats(&Tensor::<4>::from_dispatch(output).into_data()),
+            })
+            .collect();
+        let mut graph = capture(network).unwrap();
+        for pass in [None, Some(GraphPass::FoldConstants), Some(GraphPass::Cse), Some(GraphPass::Dce)] {
+            if let Some(pass) = pass {
+                pass.apply(&mut graph).unwrap();
+            }
+            let found = graph.run(&inputs).unwrap_or_else(|e| panic!("{slug}: {e}"));
+            for (found, expected) in found.iter().map(floats).zip(&outputs) {
+                assert_eq!(found.len(), expected.len(), "{slug}");
+                for (a, b) in found.iter().zip(expected) {
+                    assert!(
+                        (a - b).abs() <= 2e-5 * (1.0 + b.abs()),
+                        "{slug} after {pass:?}: {a}, should be {b}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn kiln(folder: &Path, line: &str) -> Output {
+    let words = line.split_whitespace();
+    Command::new(env!("CARGO_BIN_EXE_kiln")).args(words).current_dir(folder).output().unwrap()
+}
+
+fn succeed(folder: &Path, line: &str) -> String {
+    let output = kiln(folder, line);
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn refused(folder: &Path, line: &str, words: &str) {
+    let output = kiln(folder, line);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && said.contains(words) && !said.contains("internal error"),
+        "{line}: {said}"
+    );
+}
+
+#[test]
+fn graphs_are_shown_run_and_made_smaller_from_the_command_line() {
+    let gla = SYSTEMS.iter().find(|system| system.card().slug == "gla").unwrap();
+    let desk = Desk::new(*gla);
+    tiny_model(&desk, "gla");
+    let here = desk.path("");
+    let text = succeed(&here, "graph show --model m --svg g.svg");
+    assert!(text.contains(" = Matmul(") && text.contains("output \"logits\""), "{text}");
+    assert!(std::fs::read_to_string(here.join("g.svg")).unwrap().starts_with("<svg"));
+    succeed(&here, "export --model m --out g");
+    assert_eq!(succeed(&here, "graph show --graph g"), text);
+    let steps = succeed(&here, "--json graph optimise --graph g --out small");
+    let steps: serde_json::Value = serde_json::from_str(&steps).unwrap();
+    let count = |at: usize| steps["steps"][at]["operations"].as_u64().unwrap();
+    assert!(count(3) < count(0), "{steps}");
+    let ports = text.lines().next().unwrap();
+    assert!(ports.contains("i64[1, ") || ports.contains("i64["), "{ports}");
+    let shape: Vec<usize> =
+        ports.split(['[', ']']).nth(1).unwrap().split(", ").map(|n| n.parse().unwrap()).collect();
+    let ids = Buffer {
+        elements: Elements::I64((0..shape.iter().product::<usize>() as i64).map(|i| i % 256).collect()),
+        shape,
+    };
+    let name = ports.split('"').nth(1).unwrap().to_string();
+    write_buffers(&here.join("in.npz"), &[(name, ids)].into()).unwrap();
+    succeed(&here, "graph run --graph g --inputs in.npz --out whole.npz --repeat 2");
+    succeed(&here, "graph run --graph small --inputs in.npz --out small.npz");
+    let [whole, small] = ["whole.npz", "small.npz"].map(|name| read_buffers(&here.join(name)).unwrap());
+    assert_eq!(whole["logits"].shape, small["logits"].shape);
+    refused(&here, "graph optimise --graph g --passes fuse --out x", "there are: fold-constants, cse, dce");
+    refused(&here, "graph run --graph g --inputs whole.npz --out x.npz", "it holds: logits");
+    refused(&here, "graph show", "--graph <DIR>|--model <DIR>");
+}
+
+#[test]
+fn programs_are_compiled_and_run_from_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let program = "program relu(in X: f32[5], out Y: f32[5]) {\n  vectorized for i in 0 count 5 {\n    Y[i] = max(X[i], 0.0f32)\n  }\n}\n";
+    std::fs::write(here.join("relu.txt"), program).unwrap();
+    let x = Buffer { shape: vec![5], elements: Elements::F32(vec![-1.0, 2.0, -0.0, 4.0, f32::NEG_INFINITY]) };
+    write_buffers(&here.join("in.npz"), &[("X".to_string(), x)].into()).unwrap();
+    for options in
+        ["--target interp --passes none", "--target interp", "--target wasm --passes simplify,split:2", ""]
+    {
+        succeed(here, &format!("compile run --program relu.txt {options} --inputs in.npz --out out.npz"));
+        let y = &read_buffers(&here.join("out.npz")).unwrap()["Y"];
+        assert_eq!(y.elements, Elements::F32(vec![0.0, 2.0, 0.0, 4.0, 0.0]), "{options}");
+    }
+    succeed(here, "compile build --program relu.txt --out built");
+    assert!(std::fs::read(here.join("built/module.wasm")).unwrap().starts_with(b"\0asm"));
+    let layout = std::fs::read_to_string(here.join("built/layout.json")).unwrap();
+    assert!(layout.contains("\"offset\":32") && layout.contains("\"io\":\"out\""), "{layout}");
+    // What was written compiles again, from either form.
+    succeed(here, "compile build --program built/program.json --passes none --out again");
+    succeed(here, "compile build --program built/program.txt --passes none --out again");
+    let texts =
+        ["built", "again"].map(|name| std::fs::read_to_string(here.join(name).join("program.txt")).unwrap());
+    assert_eq!(texts[0], texts[1]);
+    std::fs::write(here.join("bad.txt"), program.replace("X[i]", "X[i + 9]")).unwrap();
+    refused(here, "compile run --program bad.txt --inputs in.npz --out trap.npz", "trapped: out of bounds");
+    assert!(!here.join("trap.npz").exists());
+    std::fs::write(here.join("worse.txt"), program.replace("max", "mox")).unwrap();
+    refused(here, "compile build --program worse.txt --out x", "not \"mox\"");
+    refused(here, "compile build --program relu.txt --passes fly --out x", "there are: simplify");
+    refused(here, "compile build --program none.txt --out x", "none.txt");
+    refused(here, "compile build", "--program");
+}
