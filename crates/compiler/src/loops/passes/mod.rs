@@ -55,8 +55,9 @@ pub fn default_passes() -> Vec<Pass> {
         Pass::LoopPartition,
         Pass::Unroll { most: 16 },
         Pass::Vectorize { width: 8 },
-        Pass::Parallelise,
+        Pass::InlineLet,
         Pass::Simplify,
+        Pass::Parallelise,
     ]
 }
 
