@@ -29,20 +29,65 @@
 //! ```
 
 pub mod anchor;
+pub mod budget;
 pub mod checkpoint;
+mod command;
 pub mod data;
 pub mod evaluate;
+mod experiment;
 pub mod family;
 pub mod golden;
 pub mod least_squares;
 pub mod pareto;
+pub mod serve;
 pub mod snnet;
 pub mod space;
 pub mod stitch;
 pub mod training;
+
+use std::path::Path;
+
+use clap::{CommandFactory, FromArgMatches};
+use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
 pub use anchor::{Anchor, Cost, Extent, Feature, Grid, Outline, Segment};
 pub use pareto::Pareto;
 pub use snnet::{SnNet, SnNetConfig, Stitched};
 pub use space::{SpaceConfig, StitchSpace};
 pub use stitch::StitchLayer;
+
+/// The system, as the binary sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Stitch;
+
+impl System for Stitch {
+    fn card(&self) -> Card {
+        Card {
+            slug: checkpoint::KIND,
+            family: "weights",
+            title: "Stitchable neural networks",
+            paper: "Zizheng Pan, Jianfei Cai, Bohan Zhuang, \"Stitchable Neural Networks\", arXiv 2302.06586",
+            year: 2023,
+            claim: "The fronts and rears of trained networks, joined by linear maps that least squares begin, make many \
+                    networks that interpolate in cost and accuracy and share their weights.",
+            purpose: "Serve one model at any cost: switch at every request among networks between your small and large one",
+        }
+    }
+
+    fn command(&self) -> clap::Command {
+        command::Command::command()
+    }
+
+    fn execute(&self, args: &clap::ArgMatches, cx: &Context) -> Result<()> {
+        let command = command::Command::from_arg_matches(args).map_err(|e| Error::usage(e.to_string()))?;
+        command.run(cx)
+    }
+
+    fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> {
+        experiment::run(self.card(), scale, cx)
+    }
+
+    fn network(&self, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {
+        Ok(Box::new(checkpoint::Plain::open(model, cx)?))
+    }
+}
