@@ -269,11 +269,16 @@ pub fn plot(
         Measure::MegaFlops => "MFLOPs an image",
         Measure::Milliseconds => "ms a batch",
     };
-    let mut plot = Plot::points(title, x, "accuracy, %")
-        .series("stitches", points(&|id, anchor| !anchor && !front.contains(&id)))
-        .series("stitches on the Pareto front", points(&|id, anchor| !anchor && front.contains(&id)))
-        .series("anchors", points(&|id, anchor| anchor && !front.contains(&id)))
-        .series("anchors on the Pareto front", points(&|id, anchor| anchor && front.contains(&id)));
+    let groups = [
+        ("stitches", points(&|id, anchor| !anchor && !front.contains(&id))),
+        ("stitches on the Pareto front", points(&|id, anchor| !anchor && front.contains(&id))),
+        ("anchors", points(&|id, anchor| anchor && !front.contains(&id))),
+        ("anchors on the Pareto front", points(&|id, anchor| anchor && front.contains(&id))),
+    ];
+    let mut plot = Plot::points(title, x, "accuracy, %");
+    for (name, points) in groups.into_iter().filter(|(_, points)| !points.is_empty()) {
+        plot = plot.series(name, points);
+    }
     if measure == Measure::MegaFlops {
         for rival in rivals {
             plot = plot.series(&rival.name, vec![(rival.flops as f64 / 1e6, 100.0 * rival.acc)]);

@@ -108,12 +108,20 @@ impl Task {
         Ok(train(net, &mut task, &training(steps, ANCHOR_LR), None, false, cx)?.last)
     }
 
-    fn train_joint(&self, net: SnNet<AnchorNet>, steps: usize, cx: &Context) -> Result<SnNet<AnchorNet>> {
+    fn train_joint(
+        &self,
+        net: SnNet<AnchorNet>,
+        frozen: bool,
+        steps: usize,
+        cx: &Context,
+    ) -> Result<SnNet<AnchorNet>> {
+        let net = if frozen { net.freeze_anchors() } else { net };
         let mut task = JointTask::<AnchorNet> {
             batches: Batches::new(&self.train, &self.scaling, 64, cx),
             valid: &self.test,
             scaling: &self.scaling,
             sampling: Sampling::Uniform,
+            frozen,
             teacher: None,
             cx,
         };
@@ -164,7 +172,7 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     let mut fitted = random.clone();
     task.fit(&mut fitted, cx)?;
     let before = task.evaluate(&fitted, cx)?;
-    let net = task.train_joint(fitted.clone(), plan.joint_steps, cx)?;
+    let net = task.train_joint(fitted.clone(), false, plan.joint_steps, cx)?;
     let after = task.evaluate(&net, cx)?;
 
     report_start(&mut report, &before_random, &before, net.space());
@@ -331,8 +339,8 @@ fn report_switching(report: &mut Report, net: &SnNet<AnchorNet>, task: &Task, cx
         }
         Ok([switching, computing])
     };
-    // Once for the memory that the allocator keeps.
-    run(&ids)?;
+    // Some before, for the memory that the allocator keeps.
+    run(&ids[..SWITCHES / 10])?;
     let gauge = MemoryGauge::start();
     let (times, growth) = match gauge {
         Some(gauge) => gauge.peak(|| run(&ids)),
@@ -435,9 +443,9 @@ fn report_arms(
         table.row([name.into(), pair([0, 1]), pair([1, 2]), anchors]);
     };
     add("everything", after);
-    let net = task.train_joint(random, plan.joint_steps, cx)?;
+    let net = task.train_joint(random, false, plan.joint_steps, cx)?;
     add("without least squares", &task.evaluate(&net, cx)?);
-    let net = task.train_joint(fitted.freeze_anchors(), plan.joint_steps, cx)?;
+    let net = task.train_joint(fitted, true, plan.joint_steps, cx)?;
     add("anchors frozen", &task.evaluate(&net, cx)?);
     report.tables.push(table);
     Ok(())
@@ -457,7 +465,7 @@ fn report_resnet(report: &mut Report, task: &Task, cx: &Context) -> Result<()> {
     let mut net = random;
     task.fit(&mut net, cx)?;
     let before = task.evaluate(&net, cx)?;
-    let net = task.train_joint(net, STEPS[1], cx)?;
+    let net = task.train_joint(net, false, STEPS[1], cx)?;
     let after = task.evaluate(&net, cx)?;
     let space = net.space();
     let mut table = Table::new(

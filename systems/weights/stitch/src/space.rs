@@ -229,7 +229,7 @@ impl StitchSpace {
 
     /// The cuts between two anchors, whose layers are added.
     fn join(&mut self, front: usize, rear: usize, config: &SpaceConfig) -> Result<Vec<Cut>> {
-        let found = cuts_between(&self.outlines[front], &self.outlines[rear], config)?;
+        let found = self.cuts_between(front, rear, config)?;
         if self.configurations.len() + found.len() > MOST_CONFIGURATIONS {
             return Err(Error::usage(format!("the space has more than {MOST_CONFIGURATIONS} networks"))
                 .hint("choose a smaller --kernel, or fewer anchors"));
@@ -250,6 +250,46 @@ impl StitchSpace {
             cuts.push(Cut { after, before, layer });
         }
         Ok(cuts)
+    }
+
+    /// The cuts from one anchor to another, stage by stage.
+    fn cuts_between(&self, from: usize, to: usize, config: &SpaceConfig) -> Result<Vec<WindowCut>> {
+        let (front, rear) = (&self.outlines[from], &self.outlines[to]);
+        let stages = front.stage_count();
+        if rear.stage_count() != stages {
+            return Err(Error::usage(format!(
+                "one anchor has {stages} stages, another {}",
+                rear.stage_count()
+            ))
+            .hint("networks are stitched stage by stage: both need the same number"));
+        }
+        // Of networks with stages, only the middle ones: the first and the last are the cheapest to leave whole.
+        let middle = if stages == 1 { 0..1 } else { 1..stages - 1 };
+        let mut cuts = Vec::new();
+        let mut mismatch = None;
+        for stage in middle {
+            let (front_blocks, rear_blocks) = (front.stage(stage), rear.stage(stage));
+            for (after, before, window) in stage_cuts(front_blocks.len(), rear_blocks.len(), config) {
+                let (after, before) = (front_blocks.start + after, rear_blocks.start + before);
+                if before == 0 && !config.include_m0 {
+                    continue;
+                }
+                let (given, taken) = (&front.extents[after + 1], &rear.extents[before]);
+                if given.can_become(taken) {
+                    cuts.push((after, before, (stage, window)));
+                } else if before > rear_blocks.start || stages == 1 {
+                    // The first block of a later stage still takes the larger map of the stage before.
+                    mismatch = Some((given.positions(), taken.positions()));
+                }
+            }
+        }
+        match mismatch {
+            Some((given, taken)) if cuts.is_empty() => Err(Error::usage(format!(
+                "anchor {from} has {given} positions where anchor {to} has {taken}"
+            ))
+            .hint("anchors must have the same patch size, and the same steps from stage to stage")),
+            _ => Ok(cuts),
+        }
     }
 
     /// Networks through three anchors, each dearer than the one before.
@@ -442,42 +482,6 @@ fn pairs(count: usize, config: &SpaceConfig) -> Vec<(usize, usize)> {
 
 /// A cut and the number of the window whose layer it uses.
 type WindowCut = (usize, usize, (usize, usize));
-
-/// The cuts from one anchor to another, stage by stage.
-fn cuts_between(front: &Outline, rear: &Outline, config: &SpaceConfig) -> Result<Vec<WindowCut>> {
-    let stages = front.stage_count();
-    if rear.stage_count() != stages {
-        return Err(Error::usage(format!("one anchor has {stages} stages, another {}", rear.stage_count()))
-            .hint("networks are stitched stage by stage: both need the same number"));
-    }
-    // Of networks with stages, only the middle ones: the first and the last are the cheapest to leave whole.
-    let middle = if stages == 1 { 0..1 } else { 1..stages - 1 };
-    let mut cuts = Vec::new();
-    let mut mismatch = None;
-    for stage in middle {
-        let (front_blocks, rear_blocks) = (front.stage(stage), rear.stage(stage));
-        for (after, before, window) in stage_cuts(front_blocks.len(), rear_blocks.len(), config) {
-            let (after, before) = (front_blocks.start + after, rear_blocks.start + before);
-            if before == 0 && !config.include_m0 {
-                continue;
-            }
-            let (given, taken) = (&front.extents[after + 1], &rear.extents[before]);
-            if given.can_become(taken) {
-                cuts.push((after, before, (stage, window)));
-            } else if before > rear_blocks.start || stages == 1 {
-                // The first block of a later stage still takes the larger map of the stage before.
-                mismatch = Some((given.positions(), taken.positions()));
-            }
-        }
-    }
-    match mismatch {
-        Some((given, taken)) if cuts.is_empty() => {
-            Err(Error::usage(format!("one anchor has {given} positions where the other has {taken}"))
-                .hint("anchors must have the same patch size, and the same steps from stage to stage"))
-        }
-        _ => Ok(cuts),
-    }
-}
 
 /// The cuts between `front` and `rear` blocks, each with the number of its layer.
 fn stage_cuts(front: usize, rear: usize, config: &SpaceConfig) -> Vec<(usize, usize, usize)> {

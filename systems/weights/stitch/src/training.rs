@@ -3,7 +3,7 @@
 use burn::module::ModuleDisplay;
 use burn::tensor::{Int, Tensor};
 use clap::ValueEnum;
-use kiln_core::{Context, Result};
+use kiln_core::{Context, Error, Result};
 use kiln_data::Images;
 use kiln_nn::Task;
 use kiln_ops::{CrossEntropyOptions, cross_entropy, log_softmax, softmax};
@@ -134,6 +134,8 @@ pub struct JointTask<'a, A> {
     pub scaling: &'a Scaling,
     /// Which networks a step trains.
     pub sampling: Sampling,
+    /// Whether the anchors stay as they are, so that there is nothing to learn from running one alone.
+    pub frozen: bool,
     /// Whom they learn from.
     pub teacher: Option<Teacher<A>>,
     /// Device and random streams.
@@ -144,9 +146,11 @@ impl<A: Anchor + ModuleDisplay> JointTask<'_, A> {
     /// The networks of a step.
     fn sample(&self, model: &SnNet<A>, step: usize) -> Vec<usize> {
         let mut rng = self.cx.rng("configuration", step as u64);
-        let any = rng.random_range(0..model.space().len());
+        let first = if self.frozen { model.anchors.len() } else { 0 };
+        let any = rng.random_range(first..model.space().len());
         match self.sampling {
             Sampling::Uniform => vec![any],
+            Sampling::Sandwich if self.frozen => vec![any],
             Sampling::Sandwich => vec![0, model.anchors.len() - 1, any],
         }
     }
@@ -154,6 +158,9 @@ impl<A: Anchor + ModuleDisplay> JointTask<'_, A> {
 
 impl<A: Anchor + ModuleDisplay> Task<SnNet<A>> for JointTask<'_, A> {
     fn loss(&mut self, model: &SnNet<A>, step: usize) -> Result<(Tensor<1>, usize)> {
+        if self.frozen && model.stitches.is_empty() {
+            return Err(Error::usage("without stitches and with frozen anchors there is nothing to train"));
+        }
         let (images, labels) = self.batches.step(step);
         let answers = self.teacher.as_ref().map_or(Answers::None, |teacher| teacher.answers(images.clone()));
         let ids = self.sample(model, step);
@@ -178,7 +185,7 @@ impl<A: Anchor + ModuleDisplay> Task<SnNet<A>> for JointTask<'_, A> {
     }
 
     fn settings(&self) -> Map<String, Value> {
-        let own = json!({ "sampling": self.sampling });
+        let own = json!({ "sampling": self.sampling, "frozen_anchors": self.frozen });
         settings(&self.batches, self.teacher.as_ref(), own.as_object().cloned().unwrap_or_default())
     }
 }

@@ -251,6 +251,31 @@ fn frozen_anchors_stay_and_of_low_rank_layers_only_the_product_moves() {
 }
 
 #[test]
+fn gradients_of_stitching_layers_are_the_slopes_of_the_loss() {
+    let net = net(&[vit(4), vit(6)], SpaceConfig::default());
+    let id = net.space().len() - 1;
+    let layer = net.space().configurations()[id].cuts[0].layer;
+    let loss = |net: &SnNet<AnchorNet>| {
+        let classes = Tensor::<1, Int>::from_data(TensorData::new(vec![0i64, 1, 2], [3]), &Device::flex());
+        cross_entropy(net.forward_with(id, images(3)).unwrap(), classes, &Default::default()).mean()
+    };
+    let training = net.clone().train();
+    let gradients = loss(&training).backward();
+    let gradient = training.stitches[layer].map.weight.val().grad(&gradients).unwrap();
+    // Along the gradient itself, the slope is its squared norm.
+    let slope = f64::from(gradient.clone().square().sum().into_scalar::<f32>());
+    let step = 1e-2 / slope.sqrt();
+    let moved = |by: f64| {
+        let mut net = net.clone();
+        net.stitches[layer].map.weight =
+            net.stitches[layer].map.weight.clone().map(|weight| weight + gradient.clone() * by);
+        f64::from(loss(&net).into_scalar::<f32>())
+    };
+    let difference = (moved(step) - moved(-step)) / (2.0 * step);
+    assert!((difference / slope - 1.0).abs() < 1e-2, "{difference} against {slope}");
+}
+
+#[test]
 fn threads_run_different_networks_of_one_at_the_same_time() {
     let (_, net) = nets().swap_remove(1);
     let alone: Vec<Vec<f32>> =

@@ -234,8 +234,11 @@ struct TrainResult {
 }
 
 pub(super) fn anchor(args: AnchorArgs, cx: &Context) -> Result<()> {
-    let resumed =
-        args.resume.as_ref().map(|folder| TrainRun::<AnchorRecipe>::resume(ANCHOR, folder, args.steps)).transpose()?;
+    let resumed = args
+        .resume
+        .as_ref()
+        .map(|folder| TrainRun::<AnchorRecipe>::resume(ANCHOR, folder, args.steps))
+        .transpose()?;
     let recipe: AnchorRecipe = resumed.as_ref().map_or(args.recipe, |run| run.recipe.clone());
     let (network, interface, images) = match &args.resume {
         Some(folder) => {
@@ -573,6 +576,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         valid: &valid,
         scaling,
         sampling: recipe.sampling,
+        frozen: recipe.freeze_anchors,
         teacher: teacher.map(|(teacher, _)| teacher),
         cx,
     };

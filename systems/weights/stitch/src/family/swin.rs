@@ -395,3 +395,60 @@ impl WindowAttention {
         Some(mask.repeat_dim(0, batch))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_core::random_stream;
+    use kiln_nn::initialise;
+
+    /// The tokens of a grid of 4 x 4, in windows of 2 x 2, that change when one of them does.
+    fn changed(shift: usize, token: usize) -> Vec<usize> {
+        let place = Place {
+            stage: 0,
+            width: 4,
+            heads: 2,
+            merges: false,
+            grid: [4, 4],
+            window: [2, 2],
+            shift: [shift, shift],
+        };
+        let device = Device::flex();
+        let block = initialise(&device, &mut random_stream(0, "test", 0), |device| place.init(device));
+        let output = |bump: f32| -> Vec<f32> {
+            let mut values: Vec<f32> = (0..64).map(|i| (i % 7) as f32).collect();
+            values[4 * token] += bump;
+            let x = Tensor::<3>::from_data(TensorData::new(values, [1, 16, 4]), &device);
+            block.attn.forward(x).into_data().try_to_vec().unwrap()
+        };
+        let (before, after) = (output(0.0), output(1.0));
+        (0..16).filter(|t| before[4 * t..4 * t + 4] != after[4 * t..4 * t + 4]).collect()
+    }
+
+    #[test]
+    fn attention_stays_within_windows_and_shifted_windows_do_not_join_opposite_borders() {
+        assert_eq!(changed(0, 5), [0, 1, 4, 5]);
+        assert_eq!(changed(1, 5), [5, 6, 9, 10]);
+        // A corner is alone in its part of a shifted window; a border has one neighbour.
+        assert_eq!(changed(1, 0), [0]);
+        assert_eq!(changed(1, 1), [1, 2]);
+        assert_eq!(changed(1, 15), [15]);
+    }
+
+    #[test]
+    fn windows_shrink_to_divisors_and_stages_halve_the_grid() {
+        let config = SwinConfig {
+            image: [1, 28, 28],
+            patch: 1,
+            width: 4,
+            depths: vec![2, 1, 1],
+            heads: 1,
+            window: 8,
+            classes: 2,
+        };
+        config.check().unwrap();
+        let windows: Vec<_> = config.places().iter().map(|p| (p.grid[0], p.window[0], p.shift[0])).collect();
+        assert_eq!(windows, [(28, 7, 0), (28, 7, 3), (14, 7, 0), (7, 7, 0)]);
+        assert!(SwinConfig { depths: vec![1; 4], ..config }.check().is_err());
+    }
+}
