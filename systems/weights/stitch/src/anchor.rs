@@ -200,7 +200,73 @@ pub struct Segment {
 }
 
 /// A network that can be stitched: a chain embedding, blocks, head, in which every block takes what the one before
-/// gives. Implement it for your own Burn module, or for an enum of modules where anchors are of several kinds.
+/// gives. Implement it for your own Burn module, or for an enum of modules where anchors are of several kinds:
+///
+/// ```
+/// use burn::module::Module;
+/// use burn::tensor::{Device, Tensor, activation::relu};
+/// use kiln_nn::{Linear, LinearConfig};
+/// use kiln_stitch::{Anchor, Cost, Extent, Feature, Grid, Outline, Segment, SnNetConfig};
+///
+/// /// Residual layers over the pixels of 4 x 4 images.
+/// #[derive(Module, Debug)]
+/// struct Mlp {
+///     input: Option<Linear>,
+///     layers: Vec<Linear>,
+///     output: Option<Linear>,
+///     width: usize,
+/// }
+///
+/// impl Mlp {
+///     fn new(width: usize, depth: usize, device: &Device) -> Self {
+///         let linear = |from, to| LinearConfig::new(from, to).init(device);
+///         let layers = (0..depth).map(|_| linear(width, width)).collect();
+///         Self { input: Some(linear(16, width)), layers, output: Some(linear(width, 3)), width }
+///     }
+/// }
+///
+/// impl Anchor for Mlp {
+///     fn outline(&self) -> Outline {
+///         let (width, depth) = (self.width as u64, self.layers.len());
+///         let linear = |from: u64, to: u64| Cost { flops: from * to, params: (from + 1) * to };
+///         Outline {
+///             image: [1, 4, 4],
+///             classes: 3,
+///             stages: vec![0; depth],
+///             extents: vec![Extent { channels: self.width, grid: Grid::Tokens(1) }; depth + 1],
+///             embed: linear(16, width),
+///             blocks: vec![linear(width, width); depth],
+///             head: linear(width, 3),
+///         }
+///     }
+///     fn embed(&self, images: Tensor<4>) -> Feature {
+///         let pixels: Tensor<2> = images.flatten(1, 3);
+///         Feature::Tokens(self.input.as_ref().unwrap().forward(pixels).unsqueeze_dim(1))
+///     }
+///     fn block(&self, index: usize, x: Feature) -> Feature {
+///         let x = x.into_tokens();
+///         Feature::Tokens(x.clone() + relu(self.layers[index].forward(x)))
+///     }
+///     fn head(&self, x: Feature) -> Tensor<2> {
+///         self.output.as_ref().unwrap().forward(x.into_tokens().squeeze_dim(1))
+///     }
+///     fn keep(self, segment: &Segment) -> Self {
+///         Self {
+///             input: self.input.filter(|_| segment.embed),
+///             layers: self.layers[segment.blocks.clone()].to_vec(),
+///             output: self.output.filter(|_| segment.head),
+///             width: self.width,
+///         }
+///     }
+/// }
+///
+/// let device = Device::flex();
+/// let anchors = vec![Mlp::new(8, 3, &device), Mlp::new(16, 3, &device)];
+/// let net = SnNetConfig::new(anchors).init(&device)?;
+/// assert_eq!(net.space().configurations()[2].name(), "s0>s1@0>1");
+/// assert_eq!(net.export(2)?.forward(Tensor::zeros([5, 1, 4, 4], &device)).dims(), [5, 3]);
+/// # Ok::<(), kiln_core::Error>(())
+/// ```
 pub trait Anchor: Module {
     /// The layout, with the costs.
     fn outline(&self) -> Outline;

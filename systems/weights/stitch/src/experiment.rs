@@ -25,8 +25,6 @@ const BETWEEN: [(usize, usize); 2] = [(24, 2), (48, 4)];
 const INIT_IMAGES: usize = 100;
 const ANCHOR_LR: f64 = 1e-3;
 const JOINT_LR: f64 = 3e-4;
-/// Times that the network is switched.
-const SWITCHES: usize = 1000;
 
 /// Everything that differs between scales.
 struct Plan {
@@ -35,6 +33,8 @@ struct Plan {
     depth: usize,
     anchor_steps: usize,
     joint_steps: usize,
+    /// Times that the network is switched.
+    switches: usize,
     /// Whether the arms and baselines of the full experiment run.
     full: bool,
 }
@@ -48,6 +48,7 @@ impl Plan {
                 depth: 3,
                 anchor_steps: 3,
                 joint_steps: 3,
+                switches: 20,
                 full: false,
             },
             Scale::Quick => Self {
@@ -56,6 +57,7 @@ impl Plan {
                 depth: 4,
                 anchor_steps: 300,
                 joint_steps: 500,
+                switches: 1000,
                 full: false,
             },
             // Six and eight passes over 16,000 images.
@@ -65,6 +67,7 @@ impl Plan {
                 depth: 6,
                 anchor_steps: 1500,
                 joint_steps: 2000,
+                switches: 1000,
                 full: true,
             },
         }
@@ -178,7 +181,7 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     report_start(&mut report, &before_random, &before, net.space());
     report_between(&mut report, &plan, &before, &after, net.space())?;
     report_no_harm(&mut report, &before, &after);
-    report_switching(&mut report, &net, &task, cx)?;
+    report_switching(&mut report, &net, &task, plan.switches, cx)?;
     report_memory(&mut report, net.space());
     let rivals = if plan.full { rivals(&task, &plan, cx)? } else { Vec::new() };
     report.plots.insert(
@@ -322,10 +325,16 @@ fn report_no_harm(report: &mut Report, alone: &[Score], after: &[Score]) {
 }
 
 /// Claim D: what it costs to switch from network to network.
-fn report_switching(report: &mut Report, net: &SnNet<AnchorNet>, task: &Task, cx: &Context) -> Result<()> {
+fn report_switching(
+    report: &mut Report,
+    net: &SnNet<AnchorNet>,
+    task: &Task,
+    switches: usize,
+    cx: &Context,
+) -> Result<()> {
     let mut net = net.clone();
     let mut rng = cx.rng("switches", 0);
-    let ids: Vec<usize> = (0..SWITCHES).map(|_| rng.random_range(0..net.space().len())).collect();
+    let ids: Vec<usize> = (0..switches).map(|_| rng.random_range(0..net.space().len())).collect();
     let image = task.scaling.tensor(&task.test, &[0], &cx.device);
     let mut run = |ids: &[usize]| -> Result<[f64; 2]> {
         let [mut switching, mut computing] = [0.0; 2];
@@ -340,7 +349,7 @@ fn report_switching(report: &mut Report, net: &SnNet<AnchorNet>, task: &Task, cx
         Ok([switching, computing])
     };
     // Some before, for the memory that the allocator keeps.
-    run(&ids[..SWITCHES / 10])?;
+    run(&ids[..switches / 10])?;
     let gauge = MemoryGauge::start();
     let (times, growth) = match gauge {
         Some(gauge) => gauge.peak(|| run(&ids)),
@@ -348,7 +357,7 @@ fn report_switching(report: &mut Report, net: &SnNet<AnchorNet>, task: &Task, cx
     };
     let [switching, computing] = times?;
     report.claims.push(Claim::new(
-        "Switching among networks a thousand times, one image each",
+        format!("Switching among networks {switches} times, one image each"),
         "networks are switched at run time at no cost",
         100.0 * switching / computing,
         "% of the time of the forward passes",

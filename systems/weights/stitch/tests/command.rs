@@ -310,7 +310,7 @@ fn anchors_that_do_not_belong_together_are_refused_by_name() {
     anchor("--depth 1,2", "a vit has no stages");
     anchor("--width 99999999999", "impossible");
     anchor("--limit 0", "leaves no images");
-    anchor("--limit 1", "at least two classes");
+    anchor("--limit 1", "one image is too few");
     anchor("--val-fraction 2", "not between 0 and 1");
     anchor("--lr=-1", "learning rate");
     anchor("--batch 0", "--batch must be at least 1");

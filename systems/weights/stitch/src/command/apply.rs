@@ -99,7 +99,7 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         for Rival { name, flops, acc } in &rivals {
             text += &format!("   {name:<33} {:<32.3} {acc:.4}\n", *flops as f64 / 1e6);
         }
-        text + &format!("* on the Pareto front; table and plot in {}\n", out.display())
+        text + &format!("* on the Pareto front; table in {}, plot beside it\n", out.display())
     })
 }
 
