@@ -201,12 +201,15 @@ impl StitchSpace {
             }
         }
         // A layer serves cuts between features of the same widths.
-        for (layer, joint) in space.layers.iter().enumerate() {
-            let mut extents = space.cuts_of(layer).map(|(_, cut)| space.widths(*joint, cut));
-            let first = extents.next();
-            if first.is_none() || extents.any(|widths| Some(widths) != first) {
-                return Err(Error::usage(format!("stitching layer {layer} has no widths of its own")));
+        let mut widths = vec![None; space.layers.len()];
+        for cut in space.configurations.iter().flat_map(|configuration| &configuration.cuts) {
+            let found = space.widths(space.layers[cut.layer], cut);
+            if *widths[cut.layer].get_or_insert(found) != found {
+                return Err(Error::usage(format!("stitching layer {} joins several widths", cut.layer)));
             }
+        }
+        if let Some(layer) = widths.iter().position(Option::is_none) {
+            return Err(Error::usage(format!("no configuration uses stitching layer {layer}")));
         }
         Ok(space)
     }
