@@ -160,8 +160,9 @@ impl StitchSpace {
         let mut by_pair = BTreeMap::new();
         for (front, rear) in pairs(count, config) {
             let cuts = space.join(front, rear, config)?;
-            let joined = |&cut| Configuration { anchors: vec![front, rear], cuts: vec![cut] };
-            space.configurations.extend(cuts.iter().map(joined));
+            for cut in &cuts {
+                space.add(vec![front, rear], vec![*cut])?;
+            }
             by_pair.insert((front, rear), cuts);
         }
         if config.max_anchors == 3 {
@@ -233,10 +234,6 @@ impl StitchSpace {
     /// The cuts between two anchors, whose layers are added.
     fn join(&mut self, front: usize, rear: usize, config: &SpaceConfig) -> Result<Vec<Cut>> {
         let found = self.cuts_between(front, rear, config)?;
-        if self.configurations.len() + found.len() > MOST_CONFIGURATIONS {
-            return Err(Error::usage(format!("the space has more than {MOST_CONFIGURATIONS} networks"))
-                .hint("choose a smaller --kernel, or fewer anchors"));
-        }
         // Windows without a cut need no layer, and different widths need layers of their own.
         let mut numbers = BTreeMap::new();
         let mut cuts = Vec::with_capacity(found.len());
@@ -297,24 +294,26 @@ impl StitchSpace {
 
     /// Networks through three anchors, each dearer than the one before.
     fn add_triples(&mut self, by_pair: &BTreeMap<(usize, usize), Vec<Cut>>) -> Result<()> {
-        for (&(first, middle), cuts) in by_pair.iter().filter(|((a, b), _)| a < b) {
-            for (&(_, last), further) in by_pair.iter().filter(|((a, b), _)| *a == middle && a < b) {
+        let rising = || by_pair.iter().filter(|((front, rear), _)| front < rear);
+        for (&(first, middle), cuts) in rising() {
+            for (&(_, last), further) in rising().filter(|((front, _), _)| *front == middle) {
                 for cut in cuts {
+                    // The middle anchor runs at least one block.
                     for next in further.iter().filter(|next| cut.before <= next.after) {
-                        self.configurations.push(Configuration {
-                            anchors: vec![first, middle, last],
-                            cuts: vec![*cut, *next],
-                        });
-                        if self.configurations.len() > MOST_CONFIGURATIONS {
-                            return Err(Error::usage(format!(
-                                "the space has more than {MOST_CONFIGURATIONS} networks"
-                            ))
-                            .hint("choose a smaller --kernel, or --max-anchors 2"));
-                        }
+                        self.add(vec![first, middle, last], vec![*cut, *next])?;
                     }
                 }
             }
         }
+        Ok(())
+    }
+
+    fn add(&mut self, anchors: Vec<usize>, cuts: Vec<Cut>) -> Result<()> {
+        if self.configurations.len() == MOST_CONFIGURATIONS {
+            return Err(Error::usage(format!("the space has more than {MOST_CONFIGURATIONS} networks"))
+                .hint("choose a smaller --kernel, fewer anchors, or --max-anchors 2"));
+        }
+        self.configurations.push(Configuration { anchors, cuts });
         Ok(())
     }
 

@@ -295,6 +295,8 @@ fn anchors_that_do_not_belong_together_are_refused_by_name() {
     init("@s,@east", "has the classes down, up");
     init("@s,@patch", "positions");
     init("@s,@scaled", "has pixels scaled by");
+    desk.json(&format!("anchor --width 8 {TINY} --data @data.csv --limit 17 --like @s --out @like"));
+    desk.json("init --anchors @s,@like --data @data.csv --to @joined");
     init("@s,@s", "are the same anchor");
     init("@s", "one anchor cannot be stitched");
     init("@s,@missing", "cannot read");

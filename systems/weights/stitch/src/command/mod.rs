@@ -286,7 +286,8 @@ fn read_anchors(paths: &[PathBuf], cx: &Context) -> Result<Vec<AnchorModel>> {
         }
         if a.scaling != b.scaling || a.white != b.white {
             let shown = |i: &Interface| format!("{:?} and {:?}", i.scaling.mean, i.scaling.std);
-            return differs("pixels scaled by", shown(a), shown(b));
+            let error = differs("pixels scaled by", shown(a), shown(b));
+            return error.map_err(|e| e.hint("train one of them again with --like the other"));
         }
     }
     let cost = |anchor: &AnchorModel| anchor.network.outline().total().flops;

@@ -190,7 +190,7 @@ pub(super) struct AnchorArgs {
     out: Option<PathBuf>,
     /// Continue the run in this folder
     #[arg(long, value_name = "DIR", conflicts_with_all = [
-        "out", "family", "width", "depth", "heads", "patch", "window", "weights", "epochs", "lr", "batch",
+        "out", "family", "width", "depth", "heads", "patch", "window", "weights", "like", "epochs", "lr", "batch",
         "min_lr_ratio", "warmup", "weight_decay", "clip", "val_fraction", "eval_every", "checkpoint_every",
     ])]
     resume: Option<PathBuf>,
@@ -203,6 +203,9 @@ pub(super) struct AnchorArgs {
     /// Weights to begin with, .safetensors or .npz, named as `timm` or Kiln does
     #[arg(long)]
     weights: Option<PathBuf>,
+    /// Scale pixels and number classes as this anchor does, where it was trained on other images
+    #[arg(long, value_name = "DIR")]
+    like: Option<PathBuf>,
     #[command(flatten)]
     recipe: AnchorRecipe,
 }
@@ -247,10 +250,19 @@ pub(super) fn anchor(args: AnchorArgs, cx: &Context) -> Result<()> {
             (network, interface, images)
         }
         None => {
-            let images = args.data.read(None, false)?;
-            let network = recipe.shape.config(&images)?;
-            let scaling = Scaling::of(&images);
-            (network, Interface { classes: images.classes.clone(), white: images.white, scaling }, images)
+            let (interface, images) = match &args.like {
+                Some(like) => {
+                    let (network, interface) = anchor_config(like)?;
+                    let images = args.data.read_for(&interface, network.outline().image, false)?;
+                    (interface, images)
+                }
+                None => {
+                    let images = args.data.read(None, false)?;
+                    let (classes, white) = (images.classes.clone(), images.white);
+                    (Interface { classes, white, scaling: Scaling::of(&images) }, images)
+                }
+            };
+            (recipe.shape.config(&images)?, interface, images)
         }
     };
     let shape = network.outline().image;
