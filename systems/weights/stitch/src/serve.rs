@@ -123,7 +123,7 @@ impl Server<'_> {
 /// The refusal of a budget that no network meets.
 pub(crate) fn over_budget() -> Error {
     Error::usage("even the cheapest network costs more than the budget")
-        .hint("without --strict the cheapest one answers; `kiln stitch space` lists the costs")
+        .hint("without --strict the cheapest one answers; `kiln stitch space --model DIR` lists the costs")
 }
 
 /// One image file, whose labels nobody knows.

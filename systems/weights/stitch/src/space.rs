@@ -348,8 +348,10 @@ impl StitchSpace {
     /// When there is none with this id.
     pub fn configuration(&self, id: usize) -> Result<&Configuration> {
         self.configurations.get(id).ok_or_else(|| {
-            Error::usage(format!("there is no configuration {id}"))
-                .hint(format!("ids go from 0 to {}: `kiln stitch space` lists them", self.len() - 1))
+            Error::usage(format!("there is no configuration {id}")).hint(format!(
+                "ids go from 0 to {}: `kiln stitch space --model DIR` lists them",
+                self.len() - 1
+            ))
         })
     }
 
@@ -363,7 +365,7 @@ impl StitchSpace {
         }
         self.configurations.iter().position(|configuration| configuration.name() == text).ok_or_else(|| {
             Error::usage(format!("there is no configuration \"{text}\"")).hint(format!(
-                "give an id from 0 to {} or a name such as {}: `kiln stitch space` lists them",
+                "give an id from 0 to {} or a name such as {}: `kiln stitch space --model DIR` lists them",
                 self.len() - 1,
                 self.configurations[self.len() - 1].name()
             ))

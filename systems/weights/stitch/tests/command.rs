@@ -264,6 +264,8 @@ fn training_takes_all_its_options_and_compares_with_distillation() {
     desk.json("anchor --width 6 --depth 2 --heads 2 --epochs 0 --data @data.csv --out @w");
     desk.json("anchor --width 6 --depth 2 --heads 2 --epochs 0 --weights @w/model.safetensors --data @data.csv --out @x");
     assert_eq!(weights(&desk, "w"), weights(&desk, "x"));
+    desk.json("init --anchors @s,@w,@l --prune-space 2 --data @data.csv --to @pruned");
+    assert_eq!(desk.json("space --model @pruned")["num_configs"], 3 + 2);
     let trained = desk.json(
         "train --anchors @s,@w,@l --data @data.csv --limit 30 --test @data.csv --steps 4 --batch 4 --init random \
          --distill hard --teacher @l --freeze-anchors --rank 2 --prune-space 3 --pairs all --out @m",

@@ -11,7 +11,7 @@ use kiln_data::{ImageOptions, Images, read_tensors, write_tensors};
 use serde_json::json;
 
 use crate::anchor::{Cost, Extent, Grid, Outline};
-use crate::checkpoint::{AnchorModel, Interface, anchor_config, open_anchor};
+use crate::checkpoint::{AnchorModel, Interface, anchor_config, open_anchor, open_untrained};
 use crate::data::first;
 use crate::family::{AnchorConfig, VitConfig};
 use crate::golden;
@@ -46,6 +46,7 @@ enum Verb {
     /// List the networks that anchors can be stitched to, with their costs
     #[command(after_help = "Examples:
   kiln stitch space --anchors s16/,s32/,s64/ --out space.csv
+  kiln stitch space --model m/
   kiln stitch space --depths 12,12,12
   kiln stitch space --depths 12,12,12 --widths 192,384,768 --heads 3,6,12 --image 3,224,224 --patch 16 --classes 1000")]
     Space(SpaceArgs),
@@ -134,8 +135,13 @@ impl DataArgs {
 #[derive(Debug, Args)]
 struct SpaceArgs {
     /// Model folders of anchors
-    #[arg(long, value_delimiter = ',', required_unless_present = "depths", conflicts_with = "depths")]
+    #[arg(long, value_delimiter = ',', required_unless_present_any = ["depths", "model"], conflicts_with = "depths")]
     anchors: Vec<PathBuf>,
+    /// Model folder of a stitchable network, whose own space is listed
+    #[arg(long, value_name = "DIR", conflicts_with_all = [
+        "anchors", "depths", "kernel", "stride", "include_m0", "direction", "pairs", "max_anchors",
+    ])]
+    model: Option<PathBuf>,
     /// Numbers of blocks, instead of anchors
     #[arg(long, value_delimiter = ',')]
     depths: Vec<usize>,
@@ -301,8 +307,13 @@ fn read_anchors(paths: &[PathBuf], cx: &Context) -> Result<Vec<AnchorModel>> {
 }
 
 fn run_space(args: &SpaceArgs, cx: &Context) -> Result<()> {
-    let (outlines, costs_known) = args.outlines()?;
-    let space = StitchSpace::new(outlines, &args.space)?;
+    let (space, costs_known) = match &args.model {
+        Some(model) => (open_untrained(model, cx)?.1.space().clone(), true),
+        None => {
+            let (outlines, costs_known) = args.outlines()?;
+            (StitchSpace::new(outlines, &args.space)?, costs_known)
+        }
+    };
     let mut csv = String::from("config,name,layers,flops,params\n");
     let mut text = String::from("config  name                      MFLOPs     parameters\n");
     let mut lines = Vec::new();
