@@ -284,6 +284,11 @@ fn report_between(
     };
     for pair in [[0, 1], [1, 2]] {
         let anchors = format!("s{} and s{}", pair[0], pair[1]);
+        if on_front(pair).is_infinite() {
+            report
+                .notes
+                .push(format!("No stitch of {anchors} is on the Pareto front, so that none has a distance."));
+        }
         report.claims.extend([
             Claim::new(
                 format!("Stitches of {anchors} against s{} alone", pair[0]),
