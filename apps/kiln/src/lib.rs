@@ -10,6 +10,7 @@ pub use kiln_kronecker_attention as kronecker_attention;
 pub use kiln_mip as mip;
 pub use kiln_nn as nn;
 pub use kiln_ops as ops;
+pub use kiln_stitch as stitch;
 pub use kiln_tabpfn as tabpfn;
 pub use kiln_tcnca as tcnca;
 
@@ -23,4 +24,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_tabpfn::Tabpfn,
     &kiln_hypernet::Hypernet,
     &kiln_mip::Mip,
+    &kiln_stitch::Stitch,
 ];

@@ -45,6 +45,7 @@ impl Images {
     /// Reads images.
     ///
     /// - a folder: one folder for each class, with PNG or JPEG files; without labels, the files themselves
+    /// - `.png`, `.jpg`: one image, without a label
     /// - `.npz`: `x` (or `images`), `[n, height, width]` or `[n, channels, height, width]`, and `y` (or `labels`) `[n]`;
     ///   whole numbers are taken as 0 to 255
     /// - `.csv`, `.tsv`, also with `.gz`: one image a row; a square number of columns is a square image
@@ -57,6 +58,7 @@ impl Images {
         let ending = name.trim_end_matches(".gz").rsplit('.').next().unwrap_or_default();
         let images = match ending {
             _ if path.is_dir() => folder::read(path, options)?,
+            "png" | "jpg" | "jpeg" if options.unlabelled => folder::read_one(path)?,
             "npz" => Self::from_npz(path, options)?,
             "csv" | "tsv" | "txt" => Self::from_table(path, options)?,
             _ => idx::read(path, options)?,

@@ -82,6 +82,12 @@ fn folders_are_classes_and_colour_shows_in_the_channels() {
     assert_eq!((colour.shape, colour.len()), ([3, 2, 3], 3));
     assert!(colour.image(2)[..6].iter().all(|&x| x > 0.95) && colour.image(2)[6..].iter().all(|&x| x < 0.05));
 
+    // One file alone has no label.
+    let one = dir.path().join("bees/1.png");
+    let options = ImageOptions { unlabelled: true, ..ImageOptions::default() };
+    let image = Images::read(&one, &options).unwrap();
+    assert_eq!((image.len(), image.labels.len()), (1, 0));
+    assert!(read(&one).is_err());
     image::GrayImage::new(4, 2).save(dir.path().join("bees/3.png")).unwrap();
     assert!(refusal(dir.path()).contains("3.png: is 4 x 2 pixels"), "{}", refusal(dir.path()));
     fs::write(dir.path().join("bees/3.png"), b"not an image").unwrap();

@@ -1,14 +1,16 @@
 //! Optimisers of modules: which tensors make the steps of [`kiln_ops`], and what is kept between them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Shape, Tensor};
-use kiln_core::{Result, TensorFile};
+use kiln_core::{Error, HostTensor, Result, TensorFile};
 use kiln_ops::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
 
 const FIRST_PREFIX: &str = "exp_avg.";
 const SECOND_PREFIX: &str = "exp_avg_sq.";
+/// Steps of each parameter, in the order of the module's fields.
+const STEPS: &str = "exp_avg_steps";
 
 /// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101) with clipping of
 /// the gradients' global norm.
@@ -25,7 +27,8 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// Gradients are scaled down to this Euclidean norm over all parameters; 0 leaves them as they are.
     pub clip_norm: f64,
-    steps: i32,
+    /// How many steps each parameter has made: one that has no gradient in a step makes none.
+    steps: HashMap<ParamId, i32>,
     /// Running means of every parameter's gradient and squared gradient, flattened.
     moments: HashMap<ParamId, [Tensor<1>; 2]>,
 }
@@ -38,7 +41,7 @@ impl AdamW {
             epsilon: 1e-8,
             weight_decay,
             clip_norm,
-            steps: 0,
+            steps: HashMap::new(),
             moments: HashMap::new(),
         }
     }
@@ -52,28 +55,53 @@ impl AdamW {
         if gradients.is_empty() || !norm.is_finite() {
             return (module, norm);
         }
-        self.steps += 1;
         let scale = if self.clip_norm > 0.0 && norm > self.clip_norm { self.clip_norm / norm } else { 1.0 };
-        let step = AdamWStep { lr, betas: self.betas, epsilon: self.epsilon, step: self.steps, scale };
+        let numbers: Vec<i32> = gradients.iter().map(|(id, _)| self.count(*id)).collect();
+        let step = |step| AdamWStep { lr, betas: self.betas, epsilon: self.epsilon, step, scale };
         let decay = |axes| if axes >= 2 { self.weight_decay } else { 0.0 };
-        let module = update(module, gradients, &mut self.moments, decay, |p| step.apply(p));
+        let module = update(module, gradients, &mut self.moments, decay, |parameters| {
+            by_number(parameters, &numbers, |number, group| step(number).apply(group))
+        });
         (module, norm)
     }
 
+    /// The number of the step that a parameter is about to make.
+    fn count(&mut self, id: ParamId) -> i32 {
+        let steps = self.steps.entry(id).or_default();
+        *steps += 1;
+        *steps
+    }
+
     /// Adds the running means to `file` as `exp_avg.<name>` and `exp_avg_sq.<name>`, named and laid out
-    /// as [`TensorFile`] does the parameters of `module`.
+    /// as [`TensorFile`] does the parameters of `module`, and the parameters' numbers of steps.
     pub fn export<M: Module>(&self, module: &M, file: &mut TensorFile) {
         for (which, prefix) in [FIRST_PREFIX, SECOND_PREFIX].into_iter().enumerate() {
             let moments = module.valid().map(&mut Export { moments: &self.moments, which });
             file.insert_section(prefix, TensorFile::from_module(&moments));
         }
+        let steps: Vec<i64> =
+            ids(module).iter().map(|id| self.steps.get(id).copied().unwrap_or(0).into()).collect();
+        file.insert(STEPS, HostTensor::int([steps.len()], steps));
     }
 
-    /// Takes the running means after `steps` steps out of `file`.
+    /// Takes the running means out of `file`. Where it does not say how many steps each parameter has made, all have
+    /// made `steps`.
     ///
     /// # Errors
     /// When one is missing or does not fit the parameters of `module`.
     pub fn import<M: Module>(&mut self, module: &M, file: &mut TensorFile, steps: usize) -> Result<()> {
+        let ids = ids(module);
+        let counts = match file.get(STEPS) {
+            Some(_) => file.take(STEPS)?,
+            None => HostTensor::int([ids.len()], vec![steps as i64; ids.len()]),
+        };
+        let counts = counts.as_ints().filter(|counts| counts.len() == ids.len()).ok_or_else(|| {
+            let found =
+                format!("tensor \"{STEPS}\" does not hold a number for each of {} parameters", ids.len());
+            Error::input(file.source().display(), found).hint("is it a checkpoint of this network?")
+        })?;
+        let counts = counts.iter().map(|&count| i32::try_from(count).unwrap_or(i32::MAX));
+        self.steps = ids.into_iter().zip(counts).filter(|(_, count)| *count > 0).collect();
         let mut section = |prefix| {
             let moments = file.take_section(prefix).into_module(module.valid())?;
             let mut flat = Flatten::default();
@@ -85,9 +113,27 @@ impl AdamW {
             .into_iter()
             .filter_map(|(id, second)| Some((id, [first.remove(&id)?, second])))
             .collect();
-        self.steps = i32::try_from(steps).unwrap_or(i32::MAX);
         Ok(())
     }
+}
+
+/// Applies `step` to parameters whose steps have the same number, one group after another.
+fn by_number<const S: usize>(
+    parameters: Vec<Parameter<S>>,
+    numbers: &[i32],
+    step: impl Fn(i32, Vec<Parameter<S>>) -> Vec<Parameter<S>>,
+) -> Vec<Parameter<S>> {
+    let mut groups: BTreeMap<i32, (Vec<usize>, Vec<Parameter<S>>)> = BTreeMap::new();
+    for (place, (parameter, &number)) in parameters.into_iter().zip(numbers).enumerate() {
+        let (places, group) = groups.entry(number).or_default();
+        places.push(place);
+        group.push(parameter);
+    }
+    let stepped =
+        groups.into_iter().flat_map(|(number, (places, group))| places.into_iter().zip(step(number, group)));
+    let mut stepped: Vec<(usize, Parameter<S>)> = stepped.collect();
+    stepped.sort_by_key(|(place, _)| *place);
+    stepped.into_iter().map(|(_, parameter)| parameter).collect()
 }
 
 /// Gradient descent with momentum.
@@ -248,6 +294,21 @@ impl ModuleMapper for Export<'_> {
     }
 }
 
+/// Every parameter, in the order of the module's fields.
+fn ids<M: Module>(module: &M) -> Vec<ParamId> {
+    let mut ids = Ids(Vec::new());
+    module.visit(&mut ids);
+    ids.0
+}
+
+struct Ids(Vec<ParamId>);
+
+impl ModuleVisitor for Ids {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.push(param.id);
+    }
+}
+
 /// Every parameter, flattened.
 #[derive(Default)]
 struct Flatten(HashMap<ParamId, Tensor<1>>);
@@ -358,6 +419,27 @@ mod tests {
         let (layer, norm) = AdamW::new(0.1, 1.0).step(layer, grads, 0.01);
         assert!(!norm.is_finite());
         assert_close(values(&layer), [1.0, 0.5]);
+    }
+
+    #[test]
+    fn a_parameter_counts_only_the_steps_that_it_makes_also_after_a_resume() {
+        let mut optimiser = AdamW::new(0.1, 0.0);
+        let mut module = layer();
+        let weight_only = |layer: &Linear| (layer.weight.val() * 3.0).sum().backward();
+        for _ in 0..3 {
+            let gradients = weight_only(&module);
+            module = optimiser.step(module, gradients, 0.01).0;
+        }
+        let mut file = TensorFile::new();
+        optimiser.export(&module, &mut file);
+        let mut resumed = AdamW::new(0.1, 0.0);
+        resumed.import(&module, &mut file, 3).unwrap();
+        // The bias makes its first step now, which is by the learning rate as every first step.
+        for mut optimiser in [optimiser, resumed] {
+            let gradients = gradients(&module, 3.0, -4.0);
+            let after = values(&optimiser.step(module.clone(), gradients, 0.01).0);
+            assert_close([after[1], after[1]], [0.51, 0.51]);
+        }
     }
 
     #[test]

@@ -25,6 +25,16 @@ pub(super) fn read(path: &Path, options: &ImageOptions) -> Result<Images> {
         return Err(Error::input(path.display(), "holds no folders with PNG or JPEG files")
             .hint("expected one folder for each class, with its images inside"));
     }
+    read_files(path, &files)?.labelled(&labels, path)
+}
+
+/// One image file.
+pub(super) fn read_one(path: &Path) -> Result<Images> {
+    read_files(path, &[path.into()])
+}
+
+/// Image files of one size, of which there is at least one.
+fn read_files(path: &Path, files: &[PathBuf]) -> Result<Images> {
     let pictures = files.iter().map(|file| open(file)).collect::<Result<Vec<_>>>()?;
     let size = (pictures[0].width(), pictures[0].height());
     for (file, picture) in files.iter().zip(&pictures) {
@@ -45,7 +55,7 @@ pub(super) fn read(path: &Path, options: &ImageOptions) -> Result<Images> {
     for picture in &pictures {
         append(picture, grey, &mut pixels);
     }
-    Images { shape, pixels, labels: Vec::new(), classes: Vec::new(), white: 1.0 }.labelled(&labels, path)
+    Ok(Images { shape, pixels, labels: Vec::new(), classes: Vec::new(), white: 1.0 })
 }
 
 /// What a folder holds, by name.

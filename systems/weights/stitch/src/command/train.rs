@@ -1,0 +1,645 @@
+//! `anchor`, `init` and `train`.
+
+use std::path::PathBuf;
+
+use burn::module::Module;
+use clap::{Args, ValueEnum};
+use kiln_core::{Context, Error, ModelFolder, Result, TensorFile};
+use kiln_data::{ImageOptions, Images, read_tensors};
+use kiln_nn::{TrainConfig, TrainRun, TrainSummary};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{DataArgs, read_anchors};
+use crate::anchor::Anchor;
+use crate::checkpoint::{
+    Interface, SnConfig, anchor_config, draw_anchor, open, open_anchor, open_untrained, save,
+    save_anchor_config, save_config,
+};
+use crate::data::{Batches, Scaling, first, split};
+use crate::evaluate::{predict, scores};
+use crate::family::{AnchorConfig, AnchorNet, ResnetConfig, SwinConfig, VitConfig};
+use crate::snnet::{CutFit, SnNet, SnNetConfig};
+use crate::space::SpaceConfig;
+use crate::training::{Distill, JointTask, Sampling, SingleTask, Teacher};
+
+/// The commands whose runs a model folder keeps.
+const ANCHOR: &str = "stitch anchor";
+const TRAIN: &str = "stitch train";
+/// The folder of the teacher within that of a run.
+const TEACHER: &str = "teacher";
+
+/// Which networks there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Family {
+    /// A vision transformer
+    Vit,
+    /// Residual blocks of convolutions, in stages
+    Resnet,
+    /// A transformer with attention in shifted windows, in stages
+    Swin,
+}
+
+/// The size of an anchor.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+struct ShapeArgs {
+    /// What kind of network
+    #[arg(long, value_enum, default_value = "vit")]
+    family: Family,
+    /// Width of a token, or channels of the first stage
+    #[arg(long, default_value_t = 32)]
+    width: usize,
+    /// Number of blocks; for networks in stages one number for each stage, such as 2,4,2
+    #[arg(long, value_delimiter = ',')]
+    depth: Vec<usize>,
+    /// Heads of attention, of networks in stages in the first
+    #[arg(long, default_value_t = 2)]
+    heads: usize,
+    /// Side of a patch in pixels, or the step of a resnet's first convolution [default: a quarter of the height for
+    /// vit, otherwise 1]
+    #[arg(long)]
+    patch: Option<usize>,
+    /// Side of a window in tokens, at most
+    #[arg(long, default_value_t = 7)]
+    window: usize,
+}
+
+impl ShapeArgs {
+    fn config(&self, images: &Images) -> Result<AnchorConfig> {
+        let (image, classes, Self { width, heads, window, .. }) =
+            (images.shape, images.classes.len(), self.clone());
+        let depths = if self.depth.is_empty() { vec![2, 4, 2] } else { self.depth.clone() };
+        let config = match (self.family, &self.depth[..]) {
+            (Family::Vit, [] | [_]) => AnchorConfig::Vit(VitConfig {
+                image,
+                patch: self.patch.unwrap_or((image[1] / 4).max(1)),
+                width,
+                depth: self.depth.first().copied().unwrap_or(6),
+                heads,
+                classes,
+            }),
+            (Family::Vit, depths) => {
+                return Err(Error::usage(format!("a vit has no stages, but --depth names {}", depths.len()))
+                    .hint("give one number, or choose --family resnet or swin"));
+            }
+            (Family::Resnet, _) => AnchorConfig::Resnet(ResnetConfig {
+                image,
+                patch: self.patch.unwrap_or(1),
+                width,
+                depths,
+                classes,
+            }),
+            (Family::Swin, _) => {
+                let patch = self.patch.unwrap_or(1);
+                AnchorConfig::Swin(SwinConfig { image, patch, width, depths, heads, window, classes })
+            }
+        };
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// How to train, for one network and for many.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+struct TrainingArgs {
+    /// Images of a step
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Final learning rate as a fraction of the highest
+    #[arg(long, default_value_t = 0.02)]
+    min_lr_ratio: f64,
+    /// Steps over which the learning rate rises
+    #[arg(long, default_value_t = 50)]
+    warmup: usize,
+    /// Decay of the weights
+    #[arg(long, default_value_t = 0.05)]
+    weight_decay: f64,
+    /// Largest norm of the gradients; 0 leaves them
+    #[arg(long, default_value_t = 1.0)]
+    clip: f64,
+    /// Share of the images that is held out for validation
+    #[arg(long, default_value_t = 0.1)]
+    val_fraction: f64,
+    /// Steps between validations
+    #[arg(long, default_value_t = 200)]
+    eval_every: usize,
+    /// Steps between checkpoints: what a crash can cost at most
+    #[arg(long, default_value_t = 200)]
+    checkpoint_every: usize,
+}
+
+impl TrainingArgs {
+    fn config(&self, steps: usize, lr: f64) -> Result<TrainConfig> {
+        if self.batch == 0 {
+            return Err(Error::usage("--batch must be at least 1"));
+        }
+        let config = TrainConfig {
+            steps,
+            lr,
+            warmup: self.warmup.min(steps / 2),
+            min_lr_ratio: self.min_lr_ratio,
+            weight_decay: self.weight_decay,
+            clip_norm: self.clip,
+            eval_every: self.eval_every,
+            checkpoint_every: self.checkpoint_every,
+            ..TrainConfig::default()
+        };
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// Images that are only classified at the end.
+#[derive(Debug, Args)]
+struct TestArgs {
+    /// Test images, classified at the end
+    #[arg(long)]
+    test: Option<PathBuf>,
+    /// IDX file of their labels, where it is not beside them
+    #[arg(long, requires = "test")]
+    test_labels: Option<PathBuf>,
+}
+
+impl TestArgs {
+    fn read(
+        &self,
+        interface: &Interface,
+        shape: [usize; 3],
+        target: Option<&String>,
+    ) -> Result<Option<Images>> {
+        let Some(path) = &self.test else { return Ok(None) };
+        let options = ImageOptions {
+            labels: self.test_labels.clone(),
+            target: target.cloned(),
+            white: Some(interface.white),
+            unlabelled: false,
+        };
+        interface.fit(Images::read(path, &options)?, shape, path).map(Some)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct AnchorArgs {
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    test: TestArgs,
+    /// Model folder to write
+    #[arg(long, required_unless_present = "resume")]
+    out: Option<PathBuf>,
+    /// Continue the run in this folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = [
+        "out", "family", "width", "depth", "heads", "patch", "window", "weights", "like", "epochs", "lr", "batch",
+        "min_lr_ratio", "warmup", "weight_decay", "clip", "val_fraction", "eval_every", "checkpoint_every",
+    ])]
+    resume: Option<PathBuf>,
+    /// Times that every image is seen; 0 writes the network as it is
+    #[arg(long, default_value_t = 5)]
+    epochs: usize,
+    /// Steps of the whole run, instead of epochs
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Weights to begin with, .safetensors or .npz, named as `timm` or Kiln does
+    #[arg(long)]
+    weights: Option<PathBuf>,
+    /// Scale pixels and number classes as this anchor does, where it was trained on other images
+    #[arg(long, value_name = "DIR")]
+    like: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: AnchorRecipe,
+}
+
+/// What besides data, steps and seed decides how an anchor turns out.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+struct AnchorRecipe {
+    #[command(flatten)]
+    #[serde(flatten)]
+    shape: ShapeArgs,
+    /// Highest learning rate
+    #[arg(long, default_value_t = 1e-3)]
+    lr: f64,
+    #[command(flatten)]
+    #[serde(flatten)]
+    training: TrainingArgs,
+}
+
+/// What training prints.
+#[derive(Serialize)]
+struct TrainResult {
+    #[serde(flatten)]
+    summary: TrainSummary,
+    /// On the images held out.
+    accuracy: f64,
+    /// On the test images, where there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    test_accuracy: Option<f64>,
+}
+
+pub(super) fn anchor(args: AnchorArgs, cx: &Context) -> Result<()> {
+    let resumed = args
+        .resume
+        .as_ref()
+        .map(|folder| TrainRun::<AnchorRecipe>::resume(ANCHOR, folder, args.steps))
+        .transpose()?;
+    let recipe: AnchorRecipe = resumed.as_ref().map_or(args.recipe, |run| run.recipe.clone());
+    let (network, interface, images) = match &args.resume {
+        Some(folder) => {
+            let (network, interface) = anchor_config(folder)?;
+            let images = args.data.read_for(&interface, network.outline().image, false)?;
+            (network, interface, images)
+        }
+        None => {
+            let (interface, images) = match &args.like {
+                Some(like) => {
+                    let (network, interface) = anchor_config(like)?;
+                    let images = args.data.read_for(&interface, network.outline().image, false)?;
+                    (interface, images)
+                }
+                None => {
+                    let images = args.data.read(None, false)?;
+                    let (classes, white) = (images.classes.clone(), images.white);
+                    (Interface { classes, white, scaling: Scaling::of(&images) }, images)
+                }
+            };
+            (recipe.shape.config(&images)?, interface, images)
+        }
+    };
+    let shape = network.outline().image;
+    let test = args.test.read(&interface, shape, args.data.target.as_ref())?;
+    if resumed.is_none() && args.epochs == 0 && args.steps.is_none() {
+        let net = begin_with(args.weights.as_ref(), &network, cx)?;
+        let out = args.out.as_deref().ok_or_else(|| Error::usage("--out is needed"))?;
+        return write_untrained(net, (&network, &interface), out, (&images, test.as_ref()), cx);
+    }
+    let batches_per_epoch = |images: usize| (images / recipe.training.batch.clamp(1, images)).max(1);
+    let seed = resumed.as_ref().map_or(cx.seed, |run| run.seed);
+    let (train, valid) = split(&images, recipe.training.val_fraction, &Context { seed, ..cx.clone() })?;
+    let run = match (resumed, &args.out) {
+        (Some(run), _) => run,
+        (None, Some(out)) => {
+            let steps = args.steps.unwrap_or(args.epochs * batches_per_epoch(train.len()));
+            TrainRun::begin(ANCHOR, out, steps, recipe.clone(), cx)
+        }
+        (None, None) => return Err(Error::usage("--out or --resume is needed")),
+    };
+    let cx = &run.context(cx);
+    let training = recipe.training.config(run.steps, recipe.lr)?;
+    let net = begin_with(args.weights.as_ref(), &network, cx)?;
+    run.save(|folder| save_anchor_config(folder, &network, &interface))?;
+    let total = network.outline().total();
+    cx.note(format!(
+        "{} parameters, {:.3} MFLOPs an image; {} images, {} held out",
+        total.params,
+        total.flops as f64 / 1e6,
+        train.len(),
+        valid.len()
+    ));
+    let scaling = &interface.scaling;
+    let mut task = SingleTask {
+        batches: Batches::new(&train, scaling, recipe.training.batch, cx),
+        valid: &valid,
+        scaling,
+        teacher: None,
+        cx,
+    };
+    let trained = run.train(net, &mut task, &training, &args.data.shown(), cx)?;
+    let accuracy = |images: &Images| accuracy(&trained.model, images, scaling, cx);
+    let result = TrainResult {
+        summary: run.finish(&trained, "nats per image")?,
+        accuracy: accuracy(&valid)?,
+        test_accuracy: test.as_ref().map(accuracy).transpose()?,
+    };
+    cx.emit(&result, |TrainResult { summary, accuracy, test_accuracy }| {
+        let test = test_accuracy.map_or(String::new(), |a| format!("accuracy {a:.4} on the test images\n"));
+        format!(
+            "{}accuracy {accuracy:.4} on the images held out\n{test}model in {}\n",
+            summary.to_text("nats an image"),
+            summary.model.display()
+        )
+    })
+}
+
+/// The network with the weights of a file, or with random ones.
+fn begin_with(weights: Option<&PathBuf>, network: &AnchorConfig, cx: &Context) -> Result<AnchorNet> {
+    let net = draw_anchor(network, cx);
+    match weights {
+        Some(path) => read_tensors(path)?.into_module(net),
+        None => Ok(net),
+    }
+}
+
+/// Writes an anchor as it is.
+fn write_untrained(
+    net: AnchorNet,
+    (network, interface): (&AnchorConfig, &Interface),
+    out: &std::path::Path,
+    (images, test): (&Images, Option<&Images>),
+    cx: &Context,
+) -> Result<()> {
+    let folder = ModelFolder::new(out);
+    folder.create()?;
+    folder.save_weights(&TensorFile::from_module(&net))?;
+    save_anchor_config(&folder, network, interface)?;
+    let accuracy = accuracy(&net, test.unwrap_or(images), &interface.scaling, cx)?;
+    let result = json!({ "model": out, "params": network.outline().total().params, "accuracy": accuracy });
+    cx.emit(&result, |_| format!("accuracy {accuracy:.4} without training\nmodel in {}\n", out.display()))
+}
+
+fn accuracy(net: &AnchorNet, images: &Images, scaling: &Scaling, cx: &Context) -> Result<f64> {
+    let probabilities = predict(images, scaling, cx, |x| Ok(net.forward(x)))?;
+    Ok(scores(&probabilities, &images.labels).accuracy)
+}
+
+/// How stitching layers begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Start {
+    /// With the least-squares solution
+    Ls,
+    /// At random
+    Random,
+}
+
+/// The space, and how its layers begin.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+struct BuildArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    space: SpaceConfig,
+    /// Images that stitching layers are fitted to
+    #[arg(long, default_value_t = 100)]
+    init_images: usize,
+    /// Train only a product of this rank beside each stitching layer
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Keep only so many stitches, those that least squares finds the likest to what they replace in each class of cost
+    #[arg(long, value_name = "COUNT")]
+    prune_space: Option<usize>,
+}
+
+impl BuildArgs {
+    /// Joins anchors; with `images`, fits the layers to them.
+    fn build(
+        &self,
+        anchors: &[PathBuf],
+        images: impl FnOnce(&Interface, [usize; 3]) -> Result<Images>,
+        start: Start,
+        cx: &Context,
+    ) -> Result<(SnConfig, SnNet<AnchorNet>, Images, Vec<CutFit>)> {
+        let models = read_anchors(anchors, cx)?;
+        let (networks, interface): (Vec<_>, _) =
+            (models.iter().map(|model| model.network.clone()).collect(), models[0].interface.clone());
+        let images = images(&interface, networks[0].outline().image)?;
+        if self.init_images == 0 {
+            return Err(Error::usage("--init-images 0 leaves nothing to fit stitching layers to"));
+        }
+        let config = SnNetConfig::new(models.into_iter().map(|model| model.net).collect());
+        let config = config.with_space(self.space.clone()).with_rank(self.rank);
+        let mut net = config.draw(&mut cx.rng("stitches", 0), &cx.device)?;
+        let mut fits = Vec::new();
+        if start == Start::Ls || self.prune_space.is_some() {
+            let random = net.stitches.clone();
+            let chosen = first(&images, self.init_images);
+            let all: Vec<usize> = (0..chosen.len()).collect();
+            fits = net.fit(interface.scaling.tensor(&chosen, &all, &cx.device), cx)?;
+            warn_of_few_rows(&net, &fits, cx);
+            if start == Start::Random {
+                net.stitches = random;
+            }
+        }
+        if let Some(count) = self.prune_space {
+            net = net.prune(count, &fits);
+        }
+        Ok((SnConfig::of(&net, networks, interface, self.rank), net, images, fits))
+    }
+}
+
+/// Says where there are fewer rows than unknowns.
+fn warn_of_few_rows(net: &SnNet<AnchorNet>, fits: &[CutFit], cx: &Context) {
+    let few = fits.iter().find(|fit| fit.rows < net.space().layer_widths(fit.cut.layer)[0] + 1);
+    if let Some(fit) = few {
+        cx.note(format!(
+            "warning: {} rows of activations do not determine {} weights a channel; the smallest solution is taken \
+             (--init-images takes more images)",
+            fit.rows,
+            net.space().layer_widths(fit.cut.layer)[0] + 1
+        ));
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InitArgs {
+    /// Model folders of anchors
+    #[arg(long, value_delimiter = ',', required = true)]
+    anchors: Vec<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    build: BuildArgs,
+    /// Model folder to write
+    #[arg(long)]
+    to: PathBuf,
+}
+
+pub(super) fn init(args: &InitArgs, cx: &Context) -> Result<()> {
+    let images = |interface: &Interface, shape| args.data.read_for(interface, shape, true);
+    let (config, net, _, fits) = args.build.build(&args.anchors, images, Start::Ls, cx)?;
+    save(&ModelFolder::new(&args.to), &config, &net)?;
+    let name = |fit: &CutFit| format!("{}>{}", fit.cut.after, fit.cut.before);
+    let lines: Vec<_> = fits
+        .iter()
+        .map(|fit| json!({ "cut": name(fit), "rows": fit.rows, "rank": fit.rank, "residual": fit.residual }))
+        .collect();
+    let result = json!({
+        "model": args.to, "networks": net.space().len(), "layers": net.space().layers().len(), "fits": lines,
+    });
+    cx.emit(&result, |_| {
+        let worst = fits.iter().map(|fit| fit.residual).fold(0.0, f64::max);
+        format!(
+            "{} networks with {} stitching layers; at worst {:.1} % of what a rear takes is not explained\nmodel in {}\n",
+            net.space().len(),
+            net.space().layers().len(),
+            100.0 * worst,
+            args.to.display()
+        )
+    })
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TrainArgs {
+    /// Model folders of anchors
+    #[arg(long, value_delimiter = ',', required_unless_present_any = ["resume", "from"])]
+    anchors: Vec<PathBuf>,
+    /// Model folder that `kiln stitch init` wrote, instead of anchors
+    #[arg(long, value_name = "DIR", conflicts_with_all = [
+        "anchors", "kernel", "stride", "include_m0", "direction", "pairs", "max_anchors", "init", "init_images",
+        "rank", "prune_space",
+    ])]
+    from: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    test: TestArgs,
+    /// Model folder to write
+    #[arg(long, required_unless_present = "resume")]
+    out: Option<PathBuf>,
+    /// Continue the run in this folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = [
+        "out", "anchors", "from", "kernel", "stride", "include_m0", "direction", "pairs", "max_anchors", "init",
+        "init_images", "rank", "prune_space", "sampling", "distill", "temperature", "teacher", "freeze_anchors", "lr",
+        "batch", "min_lr_ratio", "warmup", "weight_decay", "clip", "val_fraction", "eval_every", "checkpoint_every",
+    ])]
+    resume: Option<PathBuf>,
+    /// Steps of the whole run [default: 2000]
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Anchor that teaches, instead of the largest one
+    #[arg(long, value_name = "DIR")]
+    teacher: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: JointRecipe,
+}
+
+/// What besides data, steps and seed decides how a joint training turns out.
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
+struct JointRecipe {
+    #[command(flatten)]
+    #[serde(flatten)]
+    build: BuildArgs,
+    /// How stitching layers begin
+    #[arg(long, value_enum, default_value = "ls")]
+    init: Start,
+    /// Which networks a step trains
+    #[arg(long, value_enum, default_value = "uniform")]
+    sampling: Sampling,
+    /// What a teacher adds to the loss
+    #[arg(long, value_enum, default_value = "none")]
+    distill: Distill,
+    /// What logits are divided by in a soft distillation
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// Train only the stitching layers
+    #[arg(long)]
+    freeze_anchors: bool,
+    /// Highest learning rate, a tenth of the anchors' by default
+    #[arg(long, default_value_t = 1e-4)]
+    lr: f64,
+    #[command(flatten)]
+    #[serde(flatten)]
+    training: TrainingArgs,
+}
+
+pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
+    let run = match (&args.resume, &args.out) {
+        (Some(folder), _) => TrainRun::resume(TRAIN, folder, args.steps)?,
+        (None, Some(out)) => TrainRun::begin(TRAIN, out, args.steps.unwrap_or(2000), args.recipe, cx),
+        (None, None) => return Err(Error::usage("--out or --resume is needed")),
+    };
+    let cx = &run.context(cx);
+    let recipe = &run.recipe;
+    if !(recipe.temperature.is_finite() && recipe.temperature > 0.0) {
+        return Err(Error::usage(format!("a temperature of {} is not positive", recipe.temperature)));
+    }
+    if args.teacher.is_some() && recipe.distill == Distill::None {
+        return Err(
+            Error::usage("--teacher has nothing to teach").hint("say how with --distill hard or soft")
+        );
+    }
+    let training = recipe.training.config(run.steps, recipe.lr)?;
+    let read = |interface: &Interface, shape| args.data.read_for(interface, shape, false);
+    let (config, net, images) = if run.resumed {
+        let (config, net) = open_untrained(run.folder.path(), cx)?;
+        let images = read(&config.interface, config.image())?;
+        (config, net, images)
+    } else if let Some(from) = &args.from {
+        let (config, net) = open(from, cx)?;
+        let images = read(&config.interface, config.image())?;
+        (config, net, images)
+    } else {
+        let (config, net, images, _) = recipe.build.build(&args.anchors, read, recipe.init, cx)?;
+        (config, net, images)
+    };
+    let test = args.test.read(&config.interface, config.image(), args.data.target.as_ref())?;
+    let (train, valid) = split(&images, recipe.training.val_fraction, cx)?;
+    let teacher = teacher(&run, args.teacher.as_ref(), &config, &net, cx)?;
+    run.save(|folder| {
+        if let Some((teacher, network)) = &teacher {
+            let inside = ModelFolder::new(folder.file(TEACHER));
+            inside.create()?;
+            inside.save_weights(&TensorFile::from_module(&teacher.net))?;
+            save_anchor_config(&inside, network, &config.interface)?;
+        }
+        save_config(folder, &config)
+    })?;
+    cx.note(format!(
+        "{} networks of {} anchors and {} stitching layers, {} parameters; {} images, {} held out",
+        net.space().len(),
+        net.anchors.len(),
+        net.stitches.len(),
+        net.num_params(),
+        train.len(),
+        valid.len()
+    ));
+    let net = if recipe.freeze_anchors { net.freeze_anchors() } else { net };
+    let scaling = &config.interface.scaling;
+    let mut task = JointTask {
+        batches: Batches::new(&train, scaling, recipe.training.batch, cx),
+        valid: &valid,
+        scaling,
+        sampling: recipe.sampling,
+        frozen: recipe.freeze_anchors,
+        teacher: teacher.map(|(teacher, _)| teacher),
+        cx,
+    };
+    let trained = run.train(net, &mut task, &training, &args.data.shown(), cx)?;
+    let summary = run.finish(&trained, "nats per image")?;
+    let mean = |images: &Images| mean_accuracy(&trained.model, images, scaling, cx);
+    let result =
+        TrainResult { summary, accuracy: mean(&valid)?, test_accuracy: test.as_ref().map(mean).transpose()? };
+    cx.emit(&result, |TrainResult { summary, accuracy, test_accuracy }| {
+        let test =
+            test_accuracy.map_or(String::new(), |a| format!("mean accuracy {a:.4} on the test images\n"));
+        format!(
+            "{}mean accuracy of all networks {accuracy:.4} on the images held out\n{test}model in {}\n",
+            summary.to_text("nats an image"),
+            summary.model.display()
+        )
+    })
+}
+
+/// Whom the networks learn from: what the folder of a resumed run keeps, the anchor that was named, or the largest one.
+fn teacher(
+    run: &TrainRun<JointRecipe>,
+    named: Option<&PathBuf>,
+    config: &SnConfig,
+    net: &SnNet<AnchorNet>,
+    cx: &Context,
+) -> Result<Option<(Teacher<AnchorNet>, AnchorConfig)>> {
+    let JointRecipe { distill, temperature, .. } = run.recipe;
+    if distill == Distill::None {
+        return Ok(None);
+    }
+    let kept = run.folder.file(TEACHER);
+    let path = if run.resumed { Some(&kept) } else { named };
+    let (teacher, network) = match path {
+        Some(path) => {
+            let model = open_anchor(path, cx)?;
+            if model.interface != config.interface || model.network.outline().image != config.image() {
+                return Err(Error::input(path.display(), "was trained for another task than the anchors")
+                    .hint("a teacher takes the same images, scaled the same, and knows the same classes"));
+            }
+            (model.net, model.network)
+        }
+        None => {
+            let last = net.anchors.len() - 1;
+            (net.anchors[last].clone(), config.networks[last].clone())
+        }
+    };
+    Ok(Some((Teacher { net: teacher, distill, temperature }, network)))
+}
+
+fn mean_accuracy(net: &SnNet<AnchorNet>, images: &Images, scaling: &Scaling, cx: &Context) -> Result<f64> {
+    let all = crate::evaluate::evaluate(net, images, scaling, cx)?;
+    Ok(all.iter().map(|score| score.acc).sum::<f64>() / all.len() as f64)
+}
