@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use burn::module::Module;
-use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, HostTensor, TensorFile};
 use kiln_data::Matrix;
 use kiln_nn::{AdamW, initialise};
@@ -14,6 +14,7 @@ use kiln_stitch::family::{AnchorConfig, AnchorNet, ResnetConfig, SwinConfig, Vit
 use kiln_stitch::snnet::{SnNet, SnNetConfig};
 use kiln_stitch::space::{Configuration, Cut, Direction, Joint, Pairs, SpaceConfig, StitchSpace};
 use kiln_stitch::stitch::StitchLayer;
+use rand_distr::{Distribution, StandardNormal};
 
 const IMAGE: [usize; 3] = [1, 8, 8];
 
@@ -39,9 +40,9 @@ fn draw(config: &AnchorConfig, stream: u64) -> AnchorNet {
 }
 
 fn images(count: usize) -> Tensor<4> {
-    let device = Device::flex();
-    device.seed(7);
-    Tensor::random([count, 1, 8, 8], Distribution::Normal(0.0, 1.0), &device)
+    let mut rng = cx().rng("images", 0);
+    let pixels: Vec<f32> = (0..count * 64).map(|_| StandardNormal.sample(&mut rng)).collect();
+    Tensor::from_data(TensorData::new(pixels, [count, 1, 8, 8]), &Device::flex())
 }
 
 fn net(configs: &[AnchorConfig], space: SpaceConfig) -> SnNet<AnchorNet> {
