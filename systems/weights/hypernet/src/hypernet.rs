@@ -281,6 +281,15 @@ pub struct Theta {
 }
 
 impl Theta {
+    /// These numbers, `[batch, N]`, as the tensors of `spec`.
+    ///
+    /// # Panics
+    /// When there are more or fewer.
+    pub fn new(flat: Tensor<2>, spec: WeightSpec) -> Self {
+        assert_eq!(flat.dims()[1], spec.numel(), "there must be one number for each weight");
+        Self { flat, spec }
+    }
+
     /// One tensor of the target with the batch before its own axes.
     ///
     /// # Errors

@@ -3,8 +3,11 @@
 pub mod causal;
 pub mod compare;
 pub mod continual;
+pub mod hyperlstm;
+pub mod nlp;
 pub mod prune;
 pub mod rl;
+pub mod text;
 pub mod transfer;
 pub mod uncertainty;
 pub mod zeroshot;
