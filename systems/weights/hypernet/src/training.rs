@@ -59,6 +59,14 @@ impl Labelled {
         }
     }
 
+    /// The rows of these classes; the first gets the label 0, and so on.
+    pub fn of_classes(&self, classes: &[usize]) -> Self {
+        let place = |row: usize| classes.iter().position(|class| *class == self.y[row]);
+        let rows: Vec<usize> = (0..self.len()).filter(|&row| place(row).is_some()).collect();
+        let y = rows.iter().filter_map(|&row| place(row)).collect();
+        Self { y, ..self.select(&rows) }
+    }
+
     /// Rows drawn at random, any of them perhaps more than once.
     pub fn draw(&self, count: usize, rng: &mut impl Rng) -> Self {
         self.select(&(0..count).map(|_| rng.random_range(0..self.len())).collect::<Vec<_>>())

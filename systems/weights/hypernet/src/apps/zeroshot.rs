@@ -3,18 +3,21 @@
 //! Digits are described by strokes; seven are trained on, three are not. Baseline: the same row as a linear function of
 //! the attributes, which is what bilinear zero-shot models learn (Romera-Paredes and Torr 2015).
 
+use std::path::Path;
+
 use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
-use kiln_core::{Context, Error, Result, Table};
-use kiln_data::digits;
+use kiln_core::{Context, Error, Result, Table as Sheet};
+use kiln_data::{Table, TableOptions};
 use kiln_nn::LinearConfig;
 
-use crate::apps::{Findings, Spread};
+use crate::apps::{Findings, Parts, Spread};
 use crate::conditioning::{Condition, Conditioning};
+use crate::data::numbers;
 use crate::generator::Arch;
 use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
 use crate::target::Target;
-use crate::training::{Fit, Labelled, accuracy, cross_entropy, fit, probabilities};
+use crate::training::{Fit, accuracy, cross_entropy, fit, probabilities};
 
 /// Names of the strokes.
 pub const STROKES: [&str; 10] = [
@@ -47,11 +50,11 @@ const DIGITS: [[f32; 10]; 10] = [
 /// What decides the outcome.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Groups of three classes that are not seen, each group in a run of its own.
-    pub unseen: Vec<Vec<u8>>,
+    /// Groups of classes that are not seen, each group in a run of its own.
+    pub unseen: Vec<Vec<usize>>,
     /// Optimisation steps.
     pub steps: usize,
-    /// Attributes of the digits, `[10][width]`.
+    /// Attributes of the classes, `[classes][width]`.
     pub attributes: Vec<Vec<f32>>,
 }
 
@@ -91,35 +94,40 @@ struct Figures {
 ///
 /// # Errors
 /// When a class lacks attributes, or a training fails or is stopped.
-pub fn run(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
+pub fn run(config: &Config, parts: &Parts, cx: &Context) -> Result<(Findings, f64)> {
     let width = config.attributes.first().map_or(0, Vec::len);
-    if config.attributes.len() != 10 || width == 0 || config.attributes.iter().any(|row| row.len() != width) {
-        let message =
-            format!("there are {} rows of attributes, must be 10 of one width", config.attributes.len());
-        return Err(Error::usage(message).hint("one row for every digit"));
+    let rows = config.attributes.len();
+    if rows != parts.classes || width == 0 || config.attributes.iter().any(|row| row.len() != width) {
+        let message = format!("there are {rows} rows of attributes, must be {} of one width", parts.classes);
+        return Err(Error::usage(message).hint("one row for every class"));
     }
+    for unseen in &config.unseen {
+        if unseen.is_empty() || unseen.len() + 2 > parts.classes {
+            let message = format!("{} of {} classes cannot be unseen", unseen.len(), parts.classes);
+            return Err(
+                Error::usage(message).hint("at least one is unseen, and at least two are learned from")
+            );
+        }
+    }
+    let pixels = parts.train.width;
     let (mut hyper, mut linear) = (Figures::default(), Figures::default());
     for (number, unseen) in config.unseen.iter().enumerate() {
         cx.note(format!("unseen classes {unseen:?}"));
         let cx = &Context { seed: cx.seed + number as u64, ..cx.clone() };
-        let row = Target::mlp(&[digits::PIXELS, 1]);
+        let row = Target::mlp(&[pixels, 1]);
         let hyper_config = HyperNetConfig::new(row.spec()?)
             .with_conditioning([Conditioning::Given { dim: width }])
             .with_scheme(OutputScheme::Once)
             .with_arch(Arch::Mlp(vec![32]));
         let baseline = kiln_nn::initialise(&cx.device, &mut cx.rng("linear", 0), |device| {
-            LinearConfig::new(width, digits::PIXELS + 1).init(device)
+            LinearConfig::new(width, pixels + 1).init(device)
         });
-        judge(config, Rows::Hyper(hyper_config.draw(cx, "hypernet")?), unseen, &mut hyper, cx)?;
-        judge(config, Rows::Linear(baseline), unseen, &mut linear, cx)?;
+        judge(config, parts, Rows::Hyper(hyper_config.draw(cx, "hypernet")?), unseen, &mut hyper, cx)?;
+        judge(config, parts, Rows::Linear(baseline), unseen, &mut linear, cx)?;
     }
-    let mut table = Table::new(
-        "Digits that were never seen, by their strokes",
-        &[
-            "method",
-            "accuracy among the unseen (chance 0.33)",
-            "harmonic mean of seen and unseen, among all ten",
-        ],
+    let mut table = Sheet::new(
+        format!("Classes that were never seen, by their attributes: {}", parts.name),
+        &["method", "accuracy among the unseen", "harmonic mean of seen and unseen, among all"],
     );
     for (name, figures) in [("hypernetwork", &hyper), ("linear map of the attributes", &linear)] {
         table.row([
@@ -132,21 +140,27 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
     Ok((Findings { table, plots: Vec::new(), notes }, Spread::of(&hyper.unseen).mean))
 }
 
-fn judge(config: &Config, rows: Rows, unseen: &[u8], figures: &mut Figures, cx: &Context) -> Result<()> {
-    let seen: Vec<u8> = (0..10).filter(|class| !unseen.contains(class)).collect();
-    let attributes = |classes: &[u8]| {
-        let values: Vec<f32> =
-            classes.iter().flat_map(|&class| config.attributes[usize::from(class)].clone()).collect();
+fn judge(
+    config: &Config,
+    parts: &Parts,
+    rows: Rows,
+    unseen: &[usize],
+    figures: &mut Figures,
+    cx: &Context,
+) -> Result<()> {
+    let seen: Vec<usize> = (0..parts.classes).filter(|class| !unseen.contains(class)).collect();
+    let attributes = |classes: &[usize]| {
+        let values: Vec<f32> = classes.iter().flat_map(|&class| config.attributes[class].clone()).collect();
         let width = values.len() / classes.len();
         Tensor::<2>::from_data(TensorData::new(values, [classes.len(), width]), &cx.device)
     };
-    let train = Labelled::digits(digits::train(), &seen);
+    let train = parts.train.of_classes(&seen);
     let rows = fit(rows, Fit::new(config.steps, 2e-3), cx, |rows, step| {
         let (x, y) = train.draw(64, &mut cx.rng("batch", step as u64)).tensors(&cx.device);
         Ok(cross_entropy(logits(rows.make(attributes(&seen))?, x), y))
     })?;
-    let accuracy_among = |classes: &[u8], tested: &[u8]| -> Result<f64> {
-        let test = Labelled::digits(digits::test(), tested);
+    let accuracy_among = |classes: &[usize], tested: &[usize]| -> Result<f64> {
+        let test = parts.test.of_classes(tested);
         let (x, _) = test.tensors(&cx.device);
         let p = probabilities(logits(rows.make(attributes(classes))?, x));
         let places: Vec<usize> = test
@@ -156,7 +170,7 @@ fn judge(config: &Config, rows: Rows, unseen: &[u8], figures: &mut Figures, cx: 
             .collect();
         Ok(accuracy(&p, &places))
     };
-    let all: Vec<u8> = (0..10).collect();
+    let all: Vec<usize> = (0..parts.classes).collect();
     figures.unseen.push(accuracy_among(unseen, unseen)?);
     let (of_seen, of_unseen) = (accuracy_among(&all, &seen)?, accuracy_among(&all, unseen)?);
     figures.harmonic.push(2.0 * of_seen * of_unseen / (of_seen + of_unseen).max(1e-12));
@@ -171,30 +185,32 @@ fn logits(weights: Tensor<2>, x: Tensor<3>) -> Tensor<3> {
     row.forward(weights, x.expand([classes, rows, pixels])).reshape([1, classes, rows]).swap_dims(1, 2)
 }
 
-/// Reads a table of attributes: a header, then a row of numbers for each of the digits 0 to 9.
+/// Reads a table of attributes: a row of numbers for each class. They are told apart by the column of their names, where
+/// there is one, and come in the order of the classes otherwise.
 ///
 /// # Errors
 /// Names the row and column that holds no number, or the classes that are lacking.
-pub fn read_attributes(path: &std::path::Path) -> Result<Vec<Vec<f32>>> {
-    let broken = |e: csv::Error| Error::input(path.display(), "is not a readable CSV file").caused_by(e);
-    let mut reader = csv::Reader::from_path(path).map_err(broken)?;
-    let mut rows = Vec::new();
-    for (row, record) in reader.records().enumerate() {
-        let record = record.map_err(broken)?;
-        let number = |(column, cell): (usize, &str)| {
-            cell.trim().parse::<f32>().ok().filter(|value| value.is_finite()).ok_or_else(|| {
-                let place = format!("{}, row {}", path.display(), row + 1);
-                Error::input(place, format!("\"{cell}\" in column {} is not a finite number", column + 1))
-            })
-        };
-        rows.push(record.iter().enumerate().map(number).collect::<Result<Vec<_>>>()?);
-    }
-    if rows.len() != 10 {
-        return Err(Error::input(
-            path.display(),
-            format!("has attributes of {} classes, must be 10", rows.len()),
-        )
-        .hint("one row for each of the digits 0 to 9"));
-    }
-    Ok(rows)
+pub fn read_attributes(path: &Path, column: &str, classes: &[String]) -> Result<Vec<Vec<f32>>> {
+    let mut table = Table::read(path, TableOptions::default())?;
+    let names = table.take(column).ok();
+    let columns: Vec<Vec<f64>> =
+        table.columns().iter().map(|column| numbers(path, column)).collect::<Result<_>>()?;
+    let row = |row: usize| columns.iter().map(|column| column[row] as f32).collect::<Vec<f32>>();
+    let Some(names) = names else {
+        if table.rows() != classes.len() {
+            let found = format!("has attributes of {} classes, must be {}", table.rows(), classes.len());
+            return Err(Error::input(path.display(), found).hint(format!(
+                "one row for each of {}, or name them in a column \"{column}\"",
+                classes.join(", ")
+            )));
+        }
+        return Ok((0..table.rows()).map(row).collect());
+    };
+    let place = |class: &String| {
+        (0..names.len()).find(|&row| names.text(row).as_ref() == Some(class)).map(row).ok_or_else(|| {
+            Error::input(path.display(), format!("has no attributes of the class \"{class}\""))
+                .hint(format!("one row for each of {}", classes.join(", ")))
+        })
+    };
+    classes.iter().map(place).collect()
 }
