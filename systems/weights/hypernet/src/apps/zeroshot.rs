@@ -17,7 +17,7 @@ use crate::data::numbers;
 use crate::generator::Arch;
 use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
 use crate::target::Target;
-use crate::training::{Fit, accuracy, cross_entropy, fit, probabilities};
+use crate::training::{Fit, Labelled, accuracy, cross_entropy, fit, probabilities};
 
 /// Names of the strokes.
 pub const STROKES: [&str; 10] = [
@@ -46,6 +46,10 @@ const DIGITS: [[f32; 10]; 10] = [
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0],
     [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0],
 ];
+
+/// Shares of the steps that are tried, and how often some of the seen classes are left out to choose among them.
+const STOPS: [f64; 4] = [0.05, 0.2, 0.5, 1.0];
+const FOLDS: usize = 2;
 
 /// What decides the outcome.
 #[derive(Debug, Clone)]
@@ -119,11 +123,14 @@ pub fn run(config: &Config, parts: &Parts, cx: &Context) -> Result<(Findings, f6
             .with_conditioning([Conditioning::Given { dim: width }])
             .with_scheme(OutputScheme::Once)
             .with_arch(Arch::Mlp(vec![32]));
-        let baseline = kiln_nn::initialise(&cx.device, &mut cx.rng("linear", 0), |device| {
-            LinearConfig::new(width, pixels + 1).init(device)
-        });
-        judge(config, parts, Rows::Hyper(hyper_config.draw(cx, "hypernet")?), unseen, &mut hyper, cx)?;
-        judge(config, parts, Rows::Linear(baseline), unseen, &mut linear, cx)?;
+        let course = Course { config, parts, cx };
+        let linear_rows = || {
+            Ok(Rows::Linear(kiln_nn::initialise(&cx.device, &mut cx.rng("linear", 0), |device| {
+                LinearConfig::new(width, pixels + 1).init(device)
+            })))
+        };
+        course.judge(|| Ok(Rows::Hyper(hyper_config.draw(cx, "hypernet")?)), unseen, &mut hyper)?;
+        course.judge(linear_rows, unseen, &mut linear)?;
     }
     let mut table = Sheet::new(
         format!("Classes that were never seen, by their attributes: {}", parts.name),
@@ -136,45 +143,78 @@ pub fn run(config: &Config, parts: &Parts, cx: &Context) -> Result<(Findings, f6
             Spread::of(&figures.harmonic).text(),
         ]);
     }
-    let notes = vec![format!("Unseen classes: the groups {:?}, {} steps each.", config.unseen, config.steps)];
+    let notes = vec![format!(
+        "Unseen classes: the groups {:?}, at most {} steps each; how many is chosen by leaving out classes that are seen.",
+        config.unseen, config.steps
+    )];
     Ok((Findings { table, plots: Vec::new(), notes }, Spread::of(&hyper.unseen).mean))
 }
 
-fn judge(
-    config: &Config,
-    parts: &Parts,
-    rows: Rows,
-    unseen: &[usize],
-    figures: &mut Figures,
-    cx: &Context,
-) -> Result<()> {
-    let seen: Vec<usize> = (0..parts.classes).filter(|class| !unseen.contains(class)).collect();
-    let attributes = |classes: &[usize]| {
-        let values: Vec<f32> = classes.iter().flat_map(|&class| config.attributes[class].clone()).collect();
+/// Classes with their attributes and rows, and how what is learned from some of them does on others.
+struct Course<'a> {
+    config: &'a Config,
+    parts: &'a Parts,
+    cx: &'a Context,
+}
+
+impl Course<'_> {
+    /// The attributes of classes, `[classes, width]`.
+    fn attributes(&self, classes: &[usize]) -> Tensor<2> {
+        let rows = classes.iter().flat_map(|&class| self.config.attributes[class].clone());
+        let values: Vec<f32> = rows.collect();
         let width = values.len() / classes.len();
-        Tensor::<2>::from_data(TensorData::new(values, [classes.len(), width]), &cx.device)
-    };
-    let train = parts.train.of_classes(&seen);
-    let rows = fit(rows, Fit::new(config.steps, 2e-3), cx, |rows, step| {
-        let (x, y) = train.draw(64, &mut cx.rng("batch", step as u64)).tensors(&cx.device);
-        Ok(cross_entropy(logits(rows.make(attributes(&seen))?, x), y))
-    })?;
-    let accuracy_among = |classes: &[usize], tested: &[usize]| -> Result<f64> {
-        let test = parts.test.of_classes(tested);
-        let (x, _) = test.tensors(&cx.device);
-        let p = probabilities(logits(rows.make(attributes(classes))?, x));
-        let places: Vec<usize> = test
-            .y
-            .iter()
-            .map(|&y| classes.iter().position(|&class| class == tested[y]).unwrap_or(0))
-            .collect();
-        Ok(accuracy(&p, &places))
-    };
-    let all: Vec<usize> = (0..parts.classes).collect();
-    figures.unseen.push(accuracy_among(unseen, unseen)?);
-    let (of_seen, of_unseen) = (accuracy_among(&all, &seen)?, accuracy_among(&all, unseen)?);
-    figures.harmonic.push(2.0 * of_seen * of_unseen / (of_seen + of_unseen).max(1e-12));
-    Ok(())
+        Tensor::from_data(TensorData::new(values, [classes.len(), width]), &self.cx.device)
+    }
+
+    /// Learns from these classes.
+    fn learn(&self, rows: Rows, classes: &[usize], steps: usize) -> Result<Rows> {
+        let train = self.parts.train.of_classes(classes);
+        fit(rows, Fit::new(steps, 2e-3), self.cx, |rows, step| {
+            let (x, y) = train.draw(64, &mut self.cx.rng("batch", step as u64)).tensors(&self.cx.device);
+            Ok(cross_entropy(logits(rows.make(self.attributes(classes))?, x), y))
+        })
+    }
+
+    /// Accuracy on rows of the classes `tested`, told apart among `classes`.
+    fn accuracy(&self, rows: &Rows, data: &Labelled, classes: &[usize], tested: &[usize]) -> Result<f64> {
+        let data = data.of_classes(tested);
+        let (x, _) = data.tensors(&self.cx.device);
+        let p = probabilities(logits(rows.make(self.attributes(classes))?, x));
+        let place = |&y: &usize| classes.iter().position(|&class| class == tested[y]).unwrap_or(0);
+        Ok(accuracy(&p, &data.y.iter().map(place).collect::<Vec<_>>()))
+    }
+
+    /// How long to learn: as long as serves best for classes that are seen but, twice, left out.
+    fn steps(&self, draw: &impl Fn() -> Result<Rows>, seen: &[usize], unseen: usize) -> Result<usize> {
+        let left_out = unseen.min((seen.len() - 2) / 2).max(1);
+        let mut best = (f64::NEG_INFINITY, self.config.steps);
+        for share in STOPS {
+            let steps = ((self.config.steps as f64 * share) as usize).max(1);
+            let mut sum = 0.0;
+            for fold in seen.chunks(left_out).take(FOLDS) {
+                let others: Vec<usize> = seen.iter().copied().filter(|class| !fold.contains(class)).collect();
+                let rows = self.learn(draw()?, &others, steps)?;
+                sum += self.accuracy(&rows, &self.parts.train, fold, fold)?;
+            }
+            if sum > best.0 {
+                best = (sum, steps);
+            }
+        }
+        Ok(best.1)
+    }
+
+    fn judge(&self, draw: impl Fn() -> Result<Rows>, unseen: &[usize], figures: &mut Figures) -> Result<()> {
+        let all: Vec<usize> = (0..self.parts.classes).collect();
+        let seen: Vec<usize> = all.iter().copied().filter(|class| !unseen.contains(class)).collect();
+        let steps = self.steps(&draw, &seen, unseen.len())?;
+        let rows = self.learn(draw()?, &seen, steps)?;
+        let test = &self.parts.test;
+        figures.unseen.push(self.accuracy(&rows, test, unseen, unseen)?);
+        let of_seen = self.accuracy(&rows, test, &all, &seen)?;
+        let of_unseen = self.accuracy(&rows, test, &all, unseen)?;
+        figures.harmonic.push(2.0 * of_seen * of_unseen / (of_seen + of_unseen).max(1e-12));
+        Ok(())
+    }
 }
 
 /// Scores of images `[1, rows, pixels]` with a row of weights for every class, `[1, rows, classes]`.

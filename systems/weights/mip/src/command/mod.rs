@@ -472,6 +472,10 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     if !(recipe.val_fraction > 0.0 && recipe.val_fraction < 1.0) {
         return Err(Error::usage(format!("--val-fraction {} is not between 0 and 1", recipe.val_fraction)));
     }
+    if recipe.per_sample && recipe.shape.batch_norm {
+        return Err(Error::usage("batch norms look at images with other weights")
+            .hint("leave --batch-norm out with --per-sample"));
+    }
     match recipe.task {
         TaskKind::Classify => {}
         TaskKind::Register => return register::train(&run, &args.data, cx),
