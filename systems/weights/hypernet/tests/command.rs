@@ -108,6 +108,36 @@ fn a_resumed_run_ends_as_one_that_was_never_interrupted() {
 }
 
 #[test]
+fn a_trained_network_is_changed_for_every_task_and_stays_itself() {
+    let desk = desk_with_rows();
+    let three = TINY.replace("mlp:2-4-2", "mlp:3-4-2");
+    desk.json(&format!("train --data @rows.csv --cond task --task-col writer {three} --out @t"));
+    desk.json("generate --model @t --task ben --to @ben.safetensors");
+    let line = format!(
+        "train --data @rows.csv --cond task --task-col writer {three} --lora 1 --emb-l2 0.01 --spectral"
+    );
+    desk.json(&format!("{line} --base @ben.safetensors --out @l"));
+    let (base, model) = (
+        TensorFile::read(&desk.path("ben.safetensors")).unwrap(),
+        TensorFile::read(&desk.path("l/model.safetensors")).unwrap(),
+    );
+    let first = base.get("fc1.weight").unwrap().as_floats().unwrap().to_vec();
+    assert_eq!(model.get("base").unwrap().as_floats().unwrap()[..first.len()], first);
+    assert_eq!(desk.json("eval --model @l --data @rows.csv")["rows"], 40);
+    desk.json("train --data @rows.csv --resume @l --steps 8");
+    desk.assert_refused(&format!("{line} --base @none.safetensors --out @x"), "none.safetensors");
+    desk.write("other.csv", "a,b,dose,writer,label\n1,2,0,ben,maybe\n2,1,0,anna,never\n");
+    let other = line.replace("@rows.csv", "@other.csv");
+    desk.assert_refused(&format!("{other} --base @ben.safetensors --out @x"), "knows the classes no, yes");
+    let wide = line.replace("mlp:3-4-2", "mlp:3-5-2");
+    desk.assert_refused(
+        &format!("{wide} --base @ben.safetensors --out @x"),
+        "\"fc1.weight\" has the shape [4, 3]",
+    );
+    assert!(!desk.path("x").exists());
+}
+
+#[test]
 fn a_new_task_is_learned_and_the_others_are_kept() {
     let desk = desk_with_rows();
     desk.json(&format!(

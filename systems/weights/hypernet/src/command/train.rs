@@ -1,10 +1,11 @@
 //! `kiln hypernet train`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn::module::Module;
+use burn::tensor::{Tensor, TensorData};
 use clap::{Args, ValueEnum};
-use kiln_core::{Context, Error, Result};
+use kiln_core::{Context, Error, Result, TensorFile};
 use kiln_nn::{TrainConfig, TrainRun, TrainSummary};
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +71,20 @@ struct Recipe {
     /// How the output layer is drawn
     #[arg(long, value_enum, default_value = "hyperfan", conflicts_with = "resume")]
     init: Init,
+    /// Divide the weights of the generator's linear layers by their largest singular value
+    #[arg(long, conflicts_with = "resume")]
+    #[serde(default)]
+    spectral: bool,
+    /// What the squares of the embeddings count in the loss
+    #[arg(long, default_value_t = 0.0, conflicts_with = "resume")]
+    #[serde(default)]
+    emb_l2: f64,
+    /// Make changes of so low a rank to the weights of --base, which stay as they are
+    #[arg(long, value_name = "RANK", requires = "base", conflicts_with = "resume")]
+    lora: Option<usize>,
+    /// .safetensors file with weights of the target, as `generate` writes it; scales of its features are kept
+    #[arg(long, requires = "lora", conflicts_with = "resume")]
+    base: Option<PathBuf>,
     /// Tensors that are made, as patterns; the others are ordinary parameters
     #[arg(long, value_delimiter = ',', default_value = "*", conflicts_with = "resume")]
     predict: Vec<String>,
@@ -166,7 +181,10 @@ pub(super) fn run(args: &TrainArgs, cx: &Context) -> Result<()> {
     let config = if run.resumed {
         run.folder.config(KIND)?
     } else {
-        let coding = Coding::of(&rows, columns, &args.data)?;
+        let mut coding = Coding::of(&rows, columns, &args.data)?;
+        if let Some(path) = &recipe.base {
+            take_scales(&mut coding, path)?;
+        }
         configure(recipe, coding)?
     };
     config.check()?;
@@ -182,7 +200,15 @@ pub(super) fn run(args: &TrainArgs, cx: &Context) -> Result<()> {
         ..TrainConfig::default()
     };
     train_config.check()?;
-    let hyper = config.hyper.draw(cx, "init")?;
+    if !(recipe.emb_l2.is_finite() && recipe.emb_l2 >= 0.0) {
+        return Err(Error::usage(format!("--emb-l2 {} is no number of at least 0", recipe.emb_l2)));
+    }
+    let base = match &recipe.base {
+        // A resumed run has them in its checkpoint.
+        Some(path) if !run.resumed => Some(read_base(&config.target, path, cx)?),
+        _ => None,
+    };
+    let hyper = config.hyper.draw_over(base, cx, "init")?;
     run.save(|folder| folder.save_config(KIND, &config))?;
 
     let (train_part, valid_part) = split(&coded, recipe.val_fraction, cx);
@@ -199,6 +225,7 @@ pub(super) fn run(args: &TrainArgs, cx: &Context) -> Result<()> {
         cx.note(format!("a chunk of {chunk} holds more than the target's weights; the rest is made in vain"));
     }
     let mut task = ClassificationTask::new(&config, &train_part, &valid_part, recipe.batch, cx);
+    task.emb_l2 = recipe.emb_l2;
     let data = format!("--data {}", args.data.display());
     let parameters = [hyper.num_params(), hyper.target_len()];
     let trained = run.train(hyper, &mut task, &train_config, &data, cx)?;
@@ -274,6 +301,57 @@ fn configure(recipe: &Recipe, coding: Coding) -> Result<Config> {
             ArchName::Attention => Arch::Attention(width),
         },
         init: recipe.init,
+        lora: recipe.lora,
+        spectral: recipe.spectral,
     };
     Ok(Config { target, hyper, coding })
+}
+
+/// The weights of the target in a file, `[N]`.
+fn read_base(target: &Target, path: &Path, cx: &Context) -> Result<Tensor<1>> {
+    let mut file = TensorFile::read(path)?;
+    let mut all = Vec::new();
+    for param in target.spec()?.params() {
+        let tensor = file.take(&param.name)?;
+        match tensor.as_floats() {
+            Some(values) if tensor.shape == param.shape => all.extend_from_slice(values),
+            _ => {
+                let found = format!("\"{}\" has the shape {:?}", param.name, tensor.shape);
+                return Err(Error::input(path.display(), found)
+                    .hint(format!("the target's are floats of the shape {:?}", param.shape)));
+            }
+        }
+    }
+    if let Some(at) = all.iter().position(|value| !value.is_finite()) {
+        return Err(Error::input(path.display(), format!("weight {at} is {}", all[at])));
+    }
+    let count = all.len();
+    Ok(Tensor::from_data(TensorData::new(all, [count]), &cx.device))
+}
+
+/// Means and deviations of the features that a file of weights was trained with, where it tells them.
+fn take_scales(coding: &mut Coding, path: &Path) -> Result<()> {
+    let file = TensorFile::read(path)?;
+    let damaged = |name: &str| Error::input(path.display(), format!("has no valid \"{name}\" in its header"));
+    if let Some(classes) = file.metadata.get("classes") {
+        let classes: Vec<String> = serde_json::from_str(classes).map_err(|_| damaged("classes"))?;
+        if classes != coding.classes {
+            return Err(Error::input(path.display(), format!("knows the classes {}", classes.join(", ")))
+                .hint(format!("the data have {}", coding.classes.join(", "))));
+        }
+    }
+    let [mean, deviation] = ["mean", "deviation"].map(|name| {
+        let read = |text: &String| serde_json::from_str::<Vec<f32>>(text).map_err(|_| damaged(name));
+        file.metadata.get(name).map(read).transpose()
+    });
+    let (Some(mean), Some(deviation)) = (mean?, deviation?) else { return Ok(()) };
+    let fits = mean.len() == coding.scale.len() && deviation.len() == coding.scale.len();
+    if !fits || deviation.iter().any(|d| !(d.is_finite() && *d > 0.0)) || mean.iter().any(|m| !m.is_finite())
+    {
+        return Err(
+            damaged("mean\" or \"deviation").hint(format!("the data have {} features", coding.scale.len()))
+        );
+    }
+    coding.scale = mean.into_iter().zip(deviation).map(|(mean, deviation)| [mean, deviation]).collect();
+    Ok(())
 }
