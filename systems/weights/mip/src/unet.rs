@@ -10,6 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::hypernet::Nonlinearity;
 
+/// The parameters that depend on the condition by default. Blocks of the output layer are drawn with a deviation of
+/// `gain / √elements`: for a bias of a few numbers that is far above what the network has of its own, and what it sees.
+pub const WEIGHTS: &str = "*.weight";
+
 /// Configuration of a [`UNet`]: 8, 16 and 16 channels on the way down, 16, 16 and 8 on the way up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UNetConfig {

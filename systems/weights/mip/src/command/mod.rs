@@ -231,8 +231,9 @@ struct ShapeArgs {
     /// The components in your own units, name=low:high or name=low:high:log
     #[arg(long, value_name = "RANGE")]
     range: Vec<Range>,
-    /// Parameters that depend on the condition; * stands for any characters
-    #[arg(long, value_delimiter = ',', default_value = "*")]
+    /// Parameters that depend on the condition, * stands for any characters; by default all of a classifier, and all but the
+    /// biases of networks over images, whose few numbers would be drawn large
+    #[arg(long, value_delimiter = ',')]
     select: Vec<String>,
     /// Hidden widths of the hypernetwork
     #[arg(long, value_delimiter = ',', default_value = "16,64,128")]
@@ -249,7 +250,8 @@ struct ShapeArgs {
 }
 
 impl ShapeArgs {
-    fn mip(&self) -> Result<MipConfig> {
+    /// The parametrisation; `all` are the parameters that depend on the condition unless others are named.
+    fn mip(&self, all: &str) -> Result<MipConfig> {
         let hypernet = HyperNetConfig {
             encoding: self.param.encoding(),
             output_init: self.output_init.unwrap_or(self.param.output_init()),
@@ -259,7 +261,7 @@ impl ShapeArgs {
         };
         hypernet.check()?;
         Ok(MipConfig {
-            select: self.select.clone(),
+            select: if self.select.is_empty() { vec![all.into()] } else { self.select.clone() },
             hypernet,
             additive: self.param.is_additive(),
             freeze_base: self.freeze_base,
@@ -286,7 +288,7 @@ impl ShapeArgs {
         Ok(Config {
             task: TaskKind::Classify,
             network,
-            mip: self.mip()?,
+            mip: self.mip("*")?,
             control,
             sampling,
             ranges,
