@@ -477,7 +477,8 @@ pub fn run(config: &Config, tasks: &[TextTask], cx: &Context) -> Result<(Finding
         .map(|task| format!("{}: {} rows, {} for tests", task.name, task.train.y.len(), task.test.y.len()))
         .collect();
     let notes = vec![format!(
-        "Texts: {}; {} steps of the encoder, {} of each method with either of the learning rates {RATES:?}, of which the          one with the lower validation loss counts.",
+        "Texts: {}; {} steps of the encoder, {} of each method with either of the learning rates {RATES:?}, of which \
+         the one with the lower validation loss counts.",
         sizes.join("; "),
         config.steps[0],
         config.steps[1]
