@@ -246,6 +246,15 @@ impl LanguageModel for CharLstm {
     }
 }
 
+/// A network after training with one learning rate.
+struct Candidate {
+    /// Bits a character on the validation text.
+    loss: f64,
+    net: CharLstm,
+    rate: f64,
+    curve: Vec<(f64, f64)>,
+}
+
 /// A trained network.
 struct Learned {
     parameters: usize,
@@ -316,7 +325,7 @@ fn learn(
         let part = &part[..part.len().min(config.scored)];
         Ok(score_carried(net, part, PIECE)?.nll_nats / std::f64::consts::LN_2)
     };
-    let mut best: Option<(f64, CharLstm, f64, Vec<(f64, f64)>)> = None;
+    let mut best: Option<Candidate> = None;
     for &rate in &config.rates {
         let name = if small.is_some() { "HyperLSTM" } else { "LSTM" };
         cx.note(format!("{name} of {hidden} units, learning rate {rate}"));
@@ -333,15 +342,15 @@ fn learn(
             losses.push(f64::from(loss.clone().into_scalar::<f32>()) / std::f64::consts::LN_2);
             Ok(loss)
         })?;
-        let found = bits(&net, valid)?;
-        if best.as_ref().is_none_or(|(least, ..)| found < *least) {
+        let loss = bits(&net, valid)?;
+        if best.as_ref().is_none_or(|best| loss < best.loss) {
             let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
             let curve = losses.chunks(SMOOTHING).enumerate();
             let curve = curve.map(|(i, part)| ((i * SMOOTHING + part.len()) as f64, mean(part))).collect();
-            best = Some((found, net, rate, curve));
+            best = Some(Candidate { loss, net, rate, curve });
         }
     }
-    let (_, net, rate, curve) = best.expect("there is at least one learning rate");
+    let Candidate { net, rate, curve, .. } = best.expect("there is at least one learning rate");
     Ok(Learned { parameters: net.num_params(), rate, bits: bits(&net, test)?, curve })
 }
 

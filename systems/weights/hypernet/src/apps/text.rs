@@ -164,42 +164,79 @@ pub fn bundled(cx: &Context) -> Result<Vec<TextTask>> {
 }
 
 /// Sentences that praise or blame, which "not" turns round, and questions by what they ask for.
-pub fn synthetic(rng: &mut impl Rng) -> Vec<TextTask> {
-    const THINGS: [&str; 8] = ["film", "story", "plot", "acting", "music", "ending", "dialogue", "cast"];
-    const GOOD: [&str; 6] = ["moving", "funny", "clever", "fresh", "gripping", "lovely"];
-    const BAD: [&str; 6] = ["dull", "tired", "clumsy", "stale", "endless", "silly"];
-    const QUESTIONS: [[&str; 3]; 4] = [
+pub fn synthetic<R: Rng>(rng: &mut R) -> Vec<TextTask> {
+    const ROWS: [usize; 2] = [600, 300];
+    let mut part = |count: usize, draw: fn(&mut R) -> (String, usize)| {
+        let mut texts = Texts::default();
+        for _ in 0..count {
+            let (text, class) = draw(rng);
+            texts.push(&text, class);
+        }
+        texts
+    };
+    let names = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+    vec![
+        TextTask {
+            name: "sentiment".into(),
+            classes: names(&["blame", "praise"]),
+            train: part(ROWS[0], sentiment),
+            test: part(ROWS[1], sentiment),
+        },
+        TextTask {
+            name: "question".into(),
+            classes: names(&["person", "place", "time", "number"]),
+            train: part(ROWS[0], question),
+            test: part(ROWS[1], question),
+        },
+    ]
+}
+
+/// What sentences and questions are about.
+const THINGS: [&str; 8] = ["film", "story", "plot", "acting", "music", "ending", "dialogue", "cast"];
+
+fn sentiment<R: Rng>(rng: &mut R) -> (String, usize) {
+    const WORDS: [[&str; 6]; 2] = [
+        ["dull", "tired", "clumsy", "stale", "endless", "silly"],
+        ["moving", "funny", "clever", "fresh", "gripping", "lovely"],
+    ];
+    let (class, turned) = (rng.random_range(0..2), rng.random_ratio(1, 3));
+    let word = WORDS[if turned { 1 - class } else { class }][rng.random_range(0..6)];
+    let not = if turned { "not " } else { "" };
+    let [first, second] = [0; 2].map(|_| THINGS[rng.random_range(0..THINGS.len())]);
+    (format!("the {first} is {not}{word} and the {second} too"), class)
+}
+
+fn question<R: Rng>(rng: &mut R) -> (String, usize) {
+    const BEGINNINGS: [[&str; 3]; 4] = [
         ["who wrote", "which author made", "who thought of"],
         ["where was", "in which town was", "what is the country of"],
         ["when was", "in what year came", "what date has"],
         ["how many saw", "what number counts", "how much cost"],
     ];
-    let mut task =
-        |name: &str, classes: &[&str], draw: &dyn Fn(usize, &mut dyn FnMut(usize) -> usize) -> String| {
-            let mut part = |count: usize| {
-                let mut texts = Texts::default();
-                for _ in 0..count {
-                    let class = rng.random_range(0..classes.len());
-                    let text = draw(class, &mut |below| rng.random_range(0..below));
-                    texts.push(&text, class);
-                }
-                texts
-            };
-            TextTask {
-                name: name.into(),
-                classes: classes.iter().map(ToString::to_string).collect(),
-                train: part(600),
-                test: part(300),
+    let class = rng.random_range(0..BEGINNINGS.len());
+    let beginning = BEGINNINGS[class][rng.random_range(0..3)];
+    let [first, second] = [0; 2].map(|_| THINGS[rng.random_range(0..THINGS.len())]);
+    (format!("{beginning} the {first} of the {second} ?"), class)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drawn_texts_have_all_classes_and_not_turns_a_sentence_round() {
+        let tasks = synthetic(&mut kiln_core::random_stream(0, "test", 0));
+        for task in &tasks {
+            for class in 0..task.classes.len() {
+                assert!(task.train.y.contains(&class) && task.test.y.contains(&class));
             }
-        };
-    let sentiment = task("sentiment", &["blame", "praise"], &|class, pick| {
-        let turned = pick(3) == 0;
-        let words = if (class == 1) != turned { GOOD } else { BAD };
-        let (word, not) = (words[pick(words.len())], if turned { "not " } else { "" });
-        format!("the {} is {not}{word} and the {} too", THINGS[pick(8)], THINGS[pick(8)])
-    });
-    let question = task("question", &["person", "place", "time", "number"], &|class, pick| {
-        format!("{} the {} of the {} ?", QUESTIONS[class][pick(3)], THINGS[pick(8)], THINGS[pick(8)])
-    });
-    vec![sentiment, question]
+        }
+        let sentiment = &tasks[0].train;
+        for (words, &y) in sentiment.words.iter().zip(&sentiment.y) {
+            let good = ["moving", "funny", "clever", "fresh", "gripping", "lovely"];
+            let praised = words.iter().any(|word| good.contains(&word.as_str()));
+            let turned = words.iter().any(|word| word == "not");
+            assert_eq!(y == 1, praised != turned, "{words:?}");
+        }
+    }
 }

@@ -38,7 +38,7 @@ enum Verb {
   kiln hypernet train --target mlp:20-16-3 --cond task,noise --data rows.csv --out m/
   kiln hypernet train --data rows.csv --resume m/                   after Ctrl-C or a crash
 Every column that is no label, task or descriptor is a feature. An .npz file holds x, y and, as needed, task and given.")]
-    Train(TrainArgs),
+    Train(Box<TrainArgs>),
     /// Write the probabilities of all classes for every row
     #[command(after_help = "Example:
   kiln hypernet predict --model m/ --data new.csv --samples 20 --out predictions.csv")]
