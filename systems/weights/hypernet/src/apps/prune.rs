@@ -386,8 +386,7 @@ mod tests {
     #[test]
     fn evolved_widths_keep_within_their_budget_and_nothing_lies_beyond_them() {
         let cx = Context::for_tests("unused");
-        let rows =
-            Labelled { width: 3, x: (0..60).map(|i| (i % 7) as f32).collect(), y: [0, 1].repeat(10) };
+        let rows = Labelled { width: 3, x: (0..60).map(|i| (i % 7) as f32).collect(), y: [0, 1].repeat(10) };
         let config = Config { steps: [2, 0], ..Config::default() };
         let meta = Meta::train(&config, [3, UNITS, UNITS, 2], &rows, &cx).unwrap();
         let budget = operations(&[3, 8, 8, 2]);
