@@ -8,7 +8,7 @@ use burn::module::Module;
 use kiln_core::{Error, ModelFolder, Result, TensorFile};
 use serde_json::{Map, Value};
 
-use crate::AdamW;
+use crate::train::Optimiser;
 
 /// The file in the folder of a run.
 pub(crate) const FILE_NAME: &str = "checkpoint.safetensors";
@@ -72,7 +72,7 @@ fn field<T: FromStr>(file: &TensorFile, key: &str) -> Result<T> {
 pub(crate) struct Restored<M> {
     pub model: M,
     pub best: Option<M>,
-    pub optimiser: AdamW,
+    pub optimiser: Optimiser,
     pub position: Position,
 }
 
@@ -81,7 +81,7 @@ pub(crate) fn save<M: Module>(
     folder: &ModelFolder,
     model: &M,
     best: Option<&M>,
-    optimiser: &AdamW,
+    optimiser: &Optimiser,
     position: &Position,
     settings: &Map<String, Value>,
 ) -> Result<()> {
@@ -103,7 +103,7 @@ pub(crate) fn save<M: Module>(
 pub(crate) fn load<M: Module>(
     folder: &ModelFolder,
     model: &M,
-    mut optimiser: AdamW,
+    mut optimiser: Optimiser,
     settings: &Map<String, Value>,
 ) -> Result<Restored<M>> {
     let path = folder.file(FILE_NAME);

@@ -73,7 +73,7 @@ pub use pool::{
 pub use rotary::{Rotary, RotaryTable};
 pub use schedule::{Decay, Schedule};
 pub use swiglu::{SwiGlu, SwiGluConfig, swiglu_hidden};
-pub use train::{Outcome, Task, TrainConfig, Trained, train};
+pub use train::{Method, Outcome, Task, TrainConfig, Trained, train};
 pub use train_log::LogRow;
 pub use train_run::{TrainRun, TrainSummary};
 pub use weights::{ParamSpec, WeightSpec, Weights};

@@ -11,6 +11,7 @@ const FIRST_PREFIX: &str = "exp_avg.";
 const SECOND_PREFIX: &str = "exp_avg_sq.";
 /// Steps of each parameter, in the order of the module's fields.
 const STEPS: &str = "exp_avg_steps";
+const MOMENTUM_PREFIX: &str = "momentum.";
 
 /// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101) with clipping of
 /// the gradients' global norm.
@@ -55,7 +56,7 @@ impl AdamW {
         if gradients.is_empty() || !norm.is_finite() {
             return (module, norm);
         }
-        let scale = if self.clip_norm > 0.0 && norm > self.clip_norm { self.clip_norm / norm } else { 1.0 };
+        let scale = clipping(norm, self.clip_norm);
         let numbers: Vec<i32> = gradients.iter().map(|(id, _)| self.count(*id)).collect();
         let step = |step| AdamWStep { lr, betas: self.betas, epsilon: self.epsilon, step, scale };
         let decay = |axes| if axes >= 2 { self.weight_decay } else { 0.0 };
@@ -102,12 +103,8 @@ impl AdamW {
         })?;
         let counts = counts.iter().map(|&count| i32::try_from(count).unwrap_or(i32::MAX));
         self.steps = ids.into_iter().zip(counts).filter(|(_, count)| *count > 0).collect();
-        let mut section = |prefix| {
-            let moments = file.take_section(prefix).into_module(module.valid())?;
-            let mut flat = Flatten::default();
-            moments.visit(&mut flat);
-            Result::Ok(flat.0)
-        };
+        let mut section =
+            |prefix| Result::Ok(flattened(file.take_section(prefix).into_module(module.valid())?));
         let mut first = section(FIRST_PREFIX)?;
         self.moments = section(SECOND_PREFIX)?
             .into_iter()
@@ -145,20 +142,49 @@ pub struct Sgd {
     pub nesterov: bool,
     /// This fraction of every parameter is added to its gradient.
     pub weight_decay: f64,
+    /// Gradients are scaled down to this Euclidean norm over all parameters; 0 leaves them as they are.
+    pub clip_norm: f64,
     buffers: HashMap<ParamId, [Tensor<1>; 1]>,
 }
 
 impl Sgd {
-    /// An optimiser before its first step, without Nesterov's momentum and weight decay.
+    /// An optimiser before its first step, without Nesterov's momentum, weight decay and clipping.
     pub fn new(momentum: f64) -> Self {
-        Self { momentum, nesterov: false, weight_decay: 0.0, buffers: HashMap::new() }
+        Self { momentum, nesterov: false, weight_decay: 0.0, clip_norm: 0.0, buffers: HashMap::new() }
     }
 
     /// One step against the gradients. Parameters without a gradient stay as they are.
     pub fn step<M: Module>(&mut self, module: M, gradients: Gradients, lr: f64) -> M {
-        let step = SgdStep { lr, momentum: self.momentum, nesterov: self.nesterov, scale: 1.0 };
-        let (gradients, _) = collect(&module, gradients);
-        update(module, gradients, &mut self.buffers, |_| self.weight_decay, |p| step.apply(p))
+        self.step_and_norm(module, gradients, lr).0
+    }
+
+    /// As [`step`](Self::step), with the gradients' norm before clipping. When that is not finite the module comes back
+    /// as it was, for the caller to judge.
+    pub fn step_and_norm<M: Module>(&mut self, module: M, gradients: Gradients, lr: f64) -> (M, f64) {
+        let (gradients, norm) = collect(&module, gradients);
+        if gradients.is_empty() || !norm.is_finite() {
+            return (module, norm);
+        }
+        let scale = clipping(norm, self.clip_norm);
+        let step = SgdStep { lr, momentum: self.momentum, nesterov: self.nesterov, scale };
+        let module = update(module, gradients, &mut self.buffers, |_| self.weight_decay, |p| step.apply(p));
+        (module, norm)
+    }
+
+    /// Adds what is kept of earlier steps to `file` as `momentum.<name>`, named as [`AdamW::export`] does.
+    pub fn export<M: Module>(&self, module: &M, file: &mut TensorFile) {
+        let buffers = module.valid().map(&mut Export { moments: &self.buffers, which: 0 });
+        file.insert_section(MOMENTUM_PREFIX, TensorFile::from_module(&buffers));
+    }
+
+    /// Takes it out of `file`.
+    ///
+    /// # Errors
+    /// When a part is missing or does not fit the parameters of `module`.
+    pub fn import<M: Module>(&mut self, module: &M, file: &mut TensorFile) -> Result<()> {
+        let buffers = flattened(file.take_section(MOMENTUM_PREFIX).into_module(module.valid())?);
+        self.buffers = buffers.into_iter().map(|(id, buffer)| (id, [buffer])).collect();
+        Ok(())
     }
 }
 
@@ -190,6 +216,11 @@ impl Default for Adagrad {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// What scales gradients of this norm down to the largest allowed, where one is.
+fn clipping(norm: f64, largest: f64) -> f64 {
+    if largest > 0.0 && norm > largest { largest / norm } else { 1.0 }
 }
 
 /// The gradients of the module's parameters, flattened and in the order of its fields, and their norm.
@@ -279,12 +310,12 @@ impl ModuleMapper for Put {
 }
 
 /// Puts running means in the place of parameters; zeros where there are none yet.
-struct Export<'a> {
-    moments: &'a HashMap<ParamId, [Tensor<1>; 2]>,
+struct Export<'a, const S: usize> {
+    moments: &'a HashMap<ParamId, [Tensor<1>; S]>,
     which: usize,
 }
 
-impl ModuleMapper for Export<'_> {
+impl<const S: usize> ModuleMapper for Export<'_, S> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let moments = self.moments.get(&param.id).map(|moments| &moments[self.which]);
         param.map(|value| match moments {
@@ -307,6 +338,13 @@ impl ModuleVisitor for Ids {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         self.0.push(param.id);
     }
+}
+
+/// Every parameter of a module, flattened.
+fn flattened<M: Module>(module: M) -> HashMap<ParamId, Tensor<1>> {
+    let mut flat = Flatten::default();
+    module.visit(&mut flat);
+    flat.0
 }
 
 /// Every parameter, flattened.

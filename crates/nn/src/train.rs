@@ -16,7 +16,7 @@
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Gradients, Tensor};
 use kiln_core::{Context, Error, ModelFolder, Result, TensorFile};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -24,9 +24,30 @@ use serde_json::{Map, Value};
 use crate::checkpoint::{self, Position};
 use crate::init::seed_device;
 use crate::train_log::{LogRow, TrainLog};
-use crate::{AdamW, Decay, Schedule};
+use crate::{AdamW, Decay, Schedule, Sgd};
 
 const LOG_FILE: &str = "train_log.csv";
+
+/// What makes a step of a gradient.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// AdamW
+    #[default]
+    AdamW,
+    /// Gradient descent
+    Sgd {
+        /// How much of the earlier steps each step keeps.
+        momentum: f64,
+    },
+}
+
+impl Method {
+    /// Whether it is AdamW, which settings of runs do not mention.
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
 
 /// How to train, whatever the network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -53,6 +74,9 @@ pub struct TrainConfig {
     pub checkpoint_every: usize,
     /// Evaluations without improvement after which the run stops.
     pub patience: Option<usize>,
+    /// What makes a step; gradient descent knows no betas, and weight decay is part of its gradient.
+    #[serde(default, skip_serializing_if = "Method::is_default")]
+    pub method: Method,
 }
 
 impl Default for TrainConfig {
@@ -69,6 +93,7 @@ impl Default for TrainConfig {
             eval_every: 200,
             checkpoint_every: 200,
             patience: None,
+            method: Method::AdamW,
         }
     }
 }
@@ -152,7 +177,7 @@ pub struct Trained<M> {
     pub outcome: Outcome,
 }
 
-/// Trains `model` with AdamW on a [`Schedule`].
+/// Trains `model` with AdamW, or another [`Method`], on a [`Schedule`].
 ///
 /// With `resume`, goes on from the checkpoint in `folder`; the settings must be those the run began with,
 /// except that `steps` may grow (the schedule is then that of the longer run), and `checkpoint_every` and
@@ -215,7 +240,7 @@ struct Run<'a, M> {
     /// In training mode; out of here only while it makes a step, which works in place on what it owns alone.
     model: Option<M>,
     best: Option<M>,
-    optimiser: AdamW,
+    optimiser: Optimiser,
     schedule: Schedule,
     position: Position,
     log: TrainLog,
@@ -249,7 +274,7 @@ impl<'a, M: Module> Run<'a, M> {
         Ok(Self {
             model: Some(model.train()),
             best: None,
-            optimiser: optimiser(config),
+            optimiser: Optimiser::new(config),
             schedule: schedule(config),
             position: Position::default(),
             log,
@@ -267,7 +292,7 @@ impl<'a, M: Module> Run<'a, M> {
         folder: &'a ModelFolder,
         settings: Map<String, Value>,
     ) -> Result<Self> {
-        let restored = checkpoint::load(folder, &model, optimiser(config), &settings)?;
+        let restored = checkpoint::load(folder, &model, Optimiser::new(config), &settings)?;
         let log = TrainLog::resume(&folder.file(LOG_FILE), restored.position.step)?;
         if let Some(best) = &restored.best {
             // What was written after the checkpoint belongs to steps that are yet to come again.
@@ -412,10 +437,53 @@ fn schedule(config: &TrainConfig) -> Schedule {
     }
 }
 
-fn optimiser(config: &TrainConfig) -> AdamW {
-    let mut optimiser = AdamW::new(config.weight_decay, config.clip_norm);
-    optimiser.betas = config.betas;
-    optimiser
+/// The optimiser of a run.
+pub(crate) enum Optimiser {
+    AdamW(AdamW),
+    Sgd(Sgd),
+}
+
+impl Optimiser {
+    fn new(config: &TrainConfig) -> Self {
+        match config.method {
+            Method::AdamW => {
+                let mut adam = AdamW::new(config.weight_decay, config.clip_norm);
+                adam.betas = config.betas;
+                Self::AdamW(adam)
+            }
+            Method::Sgd { momentum } => {
+                let mut sgd = Sgd::new(momentum);
+                (sgd.weight_decay, sgd.clip_norm) = (config.weight_decay, config.clip_norm);
+                Self::Sgd(sgd)
+            }
+        }
+    }
+
+    fn step<M: Module>(&mut self, module: M, gradients: Gradients, lr: f64) -> (M, f64) {
+        match self {
+            Self::AdamW(adam) => adam.step(module, gradients, lr),
+            Self::Sgd(sgd) => sgd.step_and_norm(module, gradients, lr),
+        }
+    }
+
+    pub(crate) fn export<M: Module>(&self, module: &M, file: &mut TensorFile) {
+        match self {
+            Self::AdamW(adam) => adam.export(module, file),
+            Self::Sgd(sgd) => sgd.export(module, file),
+        }
+    }
+
+    pub(crate) fn import<M: Module>(
+        &mut self,
+        module: &M,
+        file: &mut TensorFile,
+        steps: usize,
+    ) -> Result<()> {
+        match self {
+            Self::AdamW(adam) => adam.import(module, file, steps),
+            Self::Sgd(sgd) => sgd.import(module, file),
+        }
+    }
 }
 
 /// Whether something that happens every `every` steps (0: never) happens after `step`.
@@ -515,21 +583,27 @@ mod tests {
 
     #[test]
     fn an_interrupted_and_resumed_run_equals_an_uninterrupted_one() {
+        for method in [Method::AdamW, Method::Sgd { momentum: 0.9 }] {
+            assert_resumed_equals_uninterrupted(&TrainConfig { method, ..config() });
+        }
+    }
+
+    fn assert_resumed_equals_uninterrupted(config: &TrainConfig) {
         let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let cx = Context::for_tests("unused");
         let folder = ModelFolder::new(whole.path());
-        let expected = train(model(&cx), &mut Fit::new(&cx), &config(), Some(&folder), false, &cx).unwrap();
+        let expected = train(model(&cx), &mut Fit::new(&cx), config, Some(&folder), false, &cx).unwrap();
         assert_eq!(expected.outcome, Outcome::Finished);
         assert!(expected.best_loss < expected.log[0].loss);
 
         let folder = ModelFolder::new(parts.path());
         let cx = Context::for_tests("unused");
         let mut task = Fit { interrupt_after: Some(6), ..Fit::new(&cx) };
-        let first = train(model(&cx), &mut task, &config(), Some(&folder), false, &cx).unwrap();
+        let first = train(model(&cx), &mut task, config, Some(&folder), false, &cx).unwrap();
         assert_eq!((first.outcome, first.log.len()), (Outcome::Interrupted, 6));
 
         let cx = Context::for_tests("unused");
-        let found = train(model(&cx), &mut Fit::new(&cx), &config(), Some(&folder), true, &cx).unwrap();
+        let found = train(model(&cx), &mut Fit::new(&cx), config, Some(&folder), true, &cx).unwrap();
         assert_eq!(found.outcome, Outcome::Finished);
         assert_eq!(bits(&found.last), bits(&expected.last));
         assert_eq!(bits(&found.model), bits(&expected.model));

@@ -556,6 +556,7 @@ impl Recipe {
             eval_every: self.eval_every,
             checkpoint_every: self.checkpoint_every,
             patience: self.patience,
+            ..TrainConfig::default()
         };
         config.check()?;
         Ok(config)

@@ -190,6 +190,7 @@ fn recipe(steps: usize, lr: f64) -> TrainConfig {
         eval_every: 0,
         checkpoint_every: 0,
         patience: None,
+        ..TrainConfig::default()
     }
 }
 

@@ -1,5 +1,5 @@
-"""What the benchmarks of this crate compare with: a chunked hypernetwork in plain PyTorch, all chunks in one call, and
-layers with one set of weights a sample.
+"""What the benchmarks of this crate compare with: a chunked hypernetwork in plain PyTorch, all chunks in one call, the same
+in hypnettorch, and layers with one set of weights a sample.
 
 Prints one JSON object a line, {"name", "unit", "value"}; every value is the median of several repetitions after a
 warm-up. KILN_BENCH_ONLY=substring runs only the figures whose name contains it.
@@ -37,6 +37,16 @@ class Hypernet(nn.Module):
         return self.output(features).flatten()[:WEIGHTS]
 
 
+def published():
+    """hypnettorch's hypernetwork of the same sizes."""
+    from hypnettorch.hnets import ChunkedHMLP
+
+    shapes = [[HIDDEN, INPUTS], [HIDDEN], [CLASSES, HIDDEN], [CLASSES]]
+    return ChunkedHMLP(
+        shapes, CHUNK, chunk_emb_size=8, cond_in_size=8, layers=(64,), num_cond_embs=5, verbose=False
+    )
+
+
 def target(theta, x):
     w1, b1, w2, b2 = theta.split([INPUTS * HIDDEN, HIDDEN, HIDDEN * CLASSES, CLASSES])
     hidden = F.relu(F.linear(x, w1.view(HIDDEN, INPUTS), b1))
@@ -57,6 +67,26 @@ def generate():
     hyper = Hypernet()
     with torch.no_grad():
         return median_milliseconds(lambda: hyper(2))
+
+
+def generate_published():
+    hyper = published()
+    with torch.no_grad():
+        return median_milliseconds(lambda: hyper.forward(cond_id=2))
+
+
+def step_published():
+    hyper, x, y = published(), torch.randn(64, INPUTS), torch.zeros(64, dtype=torch.long)
+    adam = torch.optim.Adam(hyper.parameters(), lr=1e-3)
+
+    def work():
+        adam.zero_grad()
+        w1, b1, w2, b2 = hyper.forward(cond_id=2)
+        logits = F.linear(F.relu(F.linear(x, w1, b1)), w2, b2)
+        F.cross_entropy(logits, y).backward()
+        adam.step()
+
+    return median_milliseconds(work)
 
 
 def step():
@@ -101,6 +131,8 @@ def main():
     for name, measure in [
         (f"generate {WEIGHTS} weights in chunks", generate),
         (f"training step, {WEIGHTS} weights in chunks", step),
+        (f"generate {WEIGHTS} weights in chunks, hypnettorch", generate_published),
+        (f"training step, {WEIGHTS} weights in chunks, hypnettorch", step_published),
         ("target forward, weights made before", cached),
         ("a convolution of its own for each of 64 images, fwd+bwd", own_convolutions),
         ("a linear layer of its own for each of 64 sets, fwd+bwd", own_linears),

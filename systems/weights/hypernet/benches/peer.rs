@@ -104,9 +104,11 @@ type Measure = fn() -> f64;
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();
-    let figures: [(&str, Measure); 5] = [
+    let figures: [(&str, Measure); 7] = [
         ("generate 100180 weights in chunks", generate),
         ("training step, 100180 weights in chunks", step),
+        ("generate 100180 weights in chunks, hypnettorch", generate),
+        ("training step, 100180 weights in chunks, hypnettorch", step),
         ("target forward, weights made before", cached),
         ("a convolution of its own for each of 64 images, fwd+bwd", own_convolutions),
         ("a linear layer of its own for each of 64 sets, fwd+bwd", own_linears),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use kiln_core::{Context, Error, HostTensor, Result, TensorFile, Values};
-use kiln_data::read_npz;
+use kiln_data::{Cells, Column, ImageOptions, Images, Table, TableOptions, read_npz};
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::{Condition, Conditioning};
@@ -40,86 +40,106 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Reads `.csv`, with the columns named, or `.npz`, with `x [rows, width]`, `y [rows]`, and `task [rows]` and
-    /// `given [rows, k]` where weights depend on them. Features of a CSV table are the columns named, or else all that mean
-    /// nothing else. With `labelled`, classes must be there.
+    /// Reads rows; classes must be there with `labelled`.
+    ///
+    /// - a table (`.csv`, `.tsv`, `.arff`, any of them with `.gz`), with the columns named; features are the columns named,
+    ///   or else all that mean nothing else
+    /// - `.npz` with `x [rows, ...]`, `y [rows]`, and `task [rows]` and `given [rows, k]` where weights depend on them;
+    ///   further axes of x are laid one after another
+    /// - images as [`Images::read`] has them (a folder with one folder a class, IDX); features are their pixels
     ///
     /// # Errors
     /// Names the file, and the row and column that holds what it should not.
     pub fn read(path: &Path, columns: &Columns, features: Option<&[String]>, labelled: bool) -> Result<Self> {
-        let rows = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("csv") => Self::read_csv(path, columns, features, labelled)?,
-            Some("npz") => Self::read_npz(path, columns, labelled)?,
-            _ => {
-                return Err(Error::input(path.display(), "ends neither in .csv nor in .npz")
-                    .hint("a table has one row a sample, with names of the columns in its first line"));
-            }
-        };
-        if rows.count == 0 {
-            return Err(Error::input(path.display(), "holds no rows"));
+        let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
+        let ending = name.trim_end_matches(".gz").rsplit('.').next().unwrap_or_default();
+        match ending {
+            _ if path.is_dir() => Self::read_images(path, columns, labelled),
+            "csv" | "tsv" | "txt" | "arff" => Self::read_table(path, columns, features, labelled),
+            "npz" => Self::read_npz(path, columns, labelled),
+            _ => Self::read_images(path, columns, labelled),
         }
-        Ok(rows)
     }
 
-    fn read_csv(path: &Path, columns: &Columns, features: Option<&[String]>, labelled: bool) -> Result<Self> {
-        let broken = |e: csv::Error| Error::input(path.display(), "is not a readable CSV file").caused_by(e);
-        let mut reader = csv::ReaderBuilder::new().from_path(path).map_err(broken)?;
-        let heads: Vec<String> =
-            reader.headers().map_err(broken)?.iter().map(|h| h.trim().to_string()).collect();
-        let place = |name: &String| {
-            heads.iter().position(|head| head == name).ok_or_else(|| {
-                Error::input(path.display(), format!("has no column \"{name}\""))
-                    .hint(format!("its columns are {}", heads.join(", ")))
-            })
+    fn read_table(
+        path: &Path,
+        columns: &Columns,
+        features: Option<&[String]>,
+        labelled: bool,
+    ) -> Result<Self> {
+        let mut table = Table::read(path, TableOptions::default())?;
+        let count = table.rows();
+        let words = |column: &Column| -> Result<Vec<String>> {
+            let word = |row| column.text(row).ok_or_else(|| no_value(path, row, column));
+            (0..count).map(word).collect()
         };
-        let label = if labelled { Some(place(&columns.label)?) } else { place(&columns.label).ok() };
-        let task = columns.task.as_ref().map(place).transpose()?;
-        let given: Vec<usize> = columns.given.iter().map(place).collect::<Result<_>>()?;
-        let taken = |i: &usize| label == Some(*i) || task == Some(*i) || given.contains(i);
-        let features: Vec<usize> = match features {
-            Some(names) => names.iter().map(place).collect::<Result<_>>()?,
-            None => (0..heads.len()).filter(|i| !taken(i)).collect(),
+        // The columns of what means something are named before any of them is taken out.
+        if let Some(name) =
+            columns.task.iter().chain(&columns.given).find(|name| table.column(name).is_none())
+        {
+            return Err(table.no_column(name));
+        }
+        let labels = match labelled || table.column(&columns.label).is_some() {
+            true => words(&table.take(&columns.label)?)?,
+            false => Vec::new(),
         };
-        let mut rows = Self {
-            features: features.iter().map(|&i| heads[i].clone()).collect(),
-            x: Vec::new(),
-            labels: Vec::new(),
-            tasks: Vec::new(),
-            given: Vec::new(),
-            count: 0,
+        let tasks = match &columns.task {
+            Some(name) => words(&table.take(name)?)?,
+            None => Vec::new(),
         };
-        if rows.features.is_empty() {
+        let given = columns.given.iter().map(|name| numbers(path, &table.take(name)?));
+        let given = interleaved(&given.collect::<Result<Vec<_>>>()?, count);
+        let names: Vec<String> = match features {
+            Some(names) => names.to_vec(),
+            None => table.columns().iter().map(|column| column.name.clone()).collect(),
+        };
+        if names.is_empty() {
             return Err(Error::input(path.display(), "has no column left for features"));
         }
-        for record in reader.records() {
-            let record = record.map_err(broken)?;
-            rows.count += 1;
-            let number = |column: usize| {
-                let cell = record.get(column).unwrap_or("").trim();
-                cell.parse::<f32>().ok().filter(|value| value.is_finite()).ok_or_else(|| {
-                    let found = format!("\"{cell}\" in column \"{}\" is not a finite number", heads[column]);
-                    Error::input(format!("{}, row {}", path.display(), rows.count), found)
-                })
-            };
-            for &column in &features {
-                rows.x.push(number(column)?);
-            }
-            for &column in &given {
-                rows.given.push(number(column)?);
-            }
-            let word = |column: usize| record.get(column).unwrap_or("").trim().to_string();
-            rows.labels.extend(label.map(word));
-            rows.tasks.extend(task.map(word));
+        let x = names.iter().map(|name| match table.column(name) {
+            Some(column) => numbers(path, column),
+            None => Err(table.no_column(name)),
+        });
+        let x = interleaved(&x.collect::<Result<Vec<_>>>()?, count);
+        Ok(Self { features: names, x, labels, tasks, given, count })
+    }
+
+    fn read_images(path: &Path, columns: &Columns, labelled: bool) -> Result<Self> {
+        if columns.task.is_some() || !columns.given.is_empty() {
+            return Err(Error::input(
+                path.display(),
+                "holds images, which have neither tasks nor descriptors",
+            )
+            .hint("train with --cond data or noise, or put x, y and task into an .npz file"));
         }
-        Ok(rows)
+        let options = ImageOptions { unlabelled: !labelled, ..ImageOptions::default() };
+        let images = Images::read(path, &options)?;
+        let labels = images.labels.iter().map(|&class| images.classes[class].clone()).collect();
+        Ok(Self {
+            features: numbered(images.numel()),
+            labels,
+            tasks: Vec::new(),
+            given: Vec::new(),
+            count: images.len(),
+            x: images.pixels,
+        })
     }
 
     fn read_npz(path: &Path, columns: &Columns, labelled: bool) -> Result<Self> {
         let mut file = read_npz(path)?;
         let x = file.take("x")?;
-        let (&[count, width], Some(values)) = (&x.shape[..], x.as_floats()) else {
-            let found = format!("\"x\" has the shape {:?}, must be floats [rows, width]", x.shape);
+        let &[count, ref rest @ ..] = &x.shape[..] else {
+            return Err(Error::input(path.display(), "\"x\" is a single number, must be [rows, width]"));
+        };
+        let width = rest.iter().product::<usize>();
+        if rest.is_empty() || width == 0 || count == 0 {
+            let found = format!("\"x\" has the shape {:?}, must be [rows, width]", x.shape);
             return Err(Error::input(path.display(), found));
+        }
+        let values: Vec<f32> = match x.values {
+            Values::Float(values) => values,
+            // Bytes of pixels, mostly; rows are standardised anyway.
+            Values::Int(values) => values.iter().map(|&x| x as f32).collect(),
         };
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
             let found = format!("\"x\" is {} at row {}, column {}", values[at], at / width + 1, at % width);
@@ -155,9 +175,51 @@ impl Rows {
                 }
             }
         };
-        let features = (0..width).map(|column| format!("x{column}")).collect();
-        Ok(Self { features, x: values.to_vec(), labels, tasks, given, count })
+        Ok(Self { features: numbered(width), x: values, labels, tasks, given, count })
     }
+}
+
+/// Names of features that have none.
+fn numbered(width: usize) -> Vec<String> {
+    (0..width).map(|column| format!("x{column}")).collect()
+}
+
+/// That a cell is empty.
+fn no_value(path: &Path, row: usize, column: &Column) -> Error {
+    let place = format!("{}, row {}", path.display(), row + 1);
+    Error::input(place, format!("column \"{}\" has no value", column.name))
+}
+
+/// The numbers of a column, none of them missing.
+pub(crate) fn numbers(path: &Path, column: &Column) -> Result<Vec<f64>> {
+    let missing = |row: usize| no_value(path, row, column).hint("fill it in, or leave the row out");
+    match &column.cells {
+        Cells::Numbers(values) => match values.iter().position(|value| value.is_nan()) {
+            Some(row) => Err(missing(row)),
+            None => Ok(values.clone()),
+        },
+        Cells::Words { words, codes } => {
+            let is_number = |code: &Option<u32>| {
+                code.is_some_and(|code| words[code as usize].parse::<f64>().is_ok_and(f64::is_finite))
+            };
+            let row = codes.iter().position(|code| !is_number(code)).unwrap_or(0);
+            Err(match codes.get(row).copied().flatten() {
+                None => missing(row),
+                Some(code) => Error::input(
+                    format!("{}, row {}", path.display(), row + 1),
+                    format!(
+                        "\"{}\" in column \"{}\" is not a finite number",
+                        words[code as usize], column.name
+                    ),
+                ),
+            })
+        }
+    }
+}
+
+/// Columns as rows, `[rows, columns]`.
+pub(crate) fn interleaved(columns: &[Vec<f64>], rows: usize) -> Vec<f32> {
+    (0..rows).flat_map(|row| columns.iter().map(move |column| column[row] as f32)).collect()
 }
 
 /// From words and numbers of a table to those of a network.

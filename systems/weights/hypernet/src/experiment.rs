@@ -4,7 +4,11 @@ use std::time::Instant;
 
 use kiln_core::{Card, Claim, Context, Report, Result, Scale, Threshold};
 
-use crate::apps::{Findings, causal, compare, continual, prune, rl, transfer, uncertainty, zeroshot};
+use crate::apps::hyperlstm::{self, Characters};
+use crate::apps::uncertainty::Known;
+use crate::apps::{
+    Findings, Parts, causal, compare, continual, nlp, prune, rl, text, transfer, uncertainty, zeroshot,
+};
 use crate::table::{Sizes, table};
 use crate::target::Target;
 
@@ -23,6 +27,10 @@ struct Plan {
     prune: (&'static [f64], [usize; 2]),
     /// Families of worlds, and steps of the evolution strategy.
     rl: (&'static [rl::World], usize),
+    /// Steps of the encoder of texts and of what each task has of its own.
+    nlp: [usize; 2],
+    /// Steps of the networks over characters, and their learning rates.
+    characters: (usize, &'static [f64]),
     seeds: u64,
 }
 
@@ -40,6 +48,8 @@ impl Plan {
                 zeroshot: 2,
                 prune: (&[0.5], [2, 2]),
                 rl: (&[rl::World::Reacher], 1),
+                nlp: [2, 2],
+                characters: (1, &[6e-3]),
                 seeds: 1,
             },
             Scale::Quick => Self {
@@ -53,6 +63,8 @@ impl Plan {
                 zeroshot: 400,
                 prune: (&[0.5], [500, 100]),
                 rl: (&[rl::World::Reacher], 60),
+                nlp: [100, 50],
+                characters: (40, &[6e-3]),
                 seeds: 1,
             },
             Scale::Full => Self {
@@ -66,6 +78,8 @@ impl Plan {
                 zeroshot: 1000,
                 prune: (&[0.5, 0.75], [1500, 300]),
                 rl: (&[rl::World::Cartpole, rl::World::Reacher], 150),
+                nlp: [600, 400],
+                characters: (600, &[2e-3, 6e-3]),
                 seeds: 3,
             },
         }
@@ -84,6 +98,8 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     report_zeroshot(&mut report, &plan, cx)?;
     report_prune(&mut report, &plan, cx)?;
     report_rl(&mut report, &plan, cx)?;
+    report_texts(&mut report, &plan, cx)?;
+    report_characters(&mut report, &plan, cx)?;
     let sizes = Sizes { hidden: 32, chunk: 256, emb_dim: 8, tasks: 5 };
     report.tables.push(table(&Target::mlp(&[64, 32, 2]), sizes, cx)?);
     report.seconds = begun.elapsed().as_secs_f64();
@@ -97,7 +113,12 @@ fn add(report: &mut Report, findings: Findings) {
 }
 
 fn report_continual(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
-    let config = continual::Config { steps: plan.continual, seeds: plan.seeds, ..continual::Config::new() };
+    let config = continual::Config {
+        steps: plan.continual,
+        look_ahead: true,
+        seeds: plan.seeds,
+        ..continual::Config::new()
+    };
     let tasks = continual::digit_tasks("0/1,2/3,4/5,6/7,8/9")?;
     let (findings, summary) = continual::run(&config, &tasks, cx)?;
     add(report, findings);
@@ -175,7 +196,8 @@ fn report_causal(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
 
 fn report_transfer(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
     let config = transfer::Config { steps: plan.transfer, seeds: plan.seeds, ..transfer::Config::default() };
-    let (findings, [adapted, pooled, _]) = transfer::run(&config, cx)?;
+    let (findings, [adapted, pooled, _]) =
+        transfer::run(&config, &transfer::turned_digits(&[0.0, 30.0, 60.0, 90.0]), cx)?;
     add(report, findings);
     report.claims.push(Claim::new(
         "A new domain by its embedding alone, ahead of one network for all domains",
@@ -190,7 +212,7 @@ fn report_transfer(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()>
 fn report_uncertainty(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
     let config =
         uncertainty::Config { steps: plan.uncertainty, seeds: plan.seeds, ..uncertainty::Config::default() };
-    let (findings, [hyper, single]) = uncertainty::run(&config, cx)?;
+    let (findings, [hyper, single]) = uncertainty::run(&config, &Known::bundled()?, cx)?;
     add(report, findings);
     report.claims.push(Claim::new(
         "Noise-conditioned weights: negative log-likelihood, of that of one network",
@@ -204,7 +226,7 @@ fn report_uncertainty(report: &mut Report, plan: &Plan, cx: &Context) -> Result<
 
 fn report_zeroshot(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
     let config = zeroshot::Config { steps: plan.zeroshot, ..zeroshot::Config::default() };
-    let (findings, accuracy) = zeroshot::run(&config, cx)?;
+    let (findings, accuracy) = zeroshot::run(&config, &Parts::digits(&prune::DIGITS), cx)?;
     add(report, findings);
     report.claims.push(Claim::new(
         "Three classes that were never seen: accuracy (chance 0.33)",
@@ -219,7 +241,7 @@ fn report_zeroshot(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()>
 fn report_prune(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
     let (removed, steps) = plan.prune;
     let config = prune::Config { removed: removed.to_vec(), steps, seeds: plan.seeds };
-    let (findings, [hyper, magnitude]) = prune::run(&config, cx)?;
+    let (findings, [hyper, magnitude]) = prune::run(&config, &Parts::digits(&prune::DIGITS), cx)?;
     add(report, findings);
     report.claims.push(Claim::new(
         "Half of the hidden units removed by masks that are made with the weights, ahead of magnitude pruning",
@@ -248,5 +270,46 @@ fn report_rl(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
             Threshold::AtLeast(0.95),
         ));
     }
+    Ok(())
+}
+
+fn report_texts(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
+    let config = nlp::Config { steps: plan.nlp, seeds: plan.seeds, ..nlp::Config::default() };
+    let (findings, found) = nlp::run(&config, &text::bundled(cx)?, cx)?;
+    add(report, findings);
+    let [made, each, head] = found.accuracies;
+    let paper = "adapters that one hypernetwork makes share what tasks have in common, with fewer parameters";
+    report.claims.extend([
+        Claim::new(
+            "Adapters for texts made by a hypernetwork: parameters, of adapters of each task",
+            paper,
+            found.parameters[0] as f64 / found.parameters[1] as f64,
+            "",
+            Threshold::AtMost(0.6),
+        ),
+        Claim::new(
+            "Their accuracy ahead of those",
+            paper,
+            made - each,
+            "accuracy",
+            Threshold::AtLeast(-0.01),
+        ),
+        Claim::new("And ahead of a shared head", paper, made - head, "accuracy", Threshold::AtLeast(0.0)),
+    ]);
+    Ok(())
+}
+
+fn report_characters(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()> {
+    let (steps, rates) = plan.characters;
+    let config = hyperlstm::Config { steps, rates: rates.to_vec(), ..hyperlstm::Config::default() };
+    let (findings, [hyper, plain]) = hyperlstm::run(&config, &Characters::bundled(), cx)?;
+    add(report, findings);
+    report.claims.push(Claim::new(
+        "HyperLSTM: bits a character, of an LSTM with as many parameters",
+        "weights that change at every step predict characters better",
+        hyper / plain,
+        "",
+        Threshold::AtMost(1.0),
+    ));
     Ok(())
 }

@@ -3,12 +3,12 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, Tensor, activation};
+use burn::tensor::{Device, Tensor, TensorData, activation};
 use kiln_nn::{
     ConvTranspose1d, ConvTranspose1dConfig, Linear, LinearConfig, MhaInput, MultiHeadAttention,
     MultiHeadAttentionConfig,
 };
-use kiln_ops::Activation;
+use kiln_ops::{Activation, linear};
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::Code;
@@ -60,11 +60,17 @@ pub enum Generator {
 }
 
 impl Generator {
-    pub(crate) fn new(arch: &Arch, code_dims: &[usize], pieces: &Pieces, device: &Device) -> Self {
+    pub(crate) fn new(
+        arch: &Arch,
+        code_dims: &[usize],
+        pieces: &Pieces,
+        spectral: bool,
+        device: &Device,
+    ) -> Self {
         let code: usize = code_dims.iter().sum();
         let inputs = pieces.embedding + code;
         match *arch {
-            Arch::Mlp(ref widths) => Self::Mlp(Mlp::new(inputs, widths, device)),
+            Arch::Mlp(ref widths) => Self::Mlp(Mlp::new(inputs, widths, spectral, device)),
             Arch::Cnn(width) => Self::Cnn(Cnn::new(code, width, pieces, device)),
             Arch::Rnn(width) => Self::Rnn(Rnn {
                 start: LinearConfig::new(code, width).init(device),
@@ -126,17 +132,47 @@ fn beside(code: &Code, embeddings: Option<Embeddings>) -> Tensor<3> {
 pub struct Mlp {
     /// From the input to the features.
     pub layers: Vec<Linear>,
+    spectral: bool,
 }
 
 impl Mlp {
-    fn new(inputs: usize, widths: &[usize], device: &Device) -> Self {
+    fn new(inputs: usize, widths: &[usize], spectral: bool, device: &Device) -> Self {
         let inputs = std::iter::once(inputs).chain(widths.iter().copied());
-        Self { layers: inputs.zip(widths).map(|(i, &o)| LinearConfig::new(i, o).init(device)).collect() }
+        let layers = inputs.zip(widths).map(|(i, &o)| LinearConfig::new(i, o).init(device)).collect();
+        Self { layers, spectral }
     }
 
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.layers.iter().fold(x, |x, layer| layer.forward_activated(x, Activation::Relu))
+        self.layers.iter().fold(x, |x, layer| match self.spectral {
+            false => layer.forward_activated(x, Activation::Relu),
+            true => {
+                let weight = unstretched(layer.weight.val());
+                linear(x, weight, layer.bias.as_ref().map(Param::val), Activation::Relu)
+            }
+        })
     }
+}
+
+/// A matrix over its largest singular value, which is found by power iteration; its vectors are constants of the gradient
+/// (Miyato et al., "Spectral Normalization for Generative Adversarial Networks", arXiv 1802.05957, Eq. (8)).
+fn unstretched(weight: Tensor<2>) -> Tensor<2> {
+    const ITERATIONS: usize = 8;
+    let unit = |x: Tensor<2>| {
+        let norm = x.clone().square().sum().sqrt().clamp_min(1e-12).unsqueeze::<2>();
+        x / norm
+    };
+    let constant = weight.clone().without_autodiff();
+    let [_, outputs] = weight.dims();
+    // Uneven, so that it is not orthogonal to the first vector of a matrix with equal columns of either sign.
+    let start: Vec<f32> = (0..outputs).map(|i| 1.0 + (i % 7) as f32 / 7.0).collect();
+    let mut right = unit(Tensor::from_data(TensorData::new(start, [outputs, 1]), &weight.device()));
+    let mut left = unit(constant.clone().matmul(right.clone()));
+    for _ in 0..ITERATIONS {
+        right = unit(constant.clone().transpose().matmul(left));
+        left = unit(constant.clone().matmul(right.clone()));
+    }
+    let largest = left.transpose().matmul(weight.clone()).matmul(right); // [1, 1]
+    weight / largest.clamp_min(1e-12)
 }
 
 /// A grid of a quarter of the pieces, doubled twice.
@@ -254,5 +290,23 @@ impl CrossAttention {
         let x = x.clone() + self.across.forward(MhaInput::new(x, tokens.clone(), tokens)).context;
         let x = x.clone() + self.among.forward(MhaInput::self_attn(x)).context;
         self.output.forward_activated(x, Activation::Relu)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unstretched_matrix_has_one_for_its_largest_singular_value() {
+        let device = Device::flex();
+        // Singular values 3 and 1: a rotation by 30°, scaled, and turned back.
+        let (sin, cos) = 30f32.to_radians().sin_cos();
+        let turn = Tensor::<2>::from_floats([[cos, -sin], [sin, cos]], &device);
+        let stretch = Tensor::<2>::from_floats([[3.0, 0.0], [0.0, 1.0]], &device);
+        let matrix = turn.clone().matmul(stretch.clone()).matmul(turn.clone().transpose());
+        let expected = turn.clone().matmul(stretch / 3.0).matmul(turn.transpose());
+        let apart = (unstretched(matrix) - expected).abs().max().into_scalar::<f32>();
+        assert!(apart < 1e-4, "{apart}");
     }
 }

@@ -82,6 +82,12 @@ pub struct HyperNetConfig {
     pub arch: Arch,
     /// How the output layer is drawn.
     pub init: Init,
+    /// Makes changes of so low a rank to weights of the target that stay as they are (Hu et al., LoRA, arXiv 2106.09685).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<usize>,
+    /// Divides the weights of a generator of linear layers by their largest singular value (Miyato et al., arXiv 1802.05957).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub spectral: bool,
 }
 
 impl HyperNetConfig {
@@ -94,7 +100,22 @@ impl HyperNetConfig {
             scheme: OutputScheme::Once,
             arch: Arch::Mlp(vec![32]),
             init: Init::Hyperfan,
+            lora: None,
+            spectral: false,
         }
+    }
+
+    /// Changes of a low rank to weights that stay; `base` of [`init`](Self::init) gives them. A tensor that two factors
+    /// would not make smaller is changed as a whole.
+    pub fn with_lora(mut self, rank: usize) -> Self {
+        self.lora = Some(rank);
+        self
+    }
+
+    /// A generator whose layers do not stretch what passes through them.
+    pub fn with_spectral_norm(mut self) -> Self {
+        self.spectral = true;
+        self
     }
 
     /// Another input; several are put side by side.
@@ -132,8 +153,17 @@ impl HyperNetConfig {
     /// # Errors
     /// When a part of the configuration makes no sense.
     pub fn draw(&self, cx: &Context, stream: &str) -> Result<HyperNet> {
+        self.draw_over(None, cx, stream)
+    }
+
+    /// As [`draw`](Self::draw), over weights of the target that are given, `[N]`.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init).
+    pub fn draw_over(&self, base: Option<Tensor<1>>, cx: &Context, stream: &str) -> Result<HyperNet> {
         let mut failed = None;
-        let drawn = initialise(&cx.device, &mut cx.rng(stream, 0), |device| match self.init(None, device) {
+        let init = |device: &Device| self.init(base, device);
+        let drawn = initialise(&cx.device, &mut cx.rng(stream, 0), |device| match init(device) {
             Ok(hyper) => Some(hyper),
             Err(error) => {
                 failed = Some(error);
@@ -155,7 +185,12 @@ impl HyperNetConfig {
     /// When a part of the configuration makes no sense.
     pub fn init(&self, base: Option<Tensor<1>>, device: &Device) -> Result<HyperNet> {
         let made = self.predicted()?;
-        let count = made.numel();
+        if self.lora == Some(0) {
+            return Err(Error::usage("changes of rank 0 change nothing").hint("raise --lora"));
+        }
+        // What the generator makes: the tensors themselves, or factors of them.
+        let pieces_of: Vec<Piece> = made.params().iter().map(|param| Piece::of(param, self.lora)).collect();
+        let count: usize = pieces_of.iter().map(Piece::len).sum();
         if self.arch.width() == 0 || matches!(&self.arch, Arch::Mlp(widths) if widths.contains(&0)) {
             return Err(
                 Error::usage("the generator has a layer of width 0").hint("--hidden must be at least 1")
@@ -164,10 +199,10 @@ impl HyperNetConfig {
         let (pieces, sizes) = match self.scheme {
             OutputScheme::Once => (Pieces { count: 1, embedding: 0 }, vec![count]),
             OutputScheme::Heads { by_layer } => {
-                (Pieces { count: 1, embedding: 0 }, head_sizes(made.params(), by_layer))
+                (Pieces { count: 1, embedding: 0 }, head_sizes(made.params(), &pieces_of, by_layer))
             }
             OutputScheme::Component { emb_dim } => {
-                let largest = made.params().iter().map(ParamSpec::len).max().unwrap_or(0);
+                let largest = pieces_of.iter().map(Piece::len).max().unwrap_or(0);
                 (Pieces { count: made.params().len(), embedding: emb_dim }, vec![largest])
             }
             OutputScheme::Chunk { chunk: 0, .. } => {
@@ -191,11 +226,11 @@ impl HyperNetConfig {
             Some(base) => base,
             None => draw_weights(&self.target, device),
         };
-        let partial = count < self.target.numel();
+        let partial = made.numel() < self.target.numel() || self.lora.is_some();
         let mut hyper = HyperNet {
             conditioner: Conditioner::new(&self.conditioning, device)?,
             embeddings: embedded.then(|| normal.init([pieces.count, pieces.embedding], device)),
-            generator: Generator::new(&self.arch, &dims, &pieces, device),
+            generator: Generator::new(&self.arch, &dims, &pieces, self.spectral, device),
             heads: sizes
                 .iter()
                 .map(|&size| LinearConfig::new(self.arch.width(), size).init(device))
@@ -203,6 +238,7 @@ impl HyperNetConfig {
             base: (partial || self.init == Init::Base).then(|| Param::from_tensor(base)),
             scale: None,
             made: ranges(&self.target, &made),
+            pieces: pieces_of,
             config: self.clone(),
         };
         hyper.draw_output(&made, device)?;
@@ -210,12 +246,48 @@ impl HyperNetConfig {
     }
 }
 
+/// What the generator makes for one tensor.
+#[derive(Debug, Clone)]
+enum Piece {
+    /// All its elements.
+    Whole(usize),
+    /// Two factors of a matrix.
+    Factors { rows: usize, columns: usize, rank: usize },
+}
+
+impl Piece {
+    fn of(param: &ParamSpec, rank: Option<usize>) -> Self {
+        let whole = Self::Whole(param.len());
+        let ([rows, rest @ ..], Some(rank)) = (&param.shape[..], rank) else { return whole };
+        let factors = Self::Factors { rows: *rows, columns: rest.iter().product(), rank };
+        if factors.len() < param.len() { factors } else { whole }
+    }
+
+    /// Numbers that are made.
+    fn len(&self) -> usize {
+        match *self {
+            Self::Whole(count) => count,
+            Self::Factors { rows, columns, rank } => rank * (rows + columns),
+        }
+    }
+
+    /// What they come to, `[batch, elements of the tensor]`.
+    fn multiplied(&self, made: Tensor<2>) -> Tensor<2> {
+        let Self::Factors { rows, columns, rank } = *self else { return made };
+        let batch = made.dims()[0];
+        let left = made.clone().narrow(1, 0, rows * rank).reshape([batch, rows, rank]);
+        let right = made.narrow(1, rows * rank, rank * columns).reshape([batch, rank, columns]);
+        (kiln_ops::matmul(left, right) / rank as f64).reshape([batch, rows * columns])
+    }
+}
+
 /// Lengths of the output layers: of every tensor, or of all tensors of a layer (`fc1.weight` and `fc1.bias`).
-fn head_sizes(params: &[ParamSpec], by_layer: bool) -> Vec<usize> {
+fn head_sizes(params: &[ParamSpec], pieces: &[Piece], by_layer: bool) -> Vec<usize> {
     let layer =
         |param: &ParamSpec| param.name.rsplit_once('.').map_or(param.name.clone(), |(layer, _)| layer.into());
+    let mut pieces = pieces.iter().map(Piece::len);
     let groups = params.chunk_by(|a, b| by_layer && layer(a) == layer(b));
-    groups.map(|group| group.iter().map(ParamSpec::len).sum()).collect()
+    groups.map(|group| pieces.by_ref().take(group.len()).sum()).collect()
 }
 
 /// Where the tensors of a part lie among those of the whole.
@@ -268,6 +340,9 @@ pub struct HyperNet {
     /// Where among the N numbers those that are made lie.
     #[module(skip)]
     made: Vec<Range<usize>>,
+    /// What is made for each of these tensors.
+    #[module(skip)]
+    pieces: Vec<Piece>,
     #[module(skip)]
     config: HyperNetConfig,
 }
@@ -281,6 +356,15 @@ pub struct Theta {
 }
 
 impl Theta {
+    /// These numbers, `[batch, N]`, as the tensors of `spec`.
+    ///
+    /// # Panics
+    /// When there are more or fewer.
+    pub fn new(flat: Tensor<2>, spec: WeightSpec) -> Self {
+        assert_eq!(flat.dims()[1], spec.numel(), "there must be one number for each weight");
+        Self { flat, spec }
+    }
+
     /// One tensor of the target with the batch before its own axes.
     ///
     /// # Errors
@@ -329,22 +413,31 @@ impl HyperNet {
     /// When the condition does not fit the conditioning.
     pub fn generate(&self, condition: &Condition) -> Result<Theta> {
         let code = self.conditioner.encode(condition)?;
-        let features = self.generator.forward(&code, self.pieces());
+        let features = self.generator.forward(&code, self.embedded());
         let made = self.outputs(features);
         let batch = made.dims()[0];
         let made = match &self.scale {
             None => made,
             Some(scale) => made * scale.clone(),
         };
+        let made = match self.config.lora {
+            None => made,
+            Some(_) => self.multiplied(made),
+        };
         let flat = match &self.base {
             None => made,
+            // Weights that stay take no part in training.
+            Some(base) if self.config.lora.is_some() => {
+                let base = base.val().without_autodiff().unsqueeze::<2>();
+                self.spread(made) + base.expand([batch, self.target_len()])
+            }
             Some(base) => self.spread(made) + base.val().unsqueeze::<2>().expand([batch, self.target_len()]),
         };
         Ok(Theta { flat, spec: self.config.target.clone() })
     }
 
     /// Embeddings of the pieces: before C for chunks, after it for tensors.
-    fn pieces(&self) -> Option<Embeddings> {
+    fn embedded(&self) -> Option<Embeddings> {
         let embeddings = self.embeddings.as_ref()?.val();
         Some(match self.config.scheme {
             OutputScheme::Component { .. } => Embeddings::After(embeddings),
@@ -355,7 +448,7 @@ impl HyperNet {
     /// Features `[batch, pieces, width]` to the numbers that are made, `[batch, made]`.
     fn outputs(&self, features: Tensor<3>) -> Tensor<2> {
         let batch = features.dims()[0];
-        let count: usize = self.made.iter().map(Range::len).sum();
+        let count: usize = self.pieces.iter().map(Piece::len).sum();
         match self.config.scheme {
             OutputScheme::Once | OutputScheme::Heads { .. } => {
                 let features = features.squeeze_dim::<2>(1);
@@ -363,16 +456,27 @@ impl HyperNet {
             }
             OutputScheme::Component { .. } => {
                 let x = self.heads[0].forward(features); // [batch, tensors, largest]
-                let crop = |(number, range): (usize, &Range<usize>)| {
-                    x.clone().narrow(1, number, 1).narrow(2, 0, range.len()).squeeze_dim::<2>(1)
+                let crop = |(number, piece): (usize, &Piece)| {
+                    x.clone().narrow(1, number, 1).narrow(2, 0, piece.len()).squeeze_dim::<2>(1)
                 };
-                Tensor::cat(self.made.iter().enumerate().map(crop).collect(), 1)
+                Tensor::cat(self.pieces.iter().enumerate().map(crop).collect(), 1)
             }
             OutputScheme::Chunk { .. } => {
                 let x = self.heads[0].forward(features); // [batch, chunks, chunk]
                 x.reshape([batch as isize, -1]).narrow(1, 0, count)
             }
         }
+    }
+
+    /// Factors to the changes that they stand for.
+    fn multiplied(&self, made: Tensor<2>) -> Tensor<2> {
+        let mut at = 0;
+        let parts = self.pieces.iter().map(|piece| {
+            let part = made.clone().narrow(1, at, piece.len());
+            at += piece.len();
+            piece.multiplied(part)
+        });
+        Tensor::cat(parts.collect(), 1)
     }
 
     /// Puts the numbers that are made at their places, with zeros between them: `[batch, N]`.
@@ -397,7 +501,9 @@ impl HyperNet {
     /// al. assume it.
     fn draw_output(&mut self, made: &WeightSpec, device: &Device) -> Result<()> {
         let width = self.config.arch.width() as f64;
-        let std = match self.config.init {
+        // Changes to weights that are there begin small, whatever the weights.
+        let init = if self.config.lora.is_some() { Init::Small } else { self.config.init };
+        let std = match init {
             Init::Hyperfan => (width * self.mean_square_feature(device)?).sqrt().recip(),
             Init::Kaiming => (2.0 / width).sqrt(),
             Init::Small | Init::Base => 0.1 * (2.0 / width).sqrt(),
@@ -408,7 +514,7 @@ impl HyperNet {
             head.weight = Param::from_tensor(weight);
             head.bias = Some(Param::from_tensor(Tensor::zeros([outputs], device)));
         }
-        if self.config.init != Init::Hyperfan {
+        if init != Init::Hyperfan {
             return Ok(());
         }
         let shared = self.embeddings.is_some();
@@ -456,7 +562,7 @@ impl HyperNet {
             }
         }
         let code = self.conditioner.encode(&condition)?;
-        let features = self.generator.forward(&code, self.pieces());
+        let features = self.generator.forward(&code, self.embedded());
         let square: f32 = features.square().mean().into_scalar();
         Ok(f64::from(square).max(1e-6))
     }

@@ -123,6 +123,8 @@ pub struct ClassificationTask<'a> {
     pub valid: &'a Coded,
     /// Rows a batch.
     pub batch: usize,
+    /// What the squares of all embeddings count in the loss.
+    pub emb_l2: f64,
     /// Device and random streams.
     pub cx: &'a Context,
     groups: Vec<Vec<usize>>,
@@ -137,7 +139,7 @@ impl<'a> ClassificationTask<'a> {
         batch: usize,
         cx: &'a Context,
     ) -> Self {
-        Self { config, train, valid, batch, cx, groups: by_task(train) }
+        Self { config, train, valid, batch, emb_l2: 0.0, cx, groups: by_task(train) }
     }
 
     /// Rows of a step: one a set, as many of every task, or as many for every draw of the noise.
@@ -169,7 +171,17 @@ impl Task<HyperNet> for ClassificationTask<'_> {
         let parts = &self.config.hyper.conditioning;
         let batch = self.train.batch(&self.draw(step), parts, ("noise", step as u64), self.cx);
         let theta = hyper.generate(&batch.condition)?.flat;
-        Ok((cross_entropy(self.config.target.forward(theta, batch.x), batch.y), self.batch))
+        let loss = cross_entropy(self.config.target.forward(theta, batch.x), batch.y);
+        let loss = match self.emb_l2 {
+            0.0 => loss,
+            strength => hyper
+                .conditioner
+                .tables
+                .iter()
+                .chain(&hyper.embeddings)
+                .fold(loss, |loss, table| loss + table.val().square().sum() * strength),
+        };
+        Ok((loss, self.batch))
     }
 
     fn validate(&mut self, hyper: &HyperNet) -> Result<f64> {
@@ -180,7 +192,12 @@ impl Task<HyperNet> for ClassificationTask<'_> {
 
     fn settings(&self) -> Map<String, Value> {
         let settings = [("batch", self.batch), ("train_rows", self.train.len())];
-        settings.into_iter().map(|(name, value)| (name.to_string(), value.into())).collect()
+        let mut settings: Map<String, Value> =
+            settings.into_iter().map(|(name, value)| (name.to_string(), value.into())).collect();
+        if self.emb_l2 > 0.0 {
+            settings.insert("emb_l2".into(), self.emb_l2.into());
+        }
+        settings
     }
 }
 

@@ -5,7 +5,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, Error, Result};
 use kiln_data::digits::{self, Digits};
-use kiln_nn::{Outcome, Task, TrainConfig, likeliest, token_nll, train};
+use kiln_nn::{Outcome, Task, TrainConfig, WeightSpec, likeliest, token_nll, train};
 use rand::{Rng, RngExt};
 
 use crate::hypernet::draw_weights;
@@ -57,6 +57,14 @@ impl Labelled {
             x: rows.iter().flat_map(|&row| self.row(row).to_vec()).collect(),
             y: rows.iter().map(|&row| self.y[row]).collect(),
         }
+    }
+
+    /// The rows of these classes; the first gets the label 0, and so on.
+    pub fn of_classes(&self, classes: &[usize]) -> Self {
+        let place = |row: usize| classes.iter().position(|class| *class == self.y[row]);
+        let rows: Vec<usize> = (0..self.len()).filter(|&row| place(row).is_some()).collect();
+        let y = rows.iter().filter_map(|&row| place(row)).collect();
+        Self { y, ..self.select(&rows) }
     }
 
     /// Rows drawn at random, any of them perhaps more than once.
@@ -133,15 +141,19 @@ impl Plain {
     /// # Errors
     /// When the target makes no sense.
     pub fn new(target: &Target, sets: usize, cx: &Context, stream: &str) -> Result<Self> {
-        let spec = target.spec()?;
+        Ok(Self::of_spec(&target.spec()?, sets, cx, stream))
+    }
+
+    /// As [`new`](Self::new), for weights of one's own.
+    pub fn of_spec(spec: &WeightSpec, sets: usize, cx: &Context, stream: &str) -> Self {
         let draw = |set: usize| {
             // Seeds the device's generator; the weights are then drawn one after another.
             kiln_nn::initialise(&cx.device, &mut cx.rng(stream, set as u64), |device| Self {
-                theta: Param::from_tensor(draw_weights(&spec, device).unsqueeze()),
+                theta: Param::from_tensor(draw_weights(spec, device).unsqueeze()),
             })
         };
         let sets = (0..sets).map(|set| draw(set).theta.val()).collect();
-        Ok(Self { theta: Param::from_tensor(Tensor::cat(sets, 0)) })
+        Self { theta: Param::from_tensor(Tensor::cat(sets, 0)) }
     }
 }
 

@@ -108,6 +108,36 @@ fn a_resumed_run_ends_as_one_that_was_never_interrupted() {
 }
 
 #[test]
+fn a_trained_network_is_changed_for_every_task_and_stays_itself() {
+    let desk = desk_with_rows();
+    let three = TINY.replace("mlp:2-4-2", "mlp:3-4-2");
+    desk.json(&format!("train --data @rows.csv --cond task --task-col writer {three} --out @t"));
+    desk.json("generate --model @t --task ben --to @ben.safetensors");
+    let line = format!(
+        "train --data @rows.csv --cond task --task-col writer {three} --lora 1 --emb-l2 0.01 --spectral"
+    );
+    desk.json(&format!("{line} --base @ben.safetensors --out @l"));
+    let (base, model) = (
+        TensorFile::read(&desk.path("ben.safetensors")).unwrap(),
+        TensorFile::read(&desk.path("l/model.safetensors")).unwrap(),
+    );
+    let first = base.get("fc1.weight").unwrap().as_floats().unwrap().to_vec();
+    assert_eq!(model.get("base").unwrap().as_floats().unwrap()[..first.len()], first);
+    assert_eq!(desk.json("eval --model @l --data @rows.csv")["rows"], 40);
+    desk.json("train --data @rows.csv --resume @l --steps 8");
+    desk.assert_refused(&format!("{line} --base @none.safetensors --out @x"), "none.safetensors");
+    desk.write("other.csv", "a,b,dose,writer,label\n1,2,0,ben,maybe\n2,1,0,anna,never\n");
+    let other = line.replace("@rows.csv", "@other.csv");
+    desk.assert_refused(&format!("{other} --base @ben.safetensors --out @x"), "knows the classes no, yes");
+    let wide = line.replace("mlp:3-4-2", "mlp:3-5-2");
+    desk.assert_refused(
+        &format!("{wide} --base @ben.safetensors --out @x"),
+        "\"fc1.weight\" has the shape [4, 3]",
+    );
+    assert!(!desk.path("x").exists());
+}
+
+#[test]
 fn a_new_task_is_learned_and_the_others_are_kept() {
     let desk = desk_with_rows();
     desk.json(&format!(
@@ -157,6 +187,31 @@ fn applications_run_on_tables_of_ones_own() {
         "60 untreated and 0 treated",
     );
 
+    let found = desk.json("app continual --steps-per-task 2 --task-pairs 0/1,2/3 --look-ahead");
+    assert_eq!(found["findings"][0]["table"]["rows"].as_array().unwrap().len(), 6);
+    desk.json("app transfer --data @rows.csv --domain-col writer --held-out ben --labelled 4 --steps 2");
+    desk.assert_refused(
+        "app transfer --data @rows.csv --domain-col writer --held-out zoe",
+        "there is no domain \"zoe\"; there are anna, ben",
+    );
+    desk.write(
+        "kinds.csv",
+        (0..60).fold("a,b,label\n".to_string(), |text, i| {
+            text + &format!("{},{},{}\n", i % 7, i % 5, ["x", "y", "z"][i % 3])
+        }),
+    );
+    let found = desk.json("app uncertainty --data @kinds.csv --unknown z --steps 2 --samples 2");
+    assert_eq!(found["findings"][0]["table"]["columns"][4], "AUROC of entropy, z");
+    desk.assert_refused("app uncertainty --data @kinds.csv --unknown y,z", "1 classes are left to know");
+    desk.json("app prune --data @kinds.csv --steps 2 --fine-tune 1 --removed 0.5");
+    desk.write("kind.csv", "label,round,long\nz,1,0\nx,0,1\ny,1,1\n");
+    desk.json("app zeroshot --data @kinds.csv --attributes @kind.csv --unseen z --steps 2");
+    desk.assert_refused("app zeroshot --data @kinds.csv --unseen z", "--data needs --attributes");
+    desk.assert_refused("app zeroshot --data @kinds.csv --attributes @kind.csv --unseen w", "no class \"w\"");
+    desk.write("worlds.csv", "angle\n10\n-30\n");
+    desk.json("app rl --world reacher --steps 1 --worlds @worlds.csv");
+    desk.assert_refused("app rl --worlds @worlds.csv", "has no column \"half_length\"");
+
     desk.write("strokes.csv", "round,long\n1,0\n0,1\n");
     desk.assert_refused("app zeroshot --attributes @strokes.csv", "attributes of 2 classes, must be 10");
     desk.json("app transfer --angles 0,90 --held-out 1 --labelled 5 --steps 5");
@@ -168,6 +223,64 @@ fn applications_run_on_tables_of_ones_own() {
     desk.assert_refused("app transfer --held-out 4", "cannot be held out of 4");
     desk.assert_refused("app uncertainty --samples 0", "at least one draw");
     desk.assert_refused("app continual --task-pairs 0/1,2", "no list of tasks");
+}
+
+#[test]
+fn texts_of_ones_own_are_read_from_tables_and_json_lines() {
+    let desk = desk();
+    let mut table = "text,label\n".to_string();
+    let mut lines = String::new();
+    for i in 0..20 {
+        let (word, label) = [("fine", "yes"), ("poor", "no")][i % 2];
+        table += &format!("\"a {word} thing, number {i}\",{label}\n");
+        lines += &format!("{{\"text\": \"where is {word} {i}\", \"label\": {}}}\n", i % 2);
+    }
+    desk.write("reviews.csv", table);
+    desk.write("questions.jsonl", &lines);
+    let line = "app nlp --encoder-steps 2 --steps 2";
+    let found = desk.json(&format!("{line} --data @reviews.csv --data @questions.jsonl"));
+    let columns = &found["findings"][0]["table"]["columns"];
+    assert_eq!((&columns[2], &columns[3]), (&Value::from("reviews"), &Value::from("questions")));
+    desk.assert_refused(&format!("{line} --data @reviews.csv"), "at least two tasks");
+    desk.write("bad.jsonl", lines.replacen("\"label\": 1", "\"class\": 1", 1));
+    desk.assert_refused(
+        &format!("{line} --data @bad.jsonl --data @reviews.csv"),
+        "row 2: has nothing in \"label\"",
+    );
+    desk.write("few.csv", "text,label\na,x\nb,x\nc,x\nd,x\ne,y\n");
+    desk.assert_refused(&format!("{line} --data @few.csv --data @reviews.csv"), "the class \"y\" has 1 rows");
+    desk.write("short.txt", "to be or not");
+    desk.assert_refused("app hyperlstm --data @short.txt", "has 12 bytes, needs at least 2000");
+    desk.write("long.txt", "to be or not to be, ".repeat(150));
+    let found = desk.json("app hyperlstm --data @long.txt --steps 1 --hidden 4 --small 2 --out @plots");
+    assert_eq!(found["findings"][0]["table"]["rows"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn images_are_rows_of_pixels() {
+    let desk = desk();
+    let mut file = TensorFile::new();
+    let pixels: Vec<i64> = (0..8 * 4).map(|i| (i * 37) % 256).collect();
+    file.insert("x", HostTensor::int([8, 2, 2], pixels));
+    file.insert("y", HostTensor::int([8], vec![0, 1, 0, 1, 0, 1, 0, 1]));
+    write_npz(&desk.path("images.npz"), &file).unwrap();
+    let options = TINY.replace("mlp:2-4-2", "mlp:4-4-2") + " --cond noise";
+    desk.json(&format!("train --data @images.npz {options} --out @m"));
+    assert_eq!(desk.json("eval --model @m --data @images.npz")["rows"], 8);
+    // As an IDX pair.
+    let idx = |code: u8, extents: &[u32], bytes: &[u8]| {
+        let mut all = vec![0, 0, code, extents.len() as u8];
+        extents.iter().for_each(|extent| all.extend(extent.to_be_bytes()));
+        [&all[..], bytes].concat()
+    };
+    let bytes: Vec<u8> = (0..8 * 4).map(|i| ((i * 37) % 256) as u8).collect();
+    desk.write("a-images-idx3-ubyte", idx(8, &[8, 2, 2], &bytes));
+    desk.write("a-labels-idx1-ubyte", idx(8, &[8], &[0, 1, 0, 1, 0, 1, 0, 1]));
+    desk.json(&format!("train --data @a-images-idx3-ubyte {options} --out @i"));
+    desk.assert_refused(
+        &format!("train --data @a-images-idx3-ubyte {} --out @t", options.replace("noise", "task")),
+        "have neither tasks nor descriptors",
+    );
 }
 
 #[test]
@@ -191,15 +304,20 @@ fn all_cells_of_the_table_can_be_made_and_advice_is_given() {
 fn data_that_cannot_be_used_are_named_with_their_row() {
     let desk = desk_with_rows();
     desk.write("nan.csv", "a,b,task,label\n1,2,x,0\n1,nan,x,1\n");
+    desk.write("word.csv", "a,b,task,label\n1,two,x,0\n1,3,x,1\n");
     desk.write("one.csv", "a,b,task,label\n1,2,x,0\n1,2,x,0\n");
     desk.write("empty.csv", "a,b,task,label\n");
     for (line, words) in [
-        ("--data @nan.csv", "row 2: \"nan\" in column \"b\" is not a finite number"),
+        ("--data @nan.csv", "row 2: column \"b\" has no value"),
+        ("--data @word.csv", "row 1: \"two\" in column \"b\" is not a finite number"),
         ("--data @one.csv", "has 1 classes, needs at least two"),
-        ("--data @empty.csv", "holds no rows"),
-        ("--data @none.csv", "is not a readable CSV file"),
-        ("--data @rows.txt", "ends neither in .csv nor in .npz"),
-        ("--data @rows.csv --task-col who", "has no column \"who\"; its columns are a, b, writer"),
+        ("--data @empty.csv", "empty.csv"),
+        ("--data @none.csv", "none.csv"),
+        ("--data @rows.idx", "rows.idx"),
+        (
+            "--data @rows.csv --task-col who",
+            "has no column \"who\"; its columns are a, b, writer, dose, label",
+        ),
         ("--data @rows.csv --task-col writer", "the target takes 2 numbers, the data have 3 features"),
         ("--data @rows.csv --cond given", "--cond given needs --cond-cols"),
         ("--data @rows.csv --cond-cols dose", "--cond-cols needs --cond given"),
@@ -230,10 +348,7 @@ fn data_that_cannot_be_used_are_named_with_their_row() {
         "--given has 0 numbers, needs 1",
     );
     desk.write("short.csv", "a,writer,dose,label\n1,anna,1,yes\n");
-    desk.assert_refused(
-        "eval --model @m --data @short.csv",
-        "has no column \"b\"; its columns are a, writer",
-    );
+    desk.assert_refused("eval --model @m --data @short.csv", "has no column \"b\"; its columns are a");
     let config = fs::read_to_string(desk.path("m/config.json")).unwrap();
     fs::write(desk.path("m/config.json"), config.replace("\"yes\"", "\"yes\", \"maybe\"")).unwrap();
     desk.assert_refused(
@@ -268,8 +383,8 @@ fn an_npz_file_is_read_like_a_table() {
 fn the_experiment_reports_every_claim_and_a_model_is_captured() {
     let desk = desk_with_rows();
     let report = Hypernet.experiment(Scale::Smoke, &desk.cx).unwrap();
-    assert_eq!(report.claims.len(), 13);
-    assert_eq!(report.tables.len(), 10);
+    assert_eq!(report.claims.len(), 17);
+    assert_eq!(report.tables.len(), 12);
     desk.json(&format!(
         "train --data @rows.csv --cond task --task-col writer --target mlp:3-4-2 {} --out @t",
         TINY.trim_start_matches("--target mlp:2-4-2")

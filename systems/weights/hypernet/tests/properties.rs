@@ -223,6 +223,37 @@ fn tensors_that_are_not_made_are_learned_directly() {
 }
 
 #[test]
+fn changes_of_a_low_rank_leave_the_weights_that_they_are_added_to() {
+    let device = Device::flex();
+    let spec = target().spec().unwrap();
+    let base = random::<1>([spec.numel()]);
+    for scheme in [
+        OutputScheme::Once,
+        OutputScheme::Heads { by_layer: true },
+        OutputScheme::Component { emb_dim: 3 },
+        OutputScheme::Chunk { chunk: 10, emb_dim: 3 },
+    ] {
+        let config = config().with_scheme(scheme).with_lora(1).with_spectral_norm();
+        let hyper = config.init(Some(base.clone()), &device).unwrap().train();
+        let theta = hyper.generate(&Condition::noise(random([2, 8]))).unwrap();
+        let change = theta.flat.clone() - base.clone().unsqueeze::<2>();
+        // A matrix of rank 1: all of its 2 x 2 minors are 0.
+        let w: Vec<f32> = floats(change.clone().narrow(0, 1, 1).narrow(1, 0, 30).inner());
+        assert!(w.iter().any(|x| x.abs() > 1e-4), "{scheme:?}");
+        for row in 0..4 {
+            for column in 0..5 {
+                let at = |down: usize, right: usize| w[(row + down) * 6 + column + right];
+                assert!((at(0, 0) * at(1, 1) - at(0, 1) * at(1, 0)).abs() < 1e-5, "{scheme:?}");
+            }
+        }
+        let gradients = theta.flat.square().sum().backward();
+        assert!(hyper.base.as_ref().unwrap().val().grad(&gradients).is_none());
+        assert!(hyper.heads[0].weight.val().grad(&gradients).is_some());
+    }
+    assert!(config().with_lora(0).init(None, &device).unwrap_err().to_string().contains("rank 0"));
+}
+
+#[test]
 fn any_module_becomes_a_target() {
     let device = Device::flex();
     let net = LinearConfig::new(3, 2).init(&device);

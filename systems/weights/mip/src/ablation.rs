@@ -125,7 +125,7 @@ pub struct Summary {
     pub convergence_ratio: f64,
     /// Median of the last smoothed loss.
     pub final_loss: f64,
-    /// Runs whose loss became infinite, no number, or ten times the first.
+    /// Runs whose loss became infinite, no number, or on average ten times the first.
     pub diverged: usize,
 }
 
@@ -186,6 +186,7 @@ fn train(
         sampling: Sampling::Uniform,
         gamma_dim: arm.mip.hypernet.gamma_dim,
         batch: 64,
+        per_sample: false,
         cx,
     };
     arm.train(&mut task, cx)

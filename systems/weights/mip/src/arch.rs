@@ -232,6 +232,11 @@ impl Trace {
 }
 
 impl Classifier {
+    /// What follows each layer.
+    pub(crate) fn activation(&self) -> Nonlinearity {
+        self.activation
+    }
+
     /// Logits of images.
     ///
     /// # Shapes
@@ -265,6 +270,11 @@ impl Perceptron {
 }
 
 impl Lenet {
+    /// Linear layers at the end.
+    pub(crate) fn layers(&self) -> usize {
+        self.head.layers.len()
+    }
+
     fn forward(&self, x: Tensor<4>, trace: &mut Trace) -> Tensor<2> {
         let pool = |x| max_pool2d(x, MaxPoolOptions::new([2, 2]));
         let x = pool(trace.activate(self.conv1.forward(x), self.norm1.as_ref()));
@@ -274,6 +284,11 @@ impl Lenet {
 }
 
 impl Resnet {
+    /// The stride of every block.
+    pub(crate) fn strides(&self) -> Vec<usize> {
+        self.blocks.iter().map(|block| if block.shortcut.is_some() { 2 } else { 1 }).collect()
+    }
+
     fn forward(&self, x: Tensor<4>, trace: &mut Trace) -> Tensor<2> {
         let mut x = trace.activate(self.stem.forward(x), self.norm.as_ref());
         for block in &self.blocks {

@@ -1,6 +1,6 @@
 //! The comparison: the same network trained under each parametrisation, and how fast and how evenly it learns.
 
-use burn::module::Module;
+use burn::module::{Module, ModuleDisplay};
 use clap::ValueEnum;
 use kiln_core::{Context, Result};
 use kiln_nn::{AdamW, Sgd, Task, initialise};
@@ -12,14 +12,15 @@ use crate::convert::{MipConfig, MipHyper};
 
 /// Steps over which a loss is averaged before it is judged.
 pub const SMOOTHING: usize = 50;
-/// A run whose loss exceeds the first by this factor has diverged.
+/// A run whose mean loss exceeds the first loss by this factor has diverged.
 const DIVERGED: f64 = 10.0;
 
 /// What makes a step of a gradient.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Optimiser {
     /// Adam
+    #[default]
     Adam,
     /// Gradient descent with a momentum of 0.9
     Sgd,
@@ -41,15 +42,15 @@ pub struct Arm {
 }
 
 /// What training an arm gave.
-pub struct Course {
+pub struct Course<M: Module = Classifier> {
     /// Loss of every step, as far as the run came.
     pub losses: Vec<f64>,
-    /// Norm of the gradient in every step; none under gradient descent.
+    /// Norm of the gradient in every step.
     pub gradient_norms: Vec<f64>,
-    /// Whether the loss became infinite, no number, or ten times the first.
+    /// Whether the loss became infinite, no number, or its mean over [`SMOOTHING`] steps ten times the first.
     pub diverged: bool,
     /// The trained model.
-    pub model: MipHyper<Classifier>,
+    pub model: MipHyper<M>,
 }
 
 impl Arm {
@@ -60,32 +61,48 @@ impl Arm {
     pub fn train(&self, task: &mut ClassifyTask, cx: &Context) -> Result<Course> {
         let mut rng = cx.rng("arm", 0);
         let net = initialise(&cx.device, &mut rng, |device| self.network.init(device));
-        let mut model = self.mip.draw(net, &mut rng, &cx.device)?.train();
-        let (mut adam, mut sgd) = (AdamW::new(0.0, 0.0), Sgd::new(0.9));
-        let (mut losses, mut gradient_norms, mut diverged) = (Vec::new(), Vec::new(), false);
-        for step in 0..self.steps {
-            let (loss, _) = task.loss(&model, step)?;
-            let gradients = loss.backward();
-            let loss = f64::from(loss.into_scalar::<f32>());
-            losses.push(loss);
-            diverged = !loss.is_finite() || loss > DIVERGED * losses[0];
-            if diverged || cx.interrupted() {
-                break;
-            }
-            match self.optimiser {
-                Optimiser::Adam => {
-                    let (next, norm) = adam.step(model, gradients, self.lr);
-                    model = next;
-                    gradient_norms.push(norm);
-                }
-                Optimiser::Sgd => model = sgd.step(model, gradients, self.lr),
-            }
-        }
-        Ok(Course { losses, gradient_norms, diverged, model: model.valid() })
+        let model = self.mip.draw(net, &mut rng, &cx.device)?;
+        follow(model, task, (self.optimiser, self.lr), self.steps, cx)
     }
 }
 
-impl Course {
+/// Trains a model with an optimiser and its learning rate, and keeps what happened on the way.
+///
+/// # Errors
+/// When the task fails.
+pub fn follow<M: Module + ModuleDisplay>(
+    model: MipHyper<M>,
+    task: &mut impl Task<MipHyper<M>>,
+    (optimiser, lr): (Optimiser, f64),
+    steps: usize,
+    cx: &Context,
+) -> Result<Course<M>> {
+    let mut model = model.train();
+    let (mut adam, mut sgd) = (AdamW::new(0.0, 0.0), Sgd::new(0.9));
+    let (mut losses, mut gradient_norms, mut diverged) = (Vec::<f64>::new(), Vec::new(), false);
+    for step in 0..steps {
+        let (loss, _) = task.loss(&model, step)?;
+        let gradients = loss.backward();
+        let loss = f64::from(loss.into_scalar::<f32>());
+        losses.push(loss);
+        // One batch may be bad; a run has diverged when its mean is.
+        let recent = &losses[losses.len().saturating_sub(SMOOTHING)..];
+        let mean = recent.iter().sum::<f64>() / recent.len() as f64;
+        diverged = !loss.is_finite() || mean > DIVERGED * losses[0];
+        if diverged || cx.interrupted() {
+            break;
+        }
+        let (next, norm) = match optimiser {
+            Optimiser::Adam => adam.step(model, gradients, lr),
+            Optimiser::Sgd => sgd.step_and_norm(model, gradients, lr),
+        };
+        model = next;
+        gradient_norms.push(norm);
+    }
+    Ok(Course { losses, gradient_norms, diverged, model: model.valid() })
+}
+
+impl<M: Module> Course<M> {
     /// Losses averaged over the last [`SMOOTHING`] steps, from the first step that has so many before it.
     pub fn smoothed(&self) -> Vec<f64> {
         self.losses.windows(SMOOTHING).map(|window| window.iter().sum::<f64>() / SMOOTHING as f64).collect()

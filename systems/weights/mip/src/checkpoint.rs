@@ -26,6 +26,8 @@ pub enum TaskKind {
     Classify,
     /// To deform one image into another
     Register,
+    /// To tell what belongs to an object, at a scale of one's choice
+    Scale,
 }
 
 /// What the model in a folder was trained for.
@@ -121,6 +123,43 @@ pub fn open_register(path: &Path, cx: &Context) -> Result<(RegisterConfig, MipHy
     Ok((config, model))
 }
 
+/// What `config.json` holds of a network that segments images at any scale.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ScaleConfig {
+    /// [`TaskKind::Scale`]
+    pub task: TaskKind,
+    /// The network.
+    pub network: UNetConfig,
+    /// How its weights depend on the scale.
+    pub mip: MipConfig,
+    /// How the scale was drawn in training.
+    pub sampling: Sampling,
+    /// Channels, height and width of the images.
+    pub image: [usize; 3],
+}
+
+impl ScaleConfig {
+    /// Draws an untrained model.
+    ///
+    /// # Errors
+    /// When the settings do not fit.
+    pub fn draw(&self, cx: &Context) -> Result<MipHyper<UNet>> {
+        let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| self.network.init(device));
+        self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
+    }
+}
+
+/// Reads the folder of a model that segments images.
+///
+/// # Errors
+/// When it is missing, of another kind, or damaged.
+pub fn open_scale(path: &Path, cx: &Context) -> Result<(ScaleConfig, MipHyper<UNet>)> {
+    let folder = ModelFolder::new(path);
+    let config: ScaleConfig = folder.config(KIND)?;
+    let model = folder.weights()?.into_module(config.draw(cx)?)?;
+    Ok((config, model))
+}
+
 /// What `config.json` holds of a network for one condition.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlainConfig {
@@ -138,7 +177,7 @@ pub struct PlainConfig {
 /// When it is missing, of another kind, or damaged.
 pub fn open(path: &Path, cx: &Context) -> Result<(Config, MipHyper<Classifier>)> {
     if task(path)? != TaskKind::Classify {
-        return Err(Error::input(path.display(), "holds a model that registers images")
+        return Err(Error::input(path.display(), "holds a model that registers or segments images")
             .hint("this verb is about classifiers"));
     }
     let folder = ModelFolder::new(path);

@@ -5,12 +5,13 @@ use clap::ValueEnum;
 use kiln_core::{Context, Result};
 use kiln_data::Images;
 use kiln_nn::{Task, likeliest};
-use kiln_ops::{CrossEntropyOptions, cross_entropy};
+use kiln_ops::{CrossEntropyOptions, cross_entropy, log_softmax};
 use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::arch::Classifier;
+use crate::batched;
 use crate::convert::MipHyper;
 
 /// Images that pass through a network at once when nothing is learned.
@@ -75,8 +76,10 @@ pub struct ClassifyTask<'a> {
     pub sampling: Sampling,
     /// Its components.
     pub gamma_dim: usize,
-    /// Images of a step, which share a condition.
+    /// Images of a step.
     pub batch: usize,
+    /// Whether every image has a condition of its own; otherwise those of a step share one.
+    pub per_sample: bool,
     /// Device and random streams.
     pub cx: &'a Context,
 }
@@ -93,10 +96,49 @@ impl ClassifyTask<'_> {
         let loss = cross_entropy(logits, labels, &options).mean();
         let penalty = |strength: f64| theta.clone().powi_scalar(2).sum() * strength;
         match self.control {
-            Control::WeightDecay => loss + penalty(10f64.powf(4.0 * f64::from(gamma) - 6.0)),
-            Control::Noise => loss + penalty(0.5 / (PRIOR_STD * PRIOR_STD * self.train.len() as f64)),
+            Control::WeightDecay | Control::Noise => loss + penalty(f64::from(self.decay(gamma))),
             Control::Rotation | Control::Smoothing => loss,
         }
+    }
+
+    /// What the squares of the weights count under a condition.
+    fn decay(&self, gamma: f32) -> f32 {
+        match self.control {
+            Control::WeightDecay => 10f32.powf(4.0 * gamma - 6.0),
+            Control::Noise => (0.5 / (PRIOR_STD * PRIOR_STD * self.train.len() as f64)) as f32,
+            Control::Rotation | Control::Smoothing => 0.0,
+        }
+    }
+
+    /// The mean loss of images, each by a network under a condition of its own; as [`objective`](Self::objective) for each.
+    fn objective_each(
+        &self,
+        model: &MipHyper<Classifier>,
+        images: &Images,
+        gammas: &[Vec<f32>],
+    ) -> Result<Tensor<1>> {
+        let device = &self.cx.device;
+        let count = gammas.len();
+        let values: Vec<f32> = gammas.iter().flatten().copied().collect();
+        let conditions = Tensor::from_data(TensorData::new(values, [count, self.gamma_dim]), device);
+        let theta = model.generate(conditions)?;
+        let inputs =
+            (0..count).map(|i| self.control.input(&images.select(&[i]), gammas[i][0], device)).collect();
+        let log = log_softmax(batched::forward(model, &theta, Tensor::cat(inputs, 0))?, 1);
+        let share = |value: &dyn Fn(f32) -> f32| {
+            let values: Vec<f32> = gammas.iter().map(|gamma| value(gamma[0])).collect();
+            Tensor::<2>::from_data(TensorData::new(values, [count, 1]), device)
+        };
+        let smoothing = share(&|gamma| if self.control == Control::Smoothing { gamma / 2.0 } else { 0.0 });
+        let right = log.clone().gather(1, labels(images, device).unsqueeze_dim::<2>(1));
+        let nll = right * (smoothing.clone() - 1.0) - log.mean_dim(1) * smoothing;
+        let loss = nll.mean();
+        Ok(match self.control {
+            Control::WeightDecay | Control::Noise => {
+                loss + (theta.powi_scalar(2).sum_dim(1) * share(&|gamma| self.decay(gamma))).mean()
+            }
+            Control::Rotation | Control::Smoothing => loss,
+        })
     }
 }
 
@@ -151,6 +193,11 @@ impl Task<MipHyper<Classifier>> for ClassifyTask<'_> {
         let gamma = self.sampling.draw(self.gamma_dim, &mut rng);
         let chosen: Vec<usize> = (0..self.batch).map(|_| rng.random_range(0..self.train.len())).collect();
         let images = self.train.select(&chosen);
+        if self.per_sample {
+            let gammas: Vec<Vec<f32>> =
+                (0..self.batch).map(|_| self.sampling.draw(self.gamma_dim, &mut rng)).collect();
+            return Ok((self.objective_each(model, &images, &gammas)?, self.batch));
+        }
         let condition = Tensor::<1>::from_floats(gamma.as_slice(), &self.cx.device);
         let theta = model.generate(condition.unsqueeze_dim::<2>(0))?;
         let net = model.spec().split(theta.clone().squeeze_dim::<1>(0))?.fill(&model.base)?;
@@ -172,7 +219,11 @@ impl Task<MipHyper<Classifier>> for ClassifyTask<'_> {
         let settings = json!({
             "batch": self.batch, "images": self.train.len(), "control": self.control, "sampling": self.sampling,
         });
-        settings.as_object().cloned().unwrap_or_default()
+        let mut settings = settings.as_object().cloned().unwrap_or_default();
+        if self.per_sample {
+            settings.insert("per_sample".into(), true.into());
+        }
+        settings
     }
 }
 
@@ -277,6 +328,42 @@ mod tests {
         };
         close(rotated(&image(&pixels, 3), 0.0), pixels);
         close(rotated(&image(&pixels, 3), 1.0), [7.0, 4.0, 1.0, 8.0, 5.0, 2.0, 9.0, 6.0, 3.0]);
+    }
+
+    #[test]
+    fn one_condition_for_all_images_is_the_same_condition_for_each() {
+        use crate::arch::{Arch, ClassifierConfig};
+        use crate::hypernet::Nonlinearity;
+        let cx = Context::for_tests("unused");
+        let pixels: Vec<f32> = (0..27).map(|i| (i % 7) as f32 / 7.0).collect();
+        let images = Images { labels: vec![0, 1, 0], ..image(&pixels, 3) };
+        let config = ClassifierConfig {
+            arch: Arch::Mlp(vec![4]),
+            image: [1, 3, 3],
+            classes: 2,
+            activation: Nonlinearity::LeakyRelu,
+            batch_norm: false,
+        };
+        let hyper = crate::MipConfig::new(1);
+        let model = hyper.draw(config.init(&cx.device), &mut cx.rng("init", 0), &cx.device).unwrap();
+        for control in [Control::Rotation, Control::Smoothing, Control::WeightDecay, Control::Noise] {
+            let task = ClassifyTask {
+                train: &images,
+                valid: &images,
+                control,
+                sampling: Sampling::Uniform,
+                gamma_dim: 1,
+                batch: 3,
+                per_sample: true,
+                cx: &cx,
+            };
+            let each = task.objective_each(&model, &images, &vec![vec![0.7]; 3]).unwrap();
+            let theta = model.generate(Tensor::from_floats([[0.7]], &cx.device)).unwrap();
+            let net = model.instantiate(Tensor::from_floats([0.7], &cx.device)).unwrap();
+            let shared = task.objective(&theta, &net, &images, 0.7);
+            let (each, shared) = (each.into_scalar::<f32>(), shared.into_scalar::<f32>());
+            assert!((each - shared).abs() < 1e-4, "{control:?}: {each} {shared}");
+        }
     }
 
     #[test]

@@ -28,15 +28,18 @@
 pub mod ablation;
 pub mod arch;
 pub mod arms;
+pub mod batched;
 pub mod checkpoint;
 pub mod classify;
 mod command;
 pub mod convert;
 pub mod encoding;
 mod experiment;
+pub mod golden;
 pub mod hypernet;
 pub mod proportionality;
 pub mod register;
+pub mod scale;
 pub mod unet;
 
 use std::path::Path;

@@ -189,11 +189,95 @@ fn registration_is_trained_swept_and_written_as_images() {
     assert!(desk.path("moved/gamma-0.500.png").exists());
     let fields = kiln_data::read_npz(&desk.path("moved/fields.npz")).unwrap();
     assert_eq!(fields.get("field_gamma_0.500").unwrap().shape, [2, 2, 5, 5]);
-    desk.assert_refused("export --model @r --gamma 0.5 --to @p", "registers images");
+    desk.assert_refused("export --model @r --gamma 0.5 --to @p", "registers or segments images");
     desk.assert_refused(
         "train --task register --gamma-dim 2 --data @data.csv --out @x",
         "one number between 0 and 1",
     );
     desk.write("small.csv", "a,b,label\n1,2,x\n3,4,x\n");
     desk.assert_refused("train --task register --data @small.csv --out @x", "cannot be registered");
+}
+
+#[test]
+fn the_network_of_the_reference_gives_its_logits_loss_and_gradients() {
+    let desk = Desk::new(&Mip);
+    let line = "forward --weights %mip_forward.safetensors --gamma %mip_forward.safetensors:gamma";
+    desk.json(&format!("{line} --layout %layout.json --x --target --to @o.safetensors"));
+    let golden = TensorFile::read("tests/data/mip_forward.safetensors".as_ref()).unwrap();
+    let found = TensorFile::read(&desk.path("o.safetensors")).unwrap();
+    let names: Vec<&str> = golden.names().filter(|name| name.starts_with("grad.hyper.")).collect();
+    assert!(names.len() >= 4);
+    for name in ["logits", "loss"].into_iter().chain(names) {
+        let relative = if name.starts_with("grad") { 1e-4 } else { 1e-5 };
+        let (found, expected) = (floats(&found, name), floats(&golden, name));
+        assert_eq!(found.len(), expected.len(), "{name}");
+        for (a, b) in found.iter().zip(&expected) {
+            assert!((a - b).abs() <= relative * b.abs() + 1e-6, "{name}: {a}, should be {b}");
+        }
+    }
+    desk.write("layout.json", "{\"output_order\": [[\"conv1.weight\", [4, 1, 3, 3]]]}");
+    desk.assert_refused(
+        &format!("{line} --layout @layout.json --x --target --to @p.npz"),
+        "no \"fc1.weight\"",
+    );
+    desk.assert_refused(&format!("{line} --layout @data.csv --x --target --to @p.npz"), "data.csv");
+}
+
+#[test]
+fn gradient_descent_and_a_condition_for_each_image_are_resumed_too() {
+    let desk = desk();
+    let options =
+        format!("--data @data.csv {TINY} --steps 6 --optim sgd --per-sample --output-init hyperfan");
+    desk.json(&format!("train {options} --out @whole"));
+    desk.cx.interrupt_flag().store(true, Ordering::Relaxed);
+    desk.refusal(&format!("train {options} --out @parts"));
+    desk.cx.interrupt_flag().store(false, Ordering::Relaxed);
+    desk.json("train --data @data.csv --resume @parts");
+    let weights = |model: &str| fs::read(desk.path(model).join("model.safetensors")).unwrap();
+    assert_eq!(weights("whole"), weights("parts"));
+    desk.json(&format!("train --data @data.csv {TINY} --steps 6 --out @shared"));
+    assert_ne!(weights("whole"), weights("shared"));
+    desk.assert_refused(
+        &format!("train --data @data.csv {TINY} --batch-norm --per-sample --out @x"),
+        "leave --batch-norm out",
+    );
+    assert!(!desk.path("x").exists());
+}
+
+#[test]
+fn segmentation_is_trained_swept_and_written_as_masks() {
+    let desk = Desk::new(&Mip);
+    let scans = kiln_mip::scale::Scans::discs(6, &mut kiln_core::random_stream(0, "test", 0));
+    let mut file = TensorFile::new();
+    file.insert("x", HostTensor::float([6, 32, 32], scans.images.pixels.clone()));
+    file.insert("mask", HostTensor::float([6, 32, 32], scans.masks.clone()));
+    kiln_data::write_npz(&desk.path("scans.npz"), &file).unwrap();
+    let options = "--task scale --hidden 4 --batch 2 --eval-every 2 --val-fraction 0.4";
+    desk.json(&format!("train --data @scans.npz {options} --steps 3 --out @s"));
+    let swept = desk.json("eval --model @s --data @scans.npz --gamma-grid 3 --out @e.csv");
+    let cost = |at: usize| swept["conditions"][at]["quality"]["operations"].as_u64().unwrap();
+    assert!(cost(0) < cost(1) && cost(1) < cost(2) && desk.path("e.svg").exists());
+    desk.json("predict --model @s --data @scans.npz --gamma 0.5 --out @masks");
+    // The masks that were written, beside images of their size, are data again.
+    for (from, to) in [("masks/gamma-0.500", "again/masks"), ("masks/gamma-0.500", "again/images")] {
+        fs::create_dir_all(desk.path(to)).unwrap();
+        for number in 1..=6 {
+            let name = format!("{number}.png");
+            fs::copy(desk.path(from).join(&name), desk.path(to).join(&name)).unwrap();
+        }
+    }
+    assert_eq!(desk.json("eval --model @s --data @again --gamma-grid 2")["images"], 6);
+    fs::remove_file(desk.path("again/masks/3.png")).unwrap();
+    desk.assert_refused("eval --model @s --data @again --gamma-grid 2", "has no mask for \"3\"");
+    file.insert("mask", HostTensor::float([6, 32, 32], vec![0.0; 6 * 1024]));
+    kiln_data::write_npz(&desk.path("empty.npz"), &file).unwrap();
+    desk.assert_refused(
+        &format!("train --data @empty.npz {options} --out @x"),
+        "no pixel of the masks is an object",
+    );
+    file.insert("mask", HostTensor::float([6, 32], vec![0.0; 6 * 32]));
+    kiln_data::write_npz(&desk.path("bad.npz"), &file).unwrap();
+    desk.assert_refused(&format!("train --data @bad.npz {options} --out @x"), "expected [6, 32, 32]");
+    assert!(!desk.path("x").exists());
+    desk.assert_refused("export --model @s --gamma 0.5 --to @p", "registers or segments");
 }

@@ -5,6 +5,7 @@ use burn::module::{Module, Param};
 use burn::nn::PaddingConfig2d;
 use burn::tensor::{Device, Int, Tensor};
 use kiln_core::random_stream;
+use kiln_mip::hypernet::OutputInit;
 use kiln_mip::{MipConfig, MipHyper, Parametrisation};
 use kiln_nn::{
     BatchNorm, BatchNormConfig, Conv2d, Conv2dConfig, ConvTranspose2d, ConvTranspose2dConfig, Embedding,
@@ -139,5 +140,31 @@ fn gradients_of_the_hypernetwork_and_of_the_own_weights_are_slopes() {
             let slope = (at(0.01) - at(-0.01)) / 0.02;
             assert!((slope - norm).abs() < 0.02 * norm + 1e-4, "{number}: {slope} against {norm}");
         }
+    }
+}
+
+#[test]
+fn hyperfan_makes_weights_that_keep_the_variance_of_what_a_layer_sees() {
+    // Chang et al.: of a layer's output half the variance comes from its weights, half from its bias. For weights that is
+    // a variance of gain² / (2 fan-in), over draws of the hypernetwork and conditions.
+    let gain_squared = 2.0 / (1.0 + 1e-4);
+    let net = LinearConfig::new(24, 40).init(&Device::flex());
+    let mut config = MipConfig::new(1).with_parametrisation(Parametrisation::Encode);
+    config.hypernet.output_init = OutputInit::Hyperfan;
+    let (mut squares, mut count) = ([0.0f64; 2], 0.0);
+    for seed in 0..50 {
+        let model = config.draw(net.clone(), &mut random_stream(seed, "hyper", 0), &Device::flex()).unwrap();
+        for gamma in [0.1, 0.5, 0.9] {
+            let weights = model.weights(condition(gamma)).unwrap();
+            let (weight, bias): (Tensor<2>, Tensor<1>) =
+                (weights.get("weight").unwrap(), weights.get("bias").unwrap());
+            squares[0] += f64::from(weight.powi_scalar(2).mean().into_scalar::<f32>());
+            squares[1] += f64::from(bias.powi_scalar(2).mean().into_scalar::<f32>());
+            count += 1.0;
+        }
+    }
+    for (square, expected) in squares.iter().zip([gain_squared / (2.0 * 24.0), gain_squared / 2.0]) {
+        let found = square / count;
+        assert!((found / expected - 1.0).abs() < 0.1, "{found}, should be {expected}");
     }
 }

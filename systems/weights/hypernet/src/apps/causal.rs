@@ -9,12 +9,14 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Tensor, TensorData, activation};
-use kiln_core::{Context, Error, Result, Table};
+use kiln_core::{Context, Error, Result, Table as Sheet};
+use kiln_data::{Table, TableOptions};
 use rand::seq::SliceRandom;
 use rand::{Rng, RngExt};
 
 use crate::apps::{Findings, Spread};
 use crate::conditioning::{Condition, Conditioning};
+use crate::data::{interleaved, numbers};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
 use crate::target::Target;
@@ -41,69 +43,54 @@ pub struct Units {
 }
 
 impl Units {
-    /// Reads a CSV table. Features are all other columns but `y_cfactual`, `mu0` and `mu1` unless named; the last two,
+    /// Reads a table. Features are all other columns but `y_cfactual`, `mu0` and `mu1` unless named; the last two,
     /// where they are there, are the noiseless outcomes that effects are judged by.
     ///
     /// # Errors
     /// Names the column that is missing, or the row and column that holds no number or a treatment other than 0 or 1.
     pub fn read(path: &Path, treatment: &str, outcome: &str, features: &[String]) -> Result<Self> {
-        let broken = |e: csv::Error| Error::input(path.display(), "is not a readable CSV file").caused_by(e);
-        let mut reader = csv::Reader::from_path(path).map_err(broken)?;
-        let heads: Vec<String> =
-            reader.headers().map_err(broken)?.iter().map(|h| h.trim().to_string()).collect();
-        let place = |name: &str| {
-            heads.iter().position(|head| head == name).ok_or_else(|| {
-                Error::input(path.display(), format!("has no column \"{name}\""))
-                    .hint(format!("its columns are {}", heads.join(", ")))
-            })
+        let table = Table::read(path, TableOptions::default())?;
+        let column = |name: &str| match table.column(name) {
+            Some(column) => numbers(path, column),
+            None => Err(table.no_column(name)),
         };
-        let (t, y) = (place(treatment)?, place(outcome)?);
-        let is_feature = |i: &usize| *i != t && *i != y && !ANSWERS.contains(&heads[*i].as_str());
-        let columns: Vec<usize> = match features {
-            [] => (0..heads.len()).filter(is_feature).collect(),
-            names => names.iter().map(|name| place(name)).collect::<Result<_>>()?,
+        let (t, y) = (column(treatment)?, column(outcome)?);
+        let is_feature = |name: &&str| *name != treatment && *name != outcome && !ANSWERS.contains(name);
+        let names: Vec<&str> = match features {
+            [] => table.columns().iter().map(|column| column.name.as_str()).filter(is_feature).collect(),
+            names => names.iter().map(String::as_str).collect(),
         };
-        if columns.is_empty() {
+        if names.is_empty() {
             return Err(Error::input(path.display(), "has no column left for features"));
         }
-        let answers = (place("mu0").ok(), place("mu1").ok());
-        let mut units =
-            Self { width: columns.len(), x: Vec::new(), treated: Vec::new(), y: Vec::new(), effects: None };
-        let mut effects = Vec::new();
-        for (row, record) in reader.records().enumerate() {
-            let record = record.map_err(broken)?;
-            let number = |column: usize| {
-                let cell = record.get(column).unwrap_or("").trim();
-                cell.parse::<f64>().ok().filter(|value| value.is_finite()).ok_or_else(|| {
-                    let found = format!("\"{cell}\" in column \"{}\" is not a finite number", heads[column]);
-                    Error::input(format!("{}, row {}", path.display(), row + 1), found)
-                })
-            };
-            units.treated.push(match number(t)? {
-                0.0 => false,
-                1.0 => true,
-                other => {
-                    let place = format!("{}, row {}", path.display(), row + 1);
-                    return Err(Error::input(
-                        place,
-                        format!("the treatment \"{treatment}\" is {other}, must be 0 or 1"),
-                    ));
-                }
-            });
-            units.y.push(number(y)?);
-            for &column in &columns {
-                units.x.push(number(column)? as f32);
+        let arm = |(row, t): (usize, &f64)| match t {
+            0.0 => Ok(false),
+            1.0 => Ok(true),
+            other => {
+                let place = format!("{}, row {}", path.display(), row + 1);
+                Err(Error::input(place, format!("the treatment \"{treatment}\" is {other}, must be 0 or 1")))
             }
-            if let (Some(mu0), Some(mu1)) = answers {
-                effects.push(number(mu1)? - number(mu0)?);
+        };
+        let covariates = names.iter().map(|name| column(name)).collect::<Result<Vec<_>>>()?;
+        let effects = match ["mu0", "mu1"].map(|name| table.column(name)) {
+            [Some(mu0), Some(mu1)] => {
+                let (mu0, mu1) = (numbers(path, mu0)?, numbers(path, mu1)?);
+                Some(mu1.iter().zip(&mu0).map(|(b, a)| b - a).collect())
             }
-        }
+            _ => None,
+        };
+        let units = Self {
+            width: names.len(),
+            x: interleaved(&covariates, table.rows()),
+            treated: t.iter().enumerate().map(arm).collect::<Result<_>>()?,
+            y,
+            effects,
+        };
         let arms = [false, true].map(|arm| units.treated.iter().filter(|&&t| t == arm).count());
         if arms.iter().any(|&units| units < 10) {
             let found = format!("has {} untreated and {} treated units", arms[0], arms[1]);
             return Err(Error::input(path.display(), found).hint("effects need at least 10 of each"));
         }
-        units.effects = (!effects.is_empty()).then_some(effects);
         Ok(units)
     }
 
@@ -431,7 +418,7 @@ pub fn run(
         cx.note(format!("effects of the treatment, {what}: number {}", number + 1));
         all.push(estimate(config, units, cx)?);
     }
-    let mut table = Table::new(
+    let mut table = Sheet::new(
         format!("Effects of a treatment ({what})"),
         &["learner", "parameters", "√PEHE within", "√PEHE test", "error of the mean effect, test"],
     );

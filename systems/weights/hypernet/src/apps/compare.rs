@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
 use kiln_core::{Context, Plot, Result, Table};
 use kiln_data::digits;
 
@@ -15,6 +16,10 @@ use crate::target::Target;
 use crate::training::{Fit, Labelled, Plain, accuracy_of, cross_entropy, fit, stack};
 
 const ALL: [u8; 10] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9];
+/// Sizes of the tasks' vectors at first that the hypernetwork is given, and learning rates that the networks are given; of
+/// each the one with the lower loss on a fifth of the rows counts.
+const SIZES: [f64; 2] = [1.0, 0.1];
+const RATES: [f64; 2] = [2e-3, 5e-3];
 
 /// What decides the outcome.
 #[derive(Debug, Clone)]
@@ -117,7 +122,7 @@ pub fn sharing(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
         .with_init(Init::Base);
     let domain = |images, degrees: &f64| turned(&Labelled::digits(images, &ALL), *degrees);
     let test: Vec<Labelled> = config.angles.iter().map(|angle| domain(digits::test(), angle)).collect();
-    let mean_accuracy = |theta: burn::tensor::Tensor<2>, cx: &Context| {
+    let mean_accuracy = |theta: Tensor<2>, cx: &Context| {
         let of = |task: usize| accuracy_of(&target, theta.clone().narrow(0, task, 1), &test[task], cx);
         (0..tasks).map(of).sum::<f64>() / tasks as f64
     };
@@ -137,24 +142,40 @@ pub fn sharing(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
                 domain(digits::train(), angle).few(rows, &mut cx.rng("few", task as u64))
             };
             let train: Vec<Labelled> = config.angles.iter().enumerate().map(few).collect();
-            let batch = |step: usize| {
+            let batch = |sets: &[Labelled], step: usize| {
                 let mut rng = cx.rng("batch", step as u64);
-                stack(&train.iter().map(|rows| rows.draw(32, &mut rng)).collect::<Vec<_>>(), &cx.device)
+                stack(&sets.iter().map(|rows| rows.draw(32, &mut rng)).collect::<Vec<_>>(), &cx.device)
             };
-            let hyper = hyper_config.draw(cx, "hypernet")?;
+            let made = |hyper: &HyperNet| Ok(hyper.generate(&Condition::tasks(all.clone()))?.flat);
+            let share = |size: f64, sets: &[Labelled]| -> Result<HyperNet> {
+                let mut hyper = hyper_config.draw(cx, "hypernet")?;
+                let table = hyper.conditioner.tables[0].val() * size;
+                hyper.conditioner.tables[0] = Param::from_tensor(table);
+                fit(hyper, Fit::new(config.steps, 3e-3), cx, |hyper, step| {
+                    let (x, y) = batch(sets, step);
+                    Ok(cross_entropy(target.forward(made(hyper)?, x), y))
+                })
+            };
+            let separate = |rate: f64, sets: &[Labelled]| -> Result<Plain> {
+                let nets = Plain::new(&target, tasks, cx, "plain")?;
+                fit(nets, Fit::new(config.steps, rate), cx, |nets, step| {
+                    let (x, y) = batch(sets, step);
+                    Ok(cross_entropy(target.forward(nets.theta.val(), x), y) * tasks as f64)
+                })
+            };
+            let (learned, held_out): (Vec<Labelled>, Vec<Labelled>) =
+                train.iter().map(apart_from_a_fifth).unzip();
+            let (x, y) = stack(&held_out, &cx.device);
+            let loss = |theta: Tensor<2>| -> f64 {
+                cross_entropy(target.forward(theta, x.clone()), y.clone()).into_scalar::<f32>().into()
+            };
+            let size = least(&SIZES, |size| Ok(loss(made(&share(size, &learned)?)?)))?;
+            let rate = least(&RATES, |rate| Ok(loss(separate(rate, &learned)?.theta.val())))?;
+            let hyper = share(size, &train)?;
             parameters[0] = hyper.num_params();
-            let hyper: HyperNet = fit(hyper, Fit::new(config.steps, 3e-3), cx, |hyper, step| {
-                let (x, y) = batch(step);
-                let theta = hyper.generate(&Condition::tasks(all.clone()))?.flat;
-                Ok(cross_entropy(target.forward(theta, x), y))
-            })?;
-            joint.push(mean_accuracy(hyper.generate(&Condition::tasks(all.clone()))?.flat, cx));
-            let nets = Plain::new(&target, tasks, cx, "plain")?;
+            joint.push(mean_accuracy(made(&hyper)?, cx));
+            let nets = separate(rate, &train)?;
             parameters[1] = nets.num_params();
-            let nets = fit(nets, Fit::new(config.steps, 2e-3), cx, |nets, step| {
-                let (x, y) = batch(step);
-                Ok(cross_entropy(target.forward(nets.theta.val(), x), y) * tasks as f64)
-            })?;
             apart.push(mean_accuracy(nets.theta.val(), cx));
         }
         let (joint, apart) = (Spread::of(&joint), Spread::of(&apart));
@@ -180,4 +201,26 @@ pub fn sharing(config: &Config, cx: &Context) -> Result<(Findings, f64)> {
             .log_x()
     });
     Ok((Findings { table, plots: plots.into_iter().collect(), notes: Vec::new() }, ahead))
+}
+
+/// The value of which a figure is least.
+fn least(values: &[f64], figure: impl Fn(f64) -> Result<f64>) -> Result<f64> {
+    let figures = values.iter().map(|&value| Ok((figure(value)?, value))).collect::<Result<Vec<_>>>()?;
+    Ok(figures.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).map_or(f64::NAN, |(_, value)| value))
+}
+
+/// Rows without every fifth of each class, at least one of them, and those.
+fn apart_from_a_fifth(rows: &Labelled) -> (Labelled, Labelled) {
+    let mut seen = std::collections::BTreeMap::new();
+    let (mut learned, mut held_out) = (Vec::new(), Vec::new());
+    for (row, class) in rows.y.iter().enumerate() {
+        let count = seen.entry(class).or_insert(0usize);
+        if *count % 5 == 0 {
+            held_out.push(row)
+        } else {
+            learned.push(row)
+        }
+        *count += 1;
+    }
+    (rows.select(&learned), rows.select(&held_out))
 }

@@ -8,9 +8,9 @@
 use burn::module::Param;
 use burn::tensor::Tensor;
 use kiln_core::{Context, Error, Plot, Result, Table};
-use kiln_nn::token_nll;
+use kiln_nn::{WeightSpec, token_nll};
 
-use crate::apps::{Findings, Spread};
+use crate::apps::{Findings, Parts, Spread};
 use crate::conditioning::{Condition, Conditioning};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNet, HyperNetConfig, Init, OutputRegularizer, OutputScheme};
@@ -35,6 +35,8 @@ pub struct Config {
     pub emb_dim: usize,
     /// β
     pub beta: f64,
+    /// Whether earlier tasks are kept as they would be after the next step, not as they are before it.
+    pub look_ahead: bool,
     /// Optimisation steps a task.
     pub steps: usize,
     /// Rows a batch.
@@ -54,6 +56,7 @@ impl Config {
             hidden: 32,
             emb_dim: 8,
             beta: 0.01,
+            look_ahead: false,
             steps: 400,
             batch: 64,
             lr: 3e-3,
@@ -68,20 +71,11 @@ impl Default for Config {
     }
 }
 
-/// One task: what is trained and what is tested on.
-#[derive(Debug, Clone)]
-pub struct TaskData {
-    /// For training.
-    pub train: Labelled,
-    /// For tests.
-    pub test: Labelled,
-}
-
 /// Pairs of digits as tasks, such as `0/1,2/3`; the first of a pair has the label 0.
 ///
 /// # Errors
 /// When the text is no list of groups of digits, or the groups differ in size.
-pub fn digit_tasks(pairs: &str) -> Result<Vec<TaskData>> {
+pub fn digit_tasks(pairs: &str) -> Result<Vec<Parts>> {
     let wrong = || Error::usage(format!("\"{pairs}\" is no list of tasks")).hint("write 0/1,2/3,4/5,6/7,8/9");
     let groups: Vec<Vec<u8>> = pairs
         .split(',')
@@ -92,11 +86,7 @@ pub fn digit_tasks(pairs: &str) -> Result<Vec<TaskData>> {
     if size < 2 || groups.iter().any(|group| group.len() != size || group.iter().any(|&class| class > 9)) {
         return Err(wrong());
     }
-    let task = |group: &Vec<u8>| TaskData {
-        train: Labelled::digits(kiln_data::digits::train(), group),
-        test: Labelled::digits(kiln_data::digits::test(), group),
-    };
-    Ok(groups.iter().map(task).collect())
+    Ok(groups.iter().map(|group| Parts::digits(group)).collect())
 }
 
 /// Accuracies on the tests of all tasks learned so far, after each task.
@@ -125,7 +115,7 @@ fn forgetting(history: &History) -> f64 {
 ///
 /// # Errors
 /// When a training fails or is stopped, or the tasks do not fit the target.
-pub fn run(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<(Findings, Summary)> {
+pub fn run(config: &Config, tasks: &[Parts], cx: &Context) -> Result<(Findings, Summary)> {
     if tasks.len() < 2 {
         return Err(Error::usage("continual learning needs at least two tasks"));
     }
@@ -147,6 +137,9 @@ pub fn run(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<(Finding
         let (hyper, history) = learn(config, config.beta, tasks, cx)?;
         note("hypernetwork", &history);
         inferred.push(infer(config, &hyper, tasks, cx)?);
+        if config.look_ahead {
+            note("hypernetwork, looking ahead", &learn_ahead(config, config.beta, true, tasks, cx)?.1);
+        }
         let (_, without) = learn(config, 0.0, tasks, cx)?;
         note("hypernetwork, β = 0", &without);
         let tuned = plain(config, None, tasks, cx)?;
@@ -218,7 +211,19 @@ pub struct Summary {
 ///
 /// # Errors
 /// When a training fails or is stopped.
-pub fn learn(config: &Config, beta: f64, tasks: &[TaskData], cx: &Context) -> Result<(HyperNet, History)> {
+pub fn learn(config: &Config, beta: f64, tasks: &[Parts], cx: &Context) -> Result<(HyperNet, History)> {
+    learn_ahead(config, beta, false, tasks, cx)
+}
+
+/// As [`learn`]; looking ahead, what is made for earlier tasks is compared after the step that the loss of the new task
+/// alone would take, as in the paper's Eq. (2).
+fn learn_ahead(
+    config: &Config,
+    beta: f64,
+    ahead: bool,
+    tasks: &[Parts],
+    cx: &Context,
+) -> Result<(HyperNet, History)> {
     let hyper_config = HyperNetConfig::new(config.target.spec()?)
         .with_conditioning([Conditioning::Task { tasks: tasks.len(), dim: config.emb_dim }])
         .with_scheme(OutputScheme::Chunk { chunk: config.chunk, emb_dim: config.emb_dim })
@@ -231,9 +236,15 @@ pub fn learn(config: &Config, beta: f64, tasks: &[TaskData], cx: &Context) -> Re
         hyper = fit(hyper, Fit::new(config.steps, config.lr), cx, |hyper, step| {
             let step = (number * config.steps + step) as u64;
             let (x, y) = task.train.draw(config.batch, &mut cx.rng("batch", step)).tensors(&cx.device);
-            let theta = hyper.generate(&Condition::tasks([number]))?.flat;
-            let loss = cross_entropy(config.target.forward(theta, x), y);
+            let task_loss = |hyper: &HyperNet| -> Result<Tensor<1>> {
+                let theta = hyper.generate(&Condition::tasks([number]))?.flat;
+                Ok(cross_entropy(config.target.forward(theta, x.clone()), y.clone()))
+            };
+            let loss = task_loss(hyper)?;
             Ok(match &earlier {
+                Some(earlier) if beta > 0.0 && ahead => {
+                    loss + earlier.value(&stepped(hyper, config.lr, task_loss)?)? * beta
+                }
                 Some(earlier) if beta > 0.0 => loss + earlier.value(hyper)? * beta,
                 _ => loss,
             })
@@ -247,9 +258,21 @@ pub fn learn(config: &Config, beta: f64, tasks: &[TaskData], cx: &Context) -> Re
     Ok((hyper, history))
 }
 
+/// The hypernetwork after one step of plain gradient descent; the step itself is a constant, as in the paper.
+fn stepped(hyper: &HyperNet, lr: f64, loss: impl Fn(&HyperNet) -> Result<Tensor<1>>) -> Result<HyperNet> {
+    let spec = WeightSpec::of(hyper);
+    let own = spec.read(hyper)?;
+    let leaf = Tensor::from_inner(own.clone().inner()).require_grad();
+    let gradients = loss(&spec.split(leaf.clone())?.fill(hyper)?)?.backward();
+    match leaf.grad(&gradients) {
+        Some(gradient) => spec.split(own - Tensor::from_inner(gradient) * lr)?.fill(hyper),
+        None => Ok(hyper.clone()),
+    }
+}
+
 /// The share of test rows whose task and class are both right, when the task is taken to be the one whose network is
 /// surest.
-fn infer(config: &Config, hyper: &HyperNet, tasks: &[TaskData], cx: &Context) -> Result<f64> {
+fn infer(config: &Config, hyper: &HyperNet, tasks: &[Parts], cx: &Context) -> Result<f64> {
     let count = tasks.len();
     let theta = hyper.generate(&Condition::tasks((0..count).collect::<Vec<_>>()))?.flat;
     let (mut right, mut total) = (0, 0);
@@ -274,7 +297,7 @@ pub(crate) fn entropy(row: &[f32]) -> f64 {
 }
 
 /// One network for all tasks, one after another; with elastic weight consolidation if a strength is given.
-fn plain(config: &Config, ewc: Option<f64>, tasks: &[TaskData], cx: &Context) -> Result<History> {
+fn plain(config: &Config, ewc: Option<f64>, tasks: &[Parts], cx: &Context) -> Result<History> {
     let mut net = Plain::new(&config.target, 1, cx, "plain")?;
     let mut anchors: Vec<(Tensor<2>, Tensor<2>)> = Vec::new();
     let mut history = History::new();
@@ -317,7 +340,7 @@ fn fisher(
 }
 
 /// One network for all tasks at once, with as many steps as all tasks have.
-fn joint(config: &Config, tasks: &[TaskData], cx: &Context) -> Result<History> {
+fn joint(config: &Config, tasks: &[Parts], cx: &Context) -> Result<History> {
     let net = Plain::new(&config.target, 1, cx, "plain")?;
     let all = Labelled::join(&tasks.iter().map(|task| task.train.clone()).collect::<Vec<_>>());
     let net = fit(net, Fit::new(config.steps * tasks.len(), config.lr), cx, |net, step| {

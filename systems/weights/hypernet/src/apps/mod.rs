@@ -3,14 +3,45 @@
 pub mod causal;
 pub mod compare;
 pub mod continual;
+pub mod hyperlstm;
+pub mod nlp;
 pub mod prune;
 pub mod rl;
+pub mod text;
 pub mod transfer;
 pub mod uncertainty;
 pub mod zeroshot;
 
 use kiln_core::{Plot, Table};
+use kiln_data::digits;
 use serde::Serialize;
+
+use crate::training::Labelled;
+
+/// Labelled rows for training and for tests.
+#[derive(Debug, Clone)]
+pub struct Parts {
+    /// What they are called.
+    pub name: String,
+    /// For training.
+    pub train: Labelled,
+    /// For tests.
+    pub test: Labelled,
+    /// How many classes there are.
+    pub classes: usize,
+}
+
+impl Parts {
+    /// The digits whose classes are listed; the first gets the label 0, and so on.
+    pub fn digits(classes: &[u8]) -> Self {
+        Self {
+            name: "digits".into(),
+            train: Labelled::digits(digits::train(), classes),
+            test: Labelled::digits(digits::test(), classes),
+            classes: classes.len(),
+        }
+    }
+}
 
 /// What an application came to.
 #[derive(Debug, Clone, Serialize)]

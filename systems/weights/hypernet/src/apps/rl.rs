@@ -3,15 +3,19 @@
 //! Both are trained by evolution strategies (Salimans et al., arXiv 1703.03864), which need returns and no gradients.
 //! Baseline: one policy that sees the description beside the state.
 
+use std::path::Path;
+
 use burn::tensor::{Tensor, TensorData};
 use clap::ValueEnum;
-use kiln_core::{Context, Error, Plot, Result, Table};
+use kiln_core::{Context, Error, Plot, Result, Table as Sheet};
+use kiln_data::{Table, TableOptions};
 use kiln_nn::WeightSpec;
 use rand::{Rng, RngExt};
 use rayon::prelude::*;
 
 use crate::apps::{Findings, Spread};
 use crate::conditioning::{Condition, Conditioning};
+use crate::data::numbers;
 use crate::generator::Arch;
 use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
 use crate::target::{Layer, Target};
@@ -19,9 +23,10 @@ use crate::training::{Plain, normal};
 
 /// Units of the hidden layer of a policy that is made, and of the one that sees the description and must hold all worlds.
 const HIDDEN: [usize; 2] = [16, 64];
-/// Numbers of a state, of a description, and of an action.
+/// Numbers of a state, and of an action.
 const STATE: usize = 4;
-const DESCRIPTION: usize = 2;
+/// Numbers that describe a world.
+pub const DESCRIPTION: usize = 2;
 const ACTION: usize = 2;
 /// Pairs of opposite disturbances a step, and worlds that each is tried in.
 const PAIRS: usize = 16;
@@ -67,6 +72,34 @@ impl World {
             Self::Reacher => {
                 let angle: f32 = rng.random_range(-3.0..3.0);
                 [angle.cos(), angle.sin()]
+            }
+        }
+    }
+
+    /// Worlds of one's own: a table with the columns `half_length` (m) and `gravity` (m/s²) of poles, or `angle` (degrees)
+    /// of turned controls.
+    ///
+    /// # Errors
+    /// Names the column that is missing, or the row that describes no world.
+    pub fn read(self, path: &Path) -> Result<Vec<[f32; DESCRIPTION]>> {
+        let table = Table::read(path, TableOptions::default())?;
+        let column = |name: &str| match table.column(name) {
+            Some(column) => numbers(path, column),
+            None => Err(table.no_column(name)),
+        };
+        match self {
+            Self::Cartpole => {
+                let (lengths, gravities) = (column("half_length")?, column("gravity")?);
+                if let Some(row) = lengths.iter().zip(&gravities).position(|(l, g)| *l <= 0.0 || *g <= 0.0) {
+                    let place = format!("{}, row {}", path.display(), row + 1);
+                    return Err(Error::input(place, "half_length and gravity must be above 0"));
+                }
+                let world = |(l, g): (&f64, &f64)| [((l - 0.9) / 0.6) as f32, ((g - 9.8) / 5.0) as f32];
+                Ok(lengths.iter().zip(&gravities).map(world).collect())
+            }
+            Self::Reacher => {
+                let turned = |angle: &f64| [angle.to_radians().cos() as f32, angle.to_radians().sin() as f32];
+                Ok(column("angle")?.iter().map(turned).collect())
             }
         }
     }
@@ -188,13 +221,15 @@ pub struct Config {
     pub steps: usize,
     /// Worlds that policies are judged in.
     pub test_worlds: usize,
+    /// Those worlds, where they are not drawn like the ones trained in.
+    pub worlds: Option<Vec<[f32; DESCRIPTION]>>,
     /// Repetitions.
     pub seeds: u64,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { world: World::Cartpole, steps: 150, test_worlds: 100, seeds: 1 }
+        Self { world: World::Cartpole, steps: 150, test_worlds: 100, worlds: None, seeds: 1 }
     }
 }
 
@@ -235,11 +270,11 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
         }
     }
     let spreads = returns.map(|values| Spread::of(&values));
-    let mut table = Table::new(
+    let mut table = Sheet::new(
         format!(
             "Policies for the {}: mean return in {} unseen worlds, at most {}",
             config.world.name(),
-            config.test_worlds,
+            config.worlds.as_ref().map_or(config.test_worlds, Vec::len),
             config.world.steps()
         ),
         &["policy", "parameters", "mean return"],
@@ -349,8 +384,10 @@ fn centred_ranks(values: &[f32]) -> Vec<f32> {
 
 fn judge(config: &Config, maker: &Maker, phi: &[f32], cx: &Context) -> Result<f64> {
     let mut rng = cx.rng("test worlds", 0);
-    let worlds: Vec<[f32; DESCRIPTION]> =
-        (0..config.test_worlds).map(|_| config.world.draw(&mut rng)).collect();
+    let worlds: Vec<[f32; DESCRIPTION]> = match &config.worlds {
+        Some(worlds) => worlds.clone(),
+        None => (0..config.test_worlds).map(|_| config.world.draw(&mut rng)).collect(),
+    };
     let returns = maker.make(phi, &worlds)?;
     let of = |(theta, &world): (&Vec<f32>, &[f32; DESCRIPTION])| {
         let policy = Policy { theta, sees_world: maker.sees_world() };

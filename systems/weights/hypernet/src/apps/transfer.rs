@@ -1,15 +1,14 @@
 //! A new domain from a handful of labelled rows: only the domain's embedding is learned, the hypernetwork stays.
 //!
-//! Domains are digits turned by an angle each. Baselines: one network for all domains, as it is and fine-tuned on the
+//! Domains are digits turned by an angle each, or a user's. Baselines: one network for all domains, as it is and fine-tuned on the
 //! same rows.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use kiln_core::{Context, Error, Result, Table};
-use kiln_data::digits;
 use kiln_nn::Weights;
 
-use crate::apps::{Findings, Spread};
+use crate::apps::{Findings, Parts, Spread};
 use crate::conditioning::{Condition, Conditioning};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNet, HyperNetConfig, Init, OutputScheme};
@@ -22,9 +21,7 @@ const TABLE: &str = "conditioner.tables.0";
 /// What decides the outcome.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Degrees that the domains are turned by.
-    pub angles: Vec<f64>,
-    /// Which of them is new.
+    /// Which of the domains is new.
     pub held_out: usize,
     /// Labelled rows of the new domain.
     pub labelled: usize,
@@ -36,7 +33,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { angles: vec![0.0, 30.0, 60.0, 90.0], held_out: 2, labelled: 20, steps: [1500, 200], seeds: 1 }
+        Self { held_out: 2, labelled: 20, steps: [1500, 200], seeds: 1 }
     }
 }
 
@@ -70,9 +67,16 @@ pub fn turned(rows: &Labelled, degrees: f64) -> Labelled {
     Labelled { x: rows.x.chunks(SIZE * SIZE).flat_map(turn).collect(), ..rows.clone() }
 }
 
-/// All digits, turned.
-fn domain(images: digits::Digits, degrees: f64) -> Labelled {
-    turned(&Labelled::digits(images, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), degrees)
+/// The digits turned by each of these angles as domains.
+pub fn turned_digits(angles: &[f64]) -> Vec<Parts> {
+    let all = Parts::digits(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let domain = |&degrees: &f64| Parts {
+        name: format!("{degrees}°"),
+        train: turned(&all.train, degrees),
+        test: turned(&all.test, degrees),
+        classes: all.classes,
+    };
+    angles.iter().map(domain).collect()
 }
 
 /// An embedding that is learned on its own.
@@ -95,16 +99,16 @@ struct Accuracies {
 ///
 /// # Errors
 /// When the configuration makes no sense, or a training fails or is stopped.
-pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 3])> {
-    if config.angles.len() < 2 || config.held_out >= config.angles.len() {
-        let message = format!("domain {} cannot be held out of {}", config.held_out, config.angles.len());
+pub fn run(config: &Config, domains: &[Parts], cx: &Context) -> Result<(Findings, [f64; 3])> {
+    if domains.len() < 2 || config.held_out >= domains.len() {
+        let message = format!("domain {} cannot be held out of {}", config.held_out, domains.len());
         return Err(Error::usage(message).hint("there must be at least two, numbered from 0"));
     }
     let mut all = Vec::new();
     for seed in 0..config.seeds {
         let cx = &Context { seed: cx.seed + seed, ..cx.clone() };
         cx.note(format!("a new domain, seed {}", cx.seed));
-        all.push(once(config, cx)?);
+        all.push(once(config, domains, cx)?);
     }
     let spread = |pick: fn(&Accuracies) -> f64| Spread::of(&all.iter().map(pick).collect::<Vec<_>>());
     let rows = [
@@ -114,37 +118,33 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 3])> {
         ("the same, fine-tuned", spread(|a| a.fine_tuned)),
     ];
     let mut table = Table::new(
-        format!(
-            "Digits turned by {}° from {} labelled rows",
-            config.angles[config.held_out], config.labelled
-        ),
+        format!("The domain {} from {} labelled rows", domains[config.held_out].name, config.labelled),
         &["method", "accuracy"],
     );
     for (name, accuracy) in &rows {
         table.row([name.to_string(), accuracy.text()]);
     }
     let notes = vec![format!(
-        "A new domain: known ones are turned by {:?}°; {} steps there, {} on the new rows.",
-        known(config).iter().map(|&k| config.angles[k]).collect::<Vec<_>>(),
+        "A new domain: known ones are {}; {} steps there, {} on the new rows.",
+        known(config, domains).map(|domain| domain.name.clone()).collect::<Vec<_>>().join(", "),
         config.steps[0],
         config.steps[1]
     )];
     Ok((Findings { table, plots: Vec::new(), notes }, [rows[0].1.mean, rows[2].1.mean, rows[3].1.mean]))
 }
 
-fn known(config: &Config) -> Vec<usize> {
-    (0..config.angles.len()).filter(|&domain| domain != config.held_out).collect()
+fn known<'a>(config: &Config, domains: &'a [Parts]) -> impl Iterator<Item = &'a Parts> {
+    let held_out = config.held_out;
+    domains.iter().enumerate().filter(move |(number, _)| *number != held_out).map(|(_, domain)| domain)
 }
 
-fn once(config: &Config, cx: &Context) -> Result<Accuracies> {
+fn once(config: &Config, domains: &[Parts], cx: &Context) -> Result<Accuracies> {
     const BATCH: usize = 32; // rows of each domain
-    let target = Target::mlp(&[64, 64, 10]);
-    let train: Vec<Labelled> =
-        known(config).iter().map(|&k| domain(digits::train(), config.angles[k])).collect();
-    let new = domain(digits::train(), config.angles[config.held_out])
-        .few(config.labelled.div_ceil(10), &mut cx.rng("labelled", 0));
+    let Parts { train: rows, test, classes, .. } = &domains[config.held_out];
+    let target = Target::mlp(&[rows.width, 64, *classes]);
+    let train: Vec<&Labelled> = known(config, domains).map(|domain| &domain.train).collect();
+    let new = rows.few(config.labelled.div_ceil(*classes), &mut cx.rng("labelled", 0));
     let new = new.select(&(0..config.labelled.min(new.len())).collect::<Vec<_>>());
-    let test = domain(digits::test(), config.angles[config.held_out]);
     let batches = |step: usize| -> Vec<Labelled> {
         let mut rng = cx.rng("batch", step as u64);
         train.iter().map(|rows| rows.draw(BATCH, &mut rng)).collect()
@@ -163,30 +163,25 @@ fn once(config: &Config, cx: &Context) -> Result<Accuracies> {
             Ok(cross_entropy(target.forward(theta, x), y))
         })?;
     let start = hyper.conditioner.tables[0].val().mean_dim(0);
-    let unadapted = accuracy_of(&target, with_embedding(&hyper, start.clone())?, &test, cx);
+    let unadapted = accuracy_of(&target, with_embedding(&hyper, start.clone())?, test, cx);
     let (x, y) = new.tensors(&cx.device);
     let embedding = Embedding { vector: Param::from_tensor(start) };
     let embedding = fit(embedding, Fit::new(config.steps[1], 5e-2), cx, |embedding, _| {
         let theta = with_embedding(&hyper, embedding.vector.val())?;
         Ok(cross_entropy(target.forward(theta, x.clone()), y.clone()))
     })?;
-    let adapted = accuracy_of(&target, with_embedding(&hyper, embedding.vector.val())?, &test, cx);
+    let adapted = accuracy_of(&target, with_embedding(&hyper, embedding.vector.val())?, test, cx);
 
     let net = Plain::new(&target, 1, cx, "plain")?;
     let net = fit(net, Fit::new(config.steps[0], 2e-3), cx, |net, step| {
         let (x, y) = Labelled::join(&batches(step)).tensors(&cx.device);
         Ok(cross_entropy(target.forward(net.theta.val(), x), y))
     })?;
-    let pooled = accuracy_of(&target, net.theta.val(), &test, cx);
+    let pooled = accuracy_of(&target, net.theta.val(), test, cx);
     let net = fit(net, Fit::new(config.steps[1], 1e-3), cx, |net, _| {
         Ok(cross_entropy(target.forward(net.theta.val(), x.clone()), y.clone()))
     })?;
-    Ok(Accuracies {
-        adapted,
-        unadapted,
-        pooled,
-        fine_tuned: accuracy_of(&target, net.theta.val(), &test, cx),
-    })
+    Ok(Accuracies { adapted, unadapted, pooled, fine_tuned: accuracy_of(&target, net.theta.val(), test, cx) })
 }
 
 /// What a hypernetwork makes for a task with this embedding, `[1, N]`; gradients reach the embedding.
@@ -202,6 +197,7 @@ fn with_embedding(hyper: &HyperNet, vector: Tensor<2>) -> Result<Tensor<2>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kiln_data::digits;
 
     #[test]
     fn four_quarter_turns_give_the_image_back() {

@@ -7,10 +7,10 @@
 
 use burn::tensor::Tensor;
 use kiln_core::{Context, Plot, Result, Table};
-use kiln_data::digits;
+use kiln_data::{ImageOptions, Images, digits, shared_dir};
 
 use crate::apps::continual::entropy;
-use crate::apps::{Findings, Spread};
+use crate::apps::{Findings, Parts, Spread};
 use crate::conditioning::{Condition, Conditioning};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNetConfig, OutputScheme};
@@ -20,6 +20,8 @@ use crate::training::{Fit, Labelled, Plain, accuracy, cross_entropy, fit, normal
 /// Classes that are trained on; the others are strange to the networks.
 const KNOWN: [u8; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
 const STRANGE: [u8; 2] = [8, 9];
+/// Images of clothes.
+const CLOTHES: usize = 500;
 /// Width of the noise.
 const NOISE: usize = 8;
 /// Draws a step.
@@ -59,8 +61,6 @@ pub struct Quality {
     pub nll: f64,
     /// Expected calibration error over 15 bins.
     pub ece: f64,
-    /// Area under the ROC curve of the entropy, strange rows against known ones.
-    pub auroc: f64,
 }
 
 /// Mean negative log-likelihood in nats.
@@ -106,56 +106,101 @@ pub fn area_under_roc(low: &[f64], high: &[f64]) -> f64 {
     wins / (low.len() * high.len()) as f64
 }
 
-/// The images of a run.
-struct Images {
-    train: Labelled,
-    test: Labelled,
-    strange: Labelled,
+/// Rows of known classes, and rows of which a network should not be sure.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// Rows of known classes.
+    pub parts: Parts,
+    /// Names and rows of what is strange.
+    pub strange: Vec<(String, Labelled)>,
+}
+
+impl Known {
+    /// Digits 0 to 7; strange are 8 and 9, and clothes where the shared data are.
+    ///
+    /// # Errors
+    /// When a file there is damaged.
+    pub fn bundled() -> Result<Self> {
+        let mut strange = vec![("8 and 9".to_string(), Labelled::digits(digits::test(), &STRANGE))];
+        let clothes = shared_dir().map(|dir| dir.join("data/fashion-mnist/t10k-images-idx3-ubyte.gz"));
+        if let Some(path) = clothes.filter(|path| path.exists()) {
+            let images = Images::read(&path, &ImageOptions { unlabelled: true, ..ImageOptions::default() })?;
+            let images = images.select(&(0..images.len().min(CLOTHES)).collect::<Vec<_>>());
+            let x: Vec<f32> =
+                (0..images.len()).flat_map(|i| shrunk(images.image(i), images.shape[1])).collect();
+            let y = vec![0; images.len()];
+            strange.push(("Fashion-MNIST".to_string(), Labelled { width: digits::PIXELS, x, y }));
+        }
+        Ok(Self { parts: Parts::digits(&KNOWN), strange })
+    }
+}
+
+/// A square image as 8 × 8 pixels, each the mean of the area that it covers.
+fn shrunk(image: &[f32], side: usize) -> Vec<f32> {
+    const SIDE: usize = 8;
+    let step = side as f32 / SIDE as f32;
+    let share = |new: usize, old: usize| {
+        let (from, to) = (new as f32 * step, (new + 1) as f32 * step);
+        ((to.min(old as f32 + 1.0) - from.max(old as f32)) / step).max(0.0)
+    };
+    let pixel = |row: usize, column: usize| -> f32 {
+        let of_row =
+            |old: usize| -> f32 { (0..side).map(|at| share(column, at) * image[old * side + at]).sum() };
+        (0..side)
+            .map(|old| share(row, old))
+            .enumerate()
+            .filter(|(_, s)| *s > 0.0)
+            .map(|(old, s)| s * of_row(old))
+            .sum()
+    };
+    (0..SIDE * SIDE).map(|at| pixel(at / SIDE, at % SIDE)).collect()
 }
 
 /// Compares four ways to a distribution over classes.
 ///
 /// # Errors
 /// When the configuration makes no sense, or a training fails or is stopped.
-pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
+pub fn run(config: &Config, images: &Known, cx: &Context) -> Result<(Findings, [f64; 2])> {
     if config.samples == 0 {
         return Err(kiln_core::Error::usage("a prediction needs at least one draw").hint("raise --samples"));
     }
-    let images = Images {
-        train: Labelled::digits(digits::train(), &KNOWN),
-        test: Labelled::digits(digits::test(), &KNOWN),
-        strange: Labelled::digits(digits::test(), &STRANGE),
-    };
     let mut all: Vec<Vec<Judged>> = Vec::new();
     for seed in 0..config.seeds {
         let cx = &Context { seed: cx.seed + seed, ..cx.clone() };
         cx.note(format!("uncertainty, seed {}", cx.seed));
         all.push(vec![
-            judge("hypernetwork", &images, hyper(config, &images, cx)?),
-            judge("one network", &images, ensemble(1, config, &images, cx)?),
-            judge("dropout", &images, dropout(config, &images, cx)?),
-            judge("ensemble of 5", &images, ensemble(ENSEMBLE, config, &images, cx)?),
+            judge("hypernetwork", images, hyper(config, images, cx)?),
+            judge("one network", images, ensemble(1, config, images, cx)?),
+            judge("dropout", images, dropout(config, images, cx)?),
+            judge("ensemble of 5", images, ensemble(ENSEMBLE, config, images, cx)?),
         ]);
     }
+    let mut columns = ["method", "accuracy", "NLL", "calibration error"].map(String::from).to_vec();
+    columns.extend(images.strange.iter().map(|(name, _)| format!("AUROC of entropy, {name}")));
     let mut table = Table::new(
-        format!("Digits 0 to 7, with 8 and 9 unknown ({} draws)", config.samples),
-        &["method", "accuracy", "NLL", "calibration error", "AUROC of entropy, unknown classes"],
+        format!("Knowing what one does not know: {} ({} draws)", images.parts.name, config.samples),
+        &columns.iter().map(String::as_str).collect::<Vec<_>>(),
     );
     let spread = |method: usize, pick: fn(&Quality) -> f64| {
         Spread::of(&all.iter().map(|methods| pick(&methods[method].quality)).collect::<Vec<_>>())
     };
     for (number, judged) in all[0].iter().enumerate() {
-        table.row([
+        let mut cells = vec![
             judged.name.to_string(),
             spread(number, |q| q.accuracy).text(),
             spread(number, |q| q.nll).text(),
             spread(number, |q| q.ece).text(),
-            spread(number, |q| q.auroc).text(),
-        ]);
+        ];
+        for set in 0..images.strange.len() {
+            let areas: Vec<f64> = all.iter().map(|methods| methods[number].areas[set]).collect();
+            cells.push(Spread::of(&areas).text());
+        }
+        table.row(cells);
     }
     let mut plot = Plot::lines("Entropy of the prediction", "nats", "share of rows at or below");
-    for Judged { name, entropies: [known, strange], .. } in &all[0][..2] {
-        for (kind, values) in [("known", known), ("unknown", strange)] {
+    let kinds = || std::iter::once("known").chain(images.strange.iter().map(|(name, _)| name.as_str()));
+    for Judged { name, entropies, .. } in &all[0][..2] {
+        for (kind, values) in kinds().zip(entropies) {
             let mut values = values.clone();
             values.sort_by(f64::total_cmp);
             let count = values.len() as f64;
@@ -175,27 +220,38 @@ pub fn run(config: &Config, cx: &Context) -> Result<(Findings, [f64; 2])> {
 struct Judged {
     name: &'static str,
     quality: Quality,
-    /// Of known test rows and of strange rows.
-    entropies: [Vec<f64>; 2],
+    /// Of known test rows, and of each kind of strange rows.
+    entropies: Vec<Vec<f64>>,
+    /// Area under the ROC curve of the entropy, each kind of strange rows against known ones.
+    areas: Vec<f64>,
 }
 
-/// Probabilities of known test rows and of strange rows.
-type Predictions = [Vec<f32>; 2];
+/// Probabilities of known test rows, and of each kind of strange rows.
+type Predictions = Vec<Vec<f32>>;
 
-fn judge(name: &'static str, images: &Images, [known, strange]: Predictions) -> Judged {
-    let entropies = |p: &[f32]| p.chunks(KNOWN.len()).map(entropy).collect::<Vec<f64>>();
-    let (low, high) = (entropies(&known), entropies(&strange));
+fn judge(name: &'static str, images: &Known, found: Predictions) -> Judged {
+    let classes = images.parts.classes;
+    let entropies = |p: &Vec<f32>| p.chunks(classes).map(entropy).collect::<Vec<f64>>();
+    let entropies: Vec<Vec<f64>> = found.iter().map(entropies).collect();
+    let (known, y) = (&found[0], &images.parts.test.y);
     let quality = Quality {
-        accuracy: accuracy(&known, &images.test.y),
-        nll: mean_nll(&known, &images.test.y),
-        ece: calibration_error(&known, &images.test.y, 15),
-        auroc: area_under_roc(&low, &high),
+        accuracy: accuracy(known, y),
+        nll: mean_nll(known, y),
+        ece: calibration_error(known, y, 15),
     };
-    Judged { name, quality, entropies: [low, high] }
+    let areas = entropies[1..].iter().map(|strange| area_under_roc(&entropies[0], strange)).collect();
+    Judged { name, quality, entropies, areas }
 }
 
-fn target() -> Target {
-    Target::mlp(&[64, 32, KNOWN.len()])
+impl Known {
+    fn target(&self) -> Target {
+        Target::mlp(&[self.parts.train.width, 32, self.parts.classes])
+    }
+
+    /// The known test rows, and each kind of strange ones.
+    fn judged(&self) -> impl Iterator<Item = &Labelled> {
+        std::iter::once(&self.parts.test).chain(self.strange.iter().map(|(_, rows)| rows))
+    }
 }
 
 /// The mean of the probabilities of several sets of weights `[sets, N]`.
@@ -211,21 +267,21 @@ fn mean_of_sets(all: &[f32], sets: usize) -> Vec<f32> {
     (0..size).map(|i| (0..sets).map(|set| all[set * size + i]).sum::<f32>() / sets as f32).collect()
 }
 
-fn hyper(config: &Config, images: &Images, cx: &Context) -> Result<Predictions> {
+fn hyper(config: &Config, images: &Known, cx: &Context) -> Result<Predictions> {
     const BATCH: usize = 64;
-    let target = target();
+    let target = images.target();
     let hyper_config = HyperNetConfig::new(target.spec()?)
         .with_conditioning([Conditioning::Noise { dim: NOISE }])
         .with_scheme(OutputScheme::Heads { by_layer: true })
         .with_arch(Arch::Mlp(vec![32, 32]));
-    let rows = images.train.len() as f64;
+    let rows = images.parts.train.len() as f64;
     let count = target.spec()?.numel() as f64;
     let noise = |stream: &str, number: usize, draws| {
         Condition::noise(normals(draws, NOISE, &mut cx.rng(stream, number as u64), &cx.device))
     };
     let hyper = fit(hyper_config.draw(cx, "hypernet")?, Fit::new(config.steps, 2e-3), cx, |hyper, step| {
         let sets: Vec<Labelled> = (0..DRAWS)
-            .map(|draw| images.train.draw(BATCH, &mut cx.rng("batch", (step * DRAWS + draw) as u64)))
+            .map(|draw| images.parts.train.draw(BATCH, &mut cx.rng("batch", (step * DRAWS + draw) as u64)))
             .collect();
         let (x, y) = crate::training::stack(&sets, &cx.device);
         let theta = hyper.generate(&noise("noise", step, DRAWS))?.flat;
@@ -234,7 +290,7 @@ fn hyper(config: &Config, images: &Images, cx: &Context) -> Result<Predictions> 
         Ok(cross_entropy(target.forward(theta, x), y) + bound * (config.temper / rows))
     })?;
     let theta = hyper.generate(&noise("draws", 0, config.samples))?.flat;
-    Ok([&images.test, &images.strange].map(|rows| averaged(&target, theta.clone(), rows, cx)))
+    Ok(images.judged().map(|rows| averaged(&target, theta.clone(), rows, cx)).collect())
 }
 
 /// The mean over draws of the logarithm of the distance to the nearest other draw.
@@ -248,33 +304,35 @@ fn nearest_log_distance(theta: &Tensor<2>) -> Tensor<1> {
     (distances + far).min_dim(1).clamp_min(1e-9).log().mean() * 0.5
 }
 
-fn ensemble(sets: usize, config: &Config, images: &Images, cx: &Context) -> Result<Predictions> {
-    let target = target();
+fn ensemble(sets: usize, config: &Config, images: &Known, cx: &Context) -> Result<Predictions> {
+    let target = images.target();
     let nets =
         fit(Plain::new(&target, sets, cx, "plain")?, Fit::new(config.steps, 2e-3), cx, |nets, step| {
             let batches: Vec<Labelled> = (0..sets)
-                .map(|set| images.train.draw(64, &mut cx.rng("batch", (step * DRAWS + set) as u64)))
+                .map(|set| images.parts.train.draw(64, &mut cx.rng("batch", (step * DRAWS + set) as u64)))
                 .collect();
             let (x, y) = crate::training::stack(&batches, &cx.device);
             // The sum over networks, so that each learns as fast as one alone.
             Ok(cross_entropy(target.forward(nets.theta.val(), x), y) * sets as f64)
         })?;
-    Ok([&images.test, &images.strange].map(|rows| averaged(&target, nets.theta.val(), rows, cx)))
+    Ok(images.judged().map(|rows| averaged(&target, nets.theta.val(), rows, cx)).collect())
 }
 
-fn dropout(config: &Config, images: &Images, cx: &Context) -> Result<Predictions> {
-    let mut target = target();
+fn dropout(config: &Config, images: &Known, cx: &Context) -> Result<Predictions> {
+    let mut target = images.target();
     target.layers.insert(2, Layer::Dropout { prob: DROPOUT });
     let net = fit(Plain::new(&target, 1, cx, "plain")?, Fit::new(config.steps, 2e-3), cx, |net, step| {
-        let (x, y) = images.train.draw(64, &mut cx.rng("batch", (step * DRAWS) as u64)).tensors(&cx.device);
+        let (x, y) =
+            images.parts.train.draw(64, &mut cx.rng("batch", (step * DRAWS) as u64)).tensors(&cx.device);
         Ok(cross_entropy(target.forward_dropping(net.theta.val(), x, step as u64), y))
     })?;
-    Ok([&images.test, &images.strange].map(|rows| {
+    let averaged = |rows: &Labelled| {
         let (x, _) = rows.tensors(&cx.device);
         let draws = (0..config.samples as u64)
             .flat_map(|draw| probabilities(target.forward_dropping(net.theta.val(), x.clone(), draw)));
         mean_of_sets(&draws.collect::<Vec<_>>(), config.samples)
-    }))
+    };
+    Ok(images.judged().map(averaged).collect())
 }
 
 #[cfg(test)]
@@ -289,6 +347,15 @@ mod tests {
         assert!((calibration_error(&p, &[0, 0], 15) - (0.2 + 0.6) / 2.0).abs() < 1e-6);
         assert_eq!(area_under_roc(&[1.0, 2.0], &[2.0, 3.0]), 3.5 / 4.0);
         assert_eq!(mean_of_sets(&p, 2), [0.6, 0.4]);
+    }
+
+    #[test]
+    fn a_shrunk_image_has_the_means_of_the_areas() {
+        let even = shrunk(&[0.5; 28 * 28], 28);
+        assert!(even.len() == 64 && even.iter().all(|x| (x - 0.5).abs() < 1e-5));
+        let rows: Vec<f32> = (0..16 * 16).map(|at| (at / 16) as f32).collect();
+        let found = shrunk(&rows, 16);
+        assert!((found[0] - 0.5).abs() < 1e-5 && (found[63] - 14.5).abs() < 1e-5);
     }
 
     #[test]

@@ -1,27 +1,30 @@
 //! The verbs of `kiln mip`.
 
+mod forward;
 mod register;
+mod scale;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
 use clap::{Args, Parser, Subcommand};
-use kiln_core::{Context, Error, HostTensor, ModelFolder, Plot, Result, TensorFile, write_atomic};
-use kiln_data::{ImageOptions, Images, digits, read_tensors, write_tensors};
-use kiln_nn::{TrainConfig, TrainRun, TrainSummary, likeliest};
+use kiln_core::{Context, Error, ModelFolder, Plot, Result, TensorFile, write_atomic};
+use kiln_data::{ImageOptions, Images, digits};
+use kiln_nn::{Method, TrainConfig, TrainRun, TrainSummary, likeliest};
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::ablation::{self, Axis};
 use crate::arch::{Arch, ClassifierConfig};
+use crate::arms::Optimiser;
 use crate::checkpoint::{self, Config, KIND, PlainConfig, TaskKind};
 use crate::classify::{ClassifyTask, Control, Sampling, predict, predict_mean, scores};
 use crate::convert::{MipConfig, Parametrisation};
-use crate::encoding::{Encoding, Range, condition};
+use crate::encoding::{Range, condition};
 use crate::experiment::{digit_images, probe};
-use crate::hypernet::{HyperNetConfig, Nonlinearity};
+use crate::hypernet::{HyperNetConfig, Nonlinearity, OutputInit};
 use crate::proportionality::measure;
 
 /// The command whose runs a model folder keeps.
@@ -50,6 +53,7 @@ enum Verb {
   kiln mip train --data photos/ --arch lenet --control smoothing --range smooth=0:0.5 --out m/
   kiln mip train --data digits.csv --control noise --gamma-dim 8 --out bayes/
   kiln mip train --data fashion/ --task register --lr 1e-3 --out r/
+  kiln mip train --data scans/ --task scale --lr 1e-3 --out s/      scans/images/*.png with scans/masks/*.png
   kiln mip train --data digits.csv --resume m/      after Ctrl-C or a crash")]
     Train(TrainArgs),
     /// Classify images under one condition or several
@@ -57,7 +61,8 @@ enum Verb {
   kiln mip predict --model m/ --data new.csv --gamma 0.3 --out p.csv
   kiln mip predict --model m/ --data new.csv --gamma-grid 11 --out p.csv
   kiln mip predict --model bayes/ --data new.csv --samples 20 --out p.csv
-  kiln mip predict --model r/ --data fashion/ --gamma 0.1 --out moved/      images and displacements")]
+  kiln mip predict --model r/ --data fashion/ --gamma 0.1 --out moved/      images and displacements
+  kiln mip predict --model s/ --data scans/images --gamma 0.4 --out masks/")]
     Predict(PredictArgs),
     /// Accuracy, likelihood and calibration over the condition
     #[command(after_help = "Examples:
@@ -87,8 +92,9 @@ Weights come from `kiln mip export` or have the same names; --data gives image s
     /// Run a bare hypernetwork on prepared tensors
     #[command(after_help = "Examples:
   kiln mip forward --weights hyper.safetensors --gamma gamma.safetensors:gamma --to theta.safetensors
+  kiln mip forward --weights w.safetensors --gamma w.safetensors:gamma --layout layout.json --x --target --to out.safetensors
 The weights are hyper.hidden0.weight [out, in] and .bias, .., hyper.output.weight and .bias.")]
-    Forward(ForwardArgs),
+    Forward(forward::ForwardArgs),
 }
 
 /// The images to work on.
@@ -159,6 +165,14 @@ struct Recipe {
     /// Images of a step
     #[arg(long, default_value_t = 64, conflicts_with = "resume")]
     batch: usize,
+    /// Draw a condition for every image, not one for all images of a step
+    #[arg(long, conflicts_with = "resume")]
+    #[serde(default)]
+    per_sample: bool,
+    /// What makes a step; sgd has a momentum of 0.9
+    #[arg(long, value_enum, default_value = "adam", conflicts_with = "resume")]
+    #[serde(default)]
+    optim: Optimiser,
     /// Learning rate, the same in every step
     #[arg(long, default_value_t = 3e-4, conflicts_with = "resume")]
     lr: f64,
@@ -187,6 +201,10 @@ impl Recipe {
             clip_norm: self.clip,
             eval_every: self.eval_every,
             checkpoint_every: self.checkpoint_every,
+            method: match self.optim {
+                Optimiser::Adam => Method::AdamW,
+                Optimiser::Sgd => Method::Sgd { momentum: 0.9 },
+            },
             ..TrainConfig::default()
         }
     }
@@ -213,12 +231,16 @@ struct ShapeArgs {
     /// The components in your own units, name=low:high or name=low:high:log
     #[arg(long, value_name = "RANGE")]
     range: Vec<Range>,
-    /// Parameters that depend on the condition; * stands for any characters
-    #[arg(long, value_delimiter = ',', default_value = "*")]
+    /// Parameters that depend on the condition, * stands for any characters; by default all of a classifier, and all but the
+    /// biases of networks over images, whose few numbers would be drawn large
+    #[arg(long, value_delimiter = ',')]
     select: Vec<String>,
     /// Hidden widths of the hypernetwork
     #[arg(long, value_delimiter = ',', default_value = "16,64,128")]
     hidden: Vec<usize>,
+    /// How its output layer is drawn; by default fan_out where weights are added to a network's own, fan_in otherwise
+    #[arg(long, value_enum)]
+    output_init: Option<OutputInit>,
     /// Make its output layer of two matrices with so many numbers between them
     #[arg(long)]
     rank: Option<usize>,
@@ -228,17 +250,18 @@ struct ShapeArgs {
 }
 
 impl ShapeArgs {
-    fn mip(&self) -> Result<MipConfig> {
+    /// The parametrisation; `all` are the parameters that depend on the condition unless others are named.
+    fn mip(&self, all: &str) -> Result<MipConfig> {
         let hypernet = HyperNetConfig {
             encoding: self.param.encoding(),
-            output_init: self.param.output_init(),
+            output_init: self.output_init.unwrap_or(self.param.output_init()),
             hidden: self.hidden.clone(),
             rank: self.rank,
             ..HyperNetConfig::new(self.gamma_dim)
         };
         hypernet.check()?;
         Ok(MipConfig {
-            select: self.select.clone(),
+            select: if self.select.is_empty() { vec![all.into()] } else { self.select.clone() },
             hypernet,
             additive: self.param.is_additive(),
             freeze_base: self.freeze_base,
@@ -265,7 +288,7 @@ impl ShapeArgs {
         Ok(Config {
             task: TaskKind::Classify,
             network,
-            mip: self.mip()?,
+            mip: self.mip("*")?,
             control,
             sampling,
             ranges,
@@ -418,22 +441,6 @@ struct AblateArgs {
     out: PathBuf,
 }
 
-#[derive(Debug, Args)]
-struct ForwardArgs {
-    /// .safetensors or .npz file with the hypernetwork's weights
-    #[arg(long)]
-    weights: PathBuf,
-    /// Conditions [batch, k]: FILE.safetensors:NAME or FILE.npz:NAME
-    #[arg(long, value_name = "FILE:NAME")]
-    gamma: String,
-    /// How conditions enter
-    #[arg(long, value_enum, default_value = "cos_sin")]
-    encoding: Encoding,
-    /// .safetensors or .npz file to write, with encoded and theta
-    #[arg(long)]
-    to: PathBuf,
-}
-
 impl Command {
     /// Runs the verb.
     ///
@@ -448,7 +455,7 @@ impl Command {
             Verb::Convert(args) => run_convert(&args, cx),
             Verb::Analyze(args) => run_analyze(&args, cx),
             Verb::Ablate(args) => run_ablate(&args, cx),
-            Verb::Forward(args) => run_forward(&args, cx),
+            Verb::Forward(args) => forward::run(&args, cx),
         }
     }
 }
@@ -467,8 +474,14 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
     if !(recipe.val_fraction > 0.0 && recipe.val_fraction < 1.0) {
         return Err(Error::usage(format!("--val-fraction {} is not between 0 and 1", recipe.val_fraction)));
     }
-    if recipe.task == TaskKind::Register {
-        return register::train(&run, &args.data, cx);
+    if recipe.per_sample && recipe.shape.batch_norm {
+        return Err(Error::usage("batch norms look at images with other weights")
+            .hint("leave --batch-norm out with --per-sample"));
+    }
+    match recipe.task {
+        TaskKind::Classify => {}
+        TaskKind::Register => return register::train(&run, &args.data, cx),
+        TaskKind::Scale => return scale::train(&run, &args.data, cx),
     }
     let (config, images) = if run.resumed {
         let config: Config = run.folder.config(KIND)?;
@@ -497,6 +510,7 @@ fn run_train(args: TrainArgs, cx: &Context) -> Result<()> {
         sampling: config.sampling,
         gamma_dim: config.ranges.len(),
         batch: recipe.batch,
+        per_sample: recipe.per_sample,
         cx,
     };
     let data = format!("--data {}", args.data.data.display());
@@ -537,8 +551,10 @@ fn split(images: &Images, share: f64, cx: &Context) -> Result<(Images, Images)> 
 }
 
 fn run_predict(args: &PredictArgs, cx: &Context) -> Result<()> {
-    if checkpoint::task(&args.model)? == TaskKind::Register {
-        return register::predict(args, cx);
+    match checkpoint::task(&args.model)? {
+        TaskKind::Classify => {}
+        TaskKind::Register => return register::predict(args, cx),
+        TaskKind::Scale => return scale::predict(args, cx),
     }
     let (config, model) = checkpoint::open(&args.model, cx)?;
     let images = args.data.read_for(&config, true)?;
@@ -576,8 +592,10 @@ fn run_predict(args: &PredictArgs, cx: &Context) -> Result<()> {
 }
 
 fn run_eval(args: &EvalArgs, cx: &Context) -> Result<()> {
-    if checkpoint::task(&args.model)? == TaskKind::Register {
-        return register::eval(args, cx);
+    match checkpoint::task(&args.model)? {
+        TaskKind::Classify => {}
+        TaskKind::Register => return register::eval(args, cx),
+        TaskKind::Scale => return scale::eval(args, cx),
     }
     let (config, model) = checkpoint::open(&args.model, cx)?;
     let images = args.data.read_for(&config, false)?;
@@ -726,39 +744,5 @@ fn run_ablate(args: &AblateArgs, cx: &Context) -> Result<()> {
             );
         }
         text + &format!("curves and table in {}\n", args.out.display())
-    })
-}
-
-fn run_forward(args: &ForwardArgs, cx: &Context) -> Result<()> {
-    let (path, name) = args.gamma.rsplit_once(':').ok_or_else(|| {
-        Error::usage(format!("--gamma {} names no tensor", args.gamma)).hint("write FILE.safetensors:NAME")
-    })?;
-    let gamma = read_tensors(Path::new(path))?.take_float::<2>(name, &cx.device)?;
-    let mut file = read_tensors(&args.weights)?;
-    let encoded = args.encoding.encode(gamma);
-    let mut a = encoded.clone();
-    let hidden = (0..).take_while(|i| file.get(&format!("hyper.hidden{i}.weight")).is_some()).count();
-    let layers = (0..hidden).map(|i| format!("hyper.hidden{i}")).chain(["hyper.output".into()]);
-    for (index, layer) in layers.enumerate() {
-        let weight = file.take_float::<2>(&format!("{layer}.weight"), &cx.device)?;
-        let bias = file.take_float::<1>(&format!("{layer}.bias"), &cx.device)?;
-        let ([outputs, inputs], [_, width]) = (weight.dims(), a.dims());
-        if inputs != width || bias.dims() != [outputs] {
-            let found = format!("{layer}.weight is [{outputs}, {inputs}] and its bias {:?}", bias.dims());
-            return Err(Error::input(args.weights.display(), found)
-                .hint(format!("it must take {width} numbers and have a bias for each output")));
-        }
-        a = a.matmul(weight.transpose()) + bias.unsqueeze_dim::<2>(0);
-        if index < hidden {
-            a = Nonlinearity::LeakyRelu.apply(a);
-        }
-    }
-    let mut output = TensorFile::new();
-    let shape = a.dims();
-    output.insert("encoded", HostTensor::from_tensor(encoded));
-    output.insert("theta", HostTensor::from_tensor(a));
-    write_tensors(&args.to, &output)?;
-    cx.emit(&json!({ "out": args.to, "theta": shape }), |_| {
-        format!("theta {shape:?} in {}\n", args.to.display())
     })
 }
