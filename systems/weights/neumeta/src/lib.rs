@@ -35,8 +35,10 @@
 
 pub mod arch;
 pub mod checkpoint;
+mod command;
 pub mod coords;
 pub mod data;
+mod experiment;
 pub mod family;
 pub mod forward;
 pub mod graph;
@@ -48,6 +50,11 @@ pub mod shp;
 pub mod smooth;
 pub mod training;
 
+use std::path::Path;
+
+use clap::{CommandFactory, FromArgMatches};
+use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
+
 pub use arch::{Arch, NetConfig, Size};
 pub use coords::{NoiseOn, WeightCoords};
 pub use family::{BaseTerm, Family, FamilyConfig};
@@ -58,3 +65,39 @@ pub use objective::Goal;
 pub use shp::{Distances, ShpSolver};
 pub use smooth::CliquePermuter;
 pub use training::{FamilyTask, Objective, PlainTask, Recipe, WarmTask};
+
+/// The system, as the binary sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct NeuMeta;
+
+impl System for NeuMeta {
+    fn card(&self) -> Card {
+        Card {
+            slug: checkpoint::KIND,
+            family: "weights",
+            title: "Neural metamorphosis",
+            paper: "Xingyi Yang, Xinchao Wang, \"Neural Metamorphosis\", ECCV 2024, arXiv 2410.11878",
+            year: 2024,
+            claim: "One implicit function over coordinates of weights writes networks of any width, seen in training or not, \
+                    and loses nothing at 75 % compression.",
+            purpose: "Train a network once, and take it out at whatever size a device has room for",
+        }
+    }
+
+    fn command(&self) -> clap::Command {
+        command::Command::command()
+    }
+
+    fn execute(&self, args: &clap::ArgMatches, cx: &Context) -> Result<()> {
+        let command = command::Command::from_arg_matches(args).map_err(|e| Error::usage(e.to_string()))?;
+        command.run(cx)
+    }
+
+    fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> {
+        experiment::run(self.card(), scale, cx)
+    }
+
+    fn network(&self, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {
+        Ok(Box::new(checkpoint::Captured::open(model, cx)?))
+    }
+}
