@@ -68,19 +68,27 @@ impl Plan {
             own: &[8, 4],
         };
         match scale {
-            Scale::Smoke => {
-                Self { images: 300, test: 200, pretrain: 30, tune: 4, warm: 5, joint: 8, joint_alone: 4, own: &[8], ..quick }
-            }
+            Scale::Smoke => Self {
+                images: 300,
+                test: 200,
+                pretrain: 30,
+                tune: 4,
+                warm: 5,
+                joint: 8,
+                joint_alone: 4,
+                own: &[8],
+                ..quick
+            },
             Scale::Quick => quick,
             Scale::Full => Self {
                 images: 16_000,
                 test: 10_000,
                 goals: &[Goal::Classify, Goal::Segment, Goal::Generate],
-                pretrain: 3000,
+                pretrain: 2000,
                 tune: 200,
                 warm: 1500,
-                joint: 6000,
-                joint_alone: 6000,
+                joint: 4000,
+                joint_alone: 4000,
                 hidden: 128,
                 draws: 50,
                 ablations: true,
@@ -129,7 +137,8 @@ fn things(plan: &Plan, cx: &Context) -> Result<([Images; 2], String)> {
     };
     let train = read("train16k-images-idx3-ubyte.gz", plan.images)?;
     let test = read("t10k-images-idx3-ubyte.gz", plan.test)?;
-    let source = format!("Fashion-MNIST, {} images of 14 x 14 pixels, {} for the test", train.len(), test.len());
+    let source =
+        format!("Fashion-MNIST, {} images of 14 x 14 pixels, {} for the test", train.len(), test.len());
     Ok(([train, test], source))
 }
 
@@ -195,7 +204,13 @@ impl<'a> Study<'a> {
     fn whole(&self) -> Variant {
         let plan = self.plan;
         let share = if self.net.goal == Goal::Segment { 4 } else { 1 };
-        Variant { base: BaseTerm::Interp, noise: 1.0, order: Some(Order::Shortest), warm: 0, joint: plan.joint / share }
+        Variant {
+            base: BaseTerm::Interp,
+            noise: 1.0,
+            order: Some(Order::Shortest),
+            warm: 0,
+            joint: plan.joint / share,
+        }
     }
 
     /// Trains a family.
@@ -246,7 +261,8 @@ impl<'a> Study<'a> {
     }
 
     fn sampled(&self, family: &Family, inr: &Inr, widths: &[usize]) -> Result<Vec<f64>> {
-        let of = |&width: &usize| self.score(&family.sample(inr, Size::new(width), self.plan.draws, self.cx)?);
+        let of =
+            |&width: &usize| self.score(&family.sample(inr, Size::new(width), self.plan.draws, self.cx)?);
         widths.iter().map(of).collect()
     }
 
@@ -268,14 +284,16 @@ impl<'a> Study<'a> {
             let found = self.sampled(&family, &inr, &widths)?;
             lines.push(("NeuMeta as published".into(), found.into_iter().map(Some).collect()));
         }
-        let untouched = self.sampled(&family, &family.draw(&self.cx.device, &mut self.cx.rng("inr", 0)), &widths)?;
+        let untouched =
+            self.sampled(&family, &family.draw(&self.cx.device, &mut self.cx.rng("inr", 0)), &widths)?;
         lines.push(("the base alone, not trained".into(), untouched.into_iter().map(Some).collect()));
         let own = |&width: &usize| -> Result<Option<f64>> {
             match width {
                 FULL => Ok(Some(full)),
                 _ if self.plan.own.contains(&width) => {
                     let valid = few(&self.test);
-                    let plain = self.recipe.train(&self.net, Size::new(width), (&self.train, &valid), self.cx)?;
+                    let plain =
+                        self.recipe.train(&self.net, Size::new(width), (&self.train, &valid), self.cx)?;
                     Ok(Some(self.score(&plain)?))
                 }
                 _ => Ok(None),
@@ -292,8 +310,13 @@ impl<'a> Study<'a> {
                 let recipe = Recipe { steps: self.plan.tune, lr: 1e-3, ..self.recipe };
                 let model = Trainable::from_plain(&small, &self.cx.device);
                 let valid = few(&self.test);
-                let small =
-                    recipe.continue_from(model, &self.net, Size::new(width), (&self.train, &valid), self.cx)?;
+                let small = recipe.continue_from(
+                    model,
+                    &self.net,
+                    Size::new(width),
+                    (&self.train, &valid),
+                    self.cx,
+                )?;
                 tuned.push(Some(self.score(&small)?));
             }
             let name = importance.name();
