@@ -242,7 +242,8 @@ pub(super) struct EvalArgs {
 #[derive(Serialize)]
 struct Line {
     name: String,
-    scores: Vec<f64>,
+    /// None where there is no such network.
+    scores: Vec<Option<f64>>,
 }
 
 pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
@@ -276,7 +277,7 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
     let bar = cx.progress(chosen.len() as u64, "measuring");
     let mut ours = Vec::new();
     for &width in &chosen {
-        ours.push(score(&args.size.sample(&family, &inr, width, cx)?, &samples, cx)?);
+        ours.push(Some(score(&args.size.sample(&family, &inr, width, cx)?, &samples, cx)?));
         bar.inc(1);
     }
     let mut lines = vec![Line { name: "family".into(), scores: ours }];
@@ -298,9 +299,10 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         for (place, &width) in chosen.iter().enumerate() {
             let seen = if family.config.widths.contains(&width) { "" } else { "  (never trained)" };
             text += &format!("\n{width:>5}");
-            lines
-                .iter()
-                .for_each(|line| text += &format!("  {:>1$.4}", line.scores[place], line.name.len().max(6)));
+            for line in &lines {
+                let cell = line.scores[place].map_or("–".into(), |score| format!("{score:.4}"));
+                text += &format!("  {cell:>0$}", line.name.len().max(6));
+            }
             text += seen;
         }
         text + "\n"
@@ -330,34 +332,40 @@ fn baselines(
 ) -> Result<Vec<Line>> {
     let net = &family.config.net;
     let recipe = |steps, lr| Recipe { steps, lr, batch: 64 };
-    let narrower: Vec<usize> = chosen.iter().map(|&width| width.min(family.config.full)).collect();
+    let within = |width: &usize| *width <= family.config.full;
     let mut lines = Vec::new();
     for importance in Importance::ALL {
         if importance == Importance::Taylor && training.is_none() {
             continue;
         }
         let (mut pruned, mut tuned) = (Vec::new(), Vec::new());
-        for &width in &narrower {
+        for &width in chosen {
+            if !within(&width) {
+                pruned.push(None);
+                tuned.push(None);
+                continue;
+            }
             let small = prune(&family.base, width, importance, training.unwrap_or(samples), cx)?;
-            pruned.push(score(&small, samples, cx)?);
+            pruned.push(Some(score(&small, samples, cx)?));
             if let (Some(steps), Some(training)) = (args.tune_steps, training) {
                 let model = Trainable::from_plain(&small, &cx.device);
                 let data = (training, training);
                 let small = recipe(steps, args.lr).continue_from(model, net, small.size, data, cx)?;
-                tuned.push(score(&small, samples, cx)?);
+                tuned.push(Some(score(&small, samples, cx)?));
             }
         }
         lines.push(Line { name: format!("pruned by {}", importance.name()), scores: pruned });
-        if !tuned.is_empty() {
+        if args.tune_steps.is_some() && training.is_some() {
             lines.push(Line { name: format!("pruned by {} and tuned", importance.name()), scores: tuned });
         }
     }
     if let (Some(steps), Some(training)) = (args.own_steps, training) {
         let own = |&width: &usize| {
             let data = (training, training);
-            score(&recipe(steps, 3.0 * args.lr).train(net, Size::new(width), data, cx)?, samples, cx)
+            let plain = recipe(steps, 3.0 * args.lr).train(net, Size::new(width), data, cx)?;
+            score(&plain, samples, cx).map(Some)
         };
-        let scores = narrower.iter().map(own).collect::<Result<_>>()?;
+        let scores = chosen.iter().map(own).collect::<Result<_>>()?;
         lines.push(Line { name: "trained for its width".into(), scores });
     }
     Ok(lines)
@@ -367,14 +375,20 @@ fn write_lines(out: &Path, goal: Goal, chosen: &[usize], trained: &[usize], line
     let names: Vec<&str> = lines.iter().map(|line| line.name.as_str()).collect();
     let mut text = format!("width,trained,{}\n", names.join(","));
     for (place, width) in chosen.iter().enumerate() {
-        let cells: Vec<String> = lines.iter().map(|line| line.scores[place].to_string()).collect();
+        let cells: Vec<String> = lines
+            .iter()
+            .map(|line| line.scores[place].map_or(String::new(), |score| score.to_string()))
+            .collect();
         text += &format!("{width},{},{}\n", trained.contains(width), cells.join(","));
     }
     write_atomic(out, text.as_bytes())?;
     let plot = Plot::lines(format!("{} over the width", goal.metric()), "width", goal.metric());
-    let points =
-        |line: &Line| chosen.iter().zip(&line.scores).map(|(&w, &score)| (w as f64, score)).collect();
-    let plot = lines.iter().fold(plot, |plot, line| plot.series(line.name.clone(), points(line)));
+    let points = |line: &Line| {
+        chosen.iter().zip(&line.scores).filter_map(|(&w, score)| Some((w as f64, (*score)?))).collect()
+    };
+    // Six lines can be told apart; all of them are in the table.
+    let drawn = lines.iter().filter(|line| !["L2", "random"].iter().any(|word| line.name.contains(word)));
+    let plot = drawn.fold(plot, |plot, line| plot.series(line.name.clone(), points(line)));
     plot.save(&out.with_extension("svg"))
 }
 
