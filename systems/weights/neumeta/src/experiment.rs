@@ -58,9 +58,9 @@ impl Plan {
             goals: &[Goal::Classify],
             pretrain: 700,
             tune: 40,
-            warm: 100,
-            joint: 350,
-            joint_alone: 100,
+            warm: 300,
+            joint: 300,
+            joint_alone: 150,
             hidden: 64,
             frequencies: 4,
             draws: 8,
@@ -69,28 +69,30 @@ impl Plan {
         };
         match scale {
             Scale::Smoke => Self {
-                images: 300,
-                test: 200,
-                pretrain: 30,
-                tune: 4,
-                warm: 5,
-                joint: 8,
+                images: 200,
+                test: 100,
+                goals: &[Goal::Classify, Goal::Segment, Goal::Generate],
+                pretrain: 16,
+                tune: 2,
+                warm: 4,
+                joint: 4,
                 joint_alone: 4,
-                own: &[8],
+                draws: 2,
+                ablations: true,
+                own: &[8, 4],
                 ..quick
             },
             Scale::Quick => quick,
             Scale::Full => Self {
                 images: 16_000,
-                test: 10_000,
+                test: 4000,
                 goals: &[Goal::Classify, Goal::Segment, Goal::Generate],
-                pretrain: 2000,
+                pretrain: 1500,
                 tune: 200,
-                warm: 1500,
-                joint: 4000,
-                joint_alone: 4000,
-                hidden: 128,
-                draws: 50,
+                warm: 1000,
+                joint: 3000,
+                joint_alone: 3000,
+                draws: 16,
                 ablations: true,
                 own: &[12, 8, 4],
                 ..quick
@@ -110,7 +112,7 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     }
     report.notes.push(format!(
         "{source}; {FULL} channels in the full network's first stage. With a base, the function is added to the ordered \
-         weights of the full network, sampled at the same relative place; without, it writes all of a weight, as published. \
+         weights of the full network, averaged over the same relative place; without, it writes all of a weight, as published. \
          The paper trains for about 90 000 steps."
     ));
     report.seconds = begun.elapsed().as_secs_f64();

@@ -21,8 +21,10 @@ const BEYOND: f64 = 1.5;
 pub enum BaseTerm {
     /// Nothing: it writes all of a weight, as published
     None,
-    /// The ordered weights of the full network, sampled at the same place
+    /// The ordered weights of the full network, averaged over the same place
     Interp,
+    /// The ordered weights of the full network, the nearest to the same place
+    Nearest,
 }
 
 /// Configuration of a [`Family`].
@@ -112,7 +114,7 @@ impl Family {
 
     /// An untrained implicit function; added to a base, it writes 0.
     pub fn draw(&self, device: &Device, rng: &mut impl Rng) -> Inr {
-        self.config.inr.init(self.config.base == BaseTerm::Interp, device, rng)
+        self.config.inr.init(self.config.base != BaseTerm::None, device, rng)
     }
 
     /// The full network's size.
@@ -185,23 +187,36 @@ impl Family {
         let written = if self.config.output_scale { written * self.spreads[index] } else { written };
         match self.config.base {
             BaseTerm::None => written,
-            BaseTerm::Interp => written + vector(&self.sampled_base(index, spec), device),
+            BaseTerm::Interp | BaseTerm::Nearest => written + vector(&self.sampled_base(index, spec), device),
         }
     }
 
-    /// The full network's tensor at the places `o / C_out`, `c / C_in`, times how many more inputs are summed there; of
+    /// The full network's tensor where the channels of a smaller one lie, times how many more inputs are summed there; of
     /// a kernel its middle.
+    ///
+    /// A channel of the smaller network stands for the channels `o C/C_out` to `(o + 1) C/C_out` of the full one. Their mean
+    /// is what takes their place as an output, and what follows sums as many inputs of that mean: where neighbours are
+    /// alike, the function stays the same.
     fn sampled_base(&self, index: usize, spec: &TensorSpec) -> Vec<f32> {
         let (full, values) = (&self.specs[index], &self.base.tensors[index]);
         let ([outputs, inputs, taps], [all_outputs, all_inputs, all_taps]) = (spec.extents(), full.extents());
-        let place = |i: usize, count: usize, all: usize| (2 * i + 1) * all / (2 * count);
+        let shares = match self.config.base {
+            BaseTerm::Nearest => nearest,
+            BaseTerm::None | BaseTerm::Interp => overlaps,
+        };
+        let (rows, columns) = (shares(outputs, all_outputs), shares(inputs, all_inputs));
         let tap = middle(&spec.shape, &full.shape);
         let gain = all_inputs as f32 / inputs as f32;
-        let mut sampled = Vec::with_capacity(outputs * inputs * taps);
-        for o in 0..outputs {
-            for c in 0..inputs {
-                let kernel = place(o, outputs, all_outputs) * all_inputs + place(c, inputs, all_inputs);
-                sampled.extend(tap.iter().map(|tap| gain * values[kernel * all_taps + tap]));
+        let mut sampled = vec![0.0; outputs * inputs * taps];
+        for (o, row) in rows.iter().enumerate() {
+            for (c, column) in columns.iter().enumerate() {
+                let kernel = &mut sampled[(o * inputs + c) * taps..][..taps];
+                for (&(source, share), &(input, part)) in
+                    row.iter().flat_map(|r| column.iter().map(move |c| (r, c)))
+                {
+                    let given = &values[(source * all_inputs + input) * all_taps..][..all_taps];
+                    kernel.iter_mut().zip(&tap).for_each(|(w, &tap)| *w += gain * share * part * given[tap]);
+                }
             }
         }
         sampled
@@ -271,6 +286,24 @@ impl Family {
     }
 }
 
+/// For each of `count` channels the one of `all` that lies nearest, which counts in full.
+fn nearest(count: usize, all: usize) -> Vec<Vec<(usize, f32)>> {
+    (0..count).map(|i| vec![((2 * i + 1) * all / (2 * count), 1.0)]).collect()
+}
+
+/// For each of `count` channels those of `all` that lie where it does, and what share of its place each has.
+fn overlaps(count: usize, all: usize) -> Vec<Vec<(usize, f32)>> {
+    // In units of which a channel of the smaller network is `all` long and one of the full network `count`.
+    let of = |i: usize| {
+        let (start, end) = (i * all, (i + 1) * all);
+        let share = |source: usize| end.min((source + 1) * count) - start.max(source * count);
+        (start / count..end.div_ceil(count))
+            .map(|source| (source, share(source) as f32 / all as f32))
+            .collect()
+    };
+    (0..count).map(of).collect()
+}
+
 /// Which taps of a full kernel a smaller one has: those in its middle.
 fn middle(shape: &[usize], full: &[usize]) -> Vec<usize> {
     match (shape, full) {
@@ -305,4 +338,20 @@ pub fn norms(written: &[Tensor<1>]) -> Tensor<1> {
     const LEAST: f64 = 1e-24;
     let norm = |w: &Tensor<1>| (w.clone().powi_scalar(2).sum() + LEAST).sqrt();
     Tensor::cat(written.iter().map(norm).collect(), 0).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn channels_lie_where_as_large_a_part_of_the_full_network_does() {
+        assert_eq!(overlaps(2, 4), [vec![(0, 0.5), (1, 0.5)], vec![(2, 0.5), (3, 0.5)]]);
+        let third = overlaps(3, 4);
+        assert_eq!(third[1], [(1, 0.5), (2, 0.5)]);
+        assert_eq!(third[0], [(0, 0.75), (1, 0.25)]);
+        assert_eq!(overlaps(3, 3), nearest(3, 3));
+        assert_eq!(overlaps(4, 2)[1], [(0, 1.0)]);
+        assert_eq!(nearest(2, 8), [[(2, 1.0)], [(6, 1.0)]]);
+    }
 }

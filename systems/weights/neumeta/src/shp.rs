@@ -3,8 +3,8 @@
 //! Up to twelve cities are ordered exactly (Held and Karp 1962). More are a travelling salesman's problem with one city
 //! added that is at distance 0 from all: where the tour passes it, the path begins and ends. Tours are built from nearest
 //! neighbours, improved by 2-opt and Or-opt over neighbour lists with don't-look bits (Bentley 1992) until nothing helps,
-//! and then shaken: three pieces near each other change places, what that undid is improved again, and the tour is kept
-//! unless it got longer (Martin, Otto and Felten 1991).
+//! and then the best of them are shaken: two pieces that follow each other change places, what that undid is improved again,
+//! and the tour is kept unless it got much longer (Martin, Otto and Felten 1991).
 
 use std::collections::VecDeque;
 
@@ -21,13 +21,17 @@ const ALL_STARTS: usize = 200;
 /// Starts of larger tours.
 const FEW_STARTS: usize = 4;
 /// Neighbours of a city that a move may join it to.
-const NEIGHBOURS: usize = 12;
+const NEIGHBOURS: usize = 10;
 /// Cities that Or-opt moves together, at most.
 const SEGMENT: usize = 3;
-/// Shakes for each city.
-const KICKS: usize = 30;
+/// So many of the best tours are shaken, side by side.
+const CHAINS: usize = 4;
+/// Shakes for each city, over all of those.
+const KICKS: usize = 100;
+/// How much longer than the shortest tour so far one may be kept, in mean distances along it.
+const SLACK: f64 = 0.1;
 /// Places that a shake is spread over.
-const KICK_SPAN: usize = 50;
+const KICK_SPAN: usize = 30;
 /// Most cities: the distances of more would fill the memory.
 const MAX_CITIES: usize = 16_384;
 /// A move must gain more than that.
@@ -175,15 +179,18 @@ impl Default for ShpSolver {
 
 impl ShpSolver {
     /// A short path through all cities: the shortest of all for up to twelve.
-    pub fn solve(&self, distances: &Distances, cx: &Context) -> HamiltonianPath {
+    ///
+    /// # Errors
+    /// When the user stops the search.
+    pub fn solve(&self, distances: &Distances, cx: &Context) -> Result<HamiltonianPath> {
         let path = match distances.cities {
             0..=EXACT => exact(distances),
-            _ => self.improve(distances, cx),
+            _ => self.improve(distances, cx)?,
         };
-        HamiltonianPath { length: distances.length(&path), path }
+        Ok(HamiltonianPath { length: distances.length(&path), path })
     }
 
-    fn improve(&self, distances: &Distances, cx: &Context) -> Vec<usize> {
+    fn improve(&self, distances: &Distances, cx: &Context) -> Result<Vec<usize>> {
         let cities = distances.cities;
         let starts = if cities <= ALL_STARTS { cities } else { FEW_STARTS };
         let lists = neighbours(distances);
@@ -193,21 +200,32 @@ impl ShpSolver {
             tour.descend();
             (tour.length(), tour)
         };
-        let tours: Vec<(f64, Tour)> = (0..starts).into_par_iter().map(begin).collect();
-        let (_, mut tour) = tours.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).expect("one start at least");
-        let kicks = self.kicks * cities;
-        let bar = cx.progress(kicks as u64, "shortening the path");
-        let mut rng = cx.rng("shp", 0);
-        for kick in 0..kicks {
-            tour.shake(&mut rng);
-            if kick % 256 == 255 {
-                bar.inc(256);
-                if cx.interrupted() {
-                    break;
+        let mut tours: Vec<(f64, Tour)> = (0..starts).into_par_iter().map(begin).collect();
+        tours.sort_by(|a, b| a.0.total_cmp(&b.0));
+        tours.truncate(CHAINS);
+        let kicks = self.kicks * cities / tours.len();
+        let bar = cx.progress((kicks * tours.len()) as u64, "shortening the path");
+        let shaken = tours.into_par_iter().enumerate().map(|(chain, (begun, mut tour))| {
+            let mut rng = cx.rng("shp", chain as u64);
+            let slack = SLACK * begun / cities as f64;
+            let (mut length, mut best) = (begun, (begun, tour.path()));
+            for kick in 1..=kicks {
+                length += tour.shake(best.0 + slack - length, &mut rng);
+                if length < best.0 - LEAST_GAIN {
+                    best = (length, tour.path());
+                }
+                if kick % 256 == 0 {
+                    bar.inc(256);
+                    if cx.interrupted() {
+                        return Err(Error::interrupted("stopped while a path was shortened"));
+                    }
                 }
             }
-        }
-        tour.path()
+            Ok(best)
+        });
+        let shaken: Vec<(f64, Vec<usize>)> = shaken.collect::<Result<_>>()?;
+        let shortest = shaken.into_iter().min_by(|a, b| a.0.total_cmp(&b.0));
+        Ok(shortest.expect("one start at least").1)
     }
 }
 
@@ -286,6 +304,8 @@ struct Tour<'a> {
     /// Cities whose surroundings changed since they were last looked at.
     pending: VecDeque<usize>,
     is_pending: Vec<bool>,
+    /// The order before the last shake.
+    before: Vec<usize>,
 }
 
 impl<'a> Tour<'a> {
@@ -299,6 +319,7 @@ impl<'a> Tour<'a> {
             place: vec![0; count],
             pending: (0..count).collect(),
             is_pending: vec![true; count],
+            before: Vec::new(),
         };
         tour.number(0..count);
         tour
@@ -342,12 +363,16 @@ impl<'a> Tour<'a> {
         }
     }
 
-    /// Makes moves until none helps.
-    fn descend(&mut self) {
+    /// Makes moves until none helps; by how much the tour became shorter.
+    fn descend(&mut self) -> f64 {
+        let mut gained = 0.0;
         while let Some(city) = self.pending.pop_front() {
             self.is_pending[city] = false;
-            while self.two_opt(city) || self.or_opt(city) {}
+            while let Some(gain) = self.two_opt(city).or_else(|| self.or_opt(city)) {
+                gained += gain;
+            }
         }
+        gained
     }
 
     /// The cities that one may be joined to: its neighbours and the added one.
@@ -359,7 +384,7 @@ impl<'a> Tour<'a> {
     }
 
     /// Replaces an edge at `a` and another by two shorter ones.
-    fn two_opt(&mut self, a: usize) -> bool {
+    fn two_opt(&mut self, a: usize) -> Option<f64> {
         for forward in [true, false] {
             let beside = |tour: &Self, city| if forward { tour.next(city) } else { tour.previous(city) };
             let b = beside(self, a);
@@ -373,17 +398,18 @@ impl<'a> Tour<'a> {
                     break;
                 }
                 let d = beside(self, c);
-                if new + self.between(b, d) - old - self.between(c, d) < -LEAST_GAIN {
+                let gain = old + self.between(c, d) - new - self.between(b, d);
+                if gain > LEAST_GAIN {
                     match forward {
                         true => self.reverse(b, c),
                         false => self.reverse(c, b),
                     }
                     [a, b, c, d].into_iter().for_each(|city| self.look_at(city));
-                    return true;
+                    return Some(gain);
                 }
             }
         }
-        false
+        None
     }
 
     /// Turns round the part of the tour from one city forward to another.
@@ -406,7 +432,7 @@ impl<'a> Tour<'a> {
     }
 
     /// Moves up to three cities from `head` on to where they lie better.
-    fn or_opt(&mut self, head: usize) -> bool {
+    fn or_opt(&mut self, head: usize) -> Option<f64> {
         for forward in [true, false] {
             let mut segment = vec![head];
             while segment.len() <= SEGMENT && segment.len() + 3 < self.order.len() {
@@ -417,19 +443,19 @@ impl<'a> Tour<'a> {
                 };
                 let gain =
                     self.between(before, head) + self.between(tail, after) - self.between(before, after);
-                if let Some((c, d)) = self.better_place(&segment, gain) {
+                if let Some(([c, d], added)) = self.better_place(&segment, gain) {
                     self.move_between(&segment, c, d);
                     [before, after, head, tail, c, d].into_iter().for_each(|city| self.look_at(city));
-                    return true;
+                    return Some(gain - added);
                 }
                 segment.push(after);
             }
         }
-        false
+        None
     }
 
-    /// An edge that a segment, its head at the first end, lengthens by less than `gain`.
-    fn better_place(&self, segment: &[usize], gain: f64) -> Option<(usize, usize)> {
+    /// An edge that a segment, its head at the first end, lengthens by less than `gain`, and by how much.
+    fn better_place(&self, segment: &[usize], gain: f64) -> Option<([usize; 2], f64)> {
         let (head, tail) = (segment[0], segment[segment.len() - 1]);
         for c in self.candidates(head).filter(|c| !segment.contains(c)) {
             let to_head = self.between(c, head);
@@ -442,7 +468,7 @@ impl<'a> Tour<'a> {
             for d in [self.next(c), self.previous(c)] {
                 let added = to_head + self.between(tail, d) - self.between(c, d);
                 if !segment.contains(&d) && added - gain < -LEAST_GAIN {
-                    return Some((c, d));
+                    return Some(([c, d], added));
                 }
             }
         }
@@ -479,8 +505,9 @@ impl<'a> Tour<'a> {
         }
     }
 
-    /// Exchanges two pieces that follow each other, descends, and takes that back if the tour got longer.
-    fn shake(&mut self, rng: &mut impl Rng) {
+    /// Exchanges two pieces that follow each other and descends; takes that back if the tour became longer by more than
+    /// `most`. By how much it is longer.
+    fn shake(&mut self, most: f64, rng: &mut impl Rng) -> f64 {
         let count = self.order.len();
         let span = KICK_SPAN.min(count - 1);
         let start = rng.random_range(0..=count - 1 - span);
@@ -488,19 +515,27 @@ impl<'a> Tour<'a> {
         cuts.sort_unstable();
         let [i, j, k] = cuts;
         if i == j || j == k {
-            return;
+            return 0.0;
         }
-        let (before, length) = (self.order.clone(), self.length());
-        let piece = [&self.order[j..k], &self.order[i..j]].concat();
-        self.order[i..k].copy_from_slice(&piece);
+        self.before.clone_from(&self.order);
+        let edges = |tour: &Self, places: [usize; 3]| -> f64 {
+            places.iter().map(|&place| tour.between(tour.order[place - 1], tour.order[place % count])).sum()
+        };
+        let old = edges(self, [i, j, k]);
+        self.order[i..j].reverse();
+        self.order[j..k].reverse();
+        self.order[i..k].reverse();
         self.number(i..k);
+        let lost = edges(self, [i, i + k - j, k]) - old;
         let ends = [i - 1, i, i + k - j - 1, i + k - j, k - 1, k % count].map(|place| self.order[place]);
         ends.into_iter().for_each(|city| self.look_at(city));
-        self.descend();
-        if self.length() > length {
-            self.order = before;
+        let longer = lost - self.descend();
+        if longer > most {
+            std::mem::swap(&mut self.order, &mut self.before);
             self.number(0..count);
+            return 0.0;
         }
+        longer
     }
 }
 
@@ -524,7 +559,7 @@ mod tests {
             let mut tour = Tour::new(&distances, &lists, nearest_neighbours(&distances, 0));
             tour.descend();
             let descended = distances.length(&tour.path());
-            let solved = ShpSolver::default().solve(&distances, &cx);
+            let solved = ShpSolver::default().solve(&distances, &cx).unwrap();
             assert!(descended <= begun + 1e-6 && solved.length <= descended + 1e-6, "{begun} {descended}");
             let mut cities = solved.path.clone();
             cities.sort_unstable();
@@ -536,7 +571,7 @@ mod tests {
     fn the_search_finds_what_the_exact_method_finds() {
         for seed in 0..10 {
             let distances = random_points(EXACT, seed);
-            let found = ShpSolver::default().improve(&distances, &Context::for_tests("unused"));
+            let found = ShpSolver::default().improve(&distances, &Context::for_tests("unused")).unwrap();
             assert!((distances.length(&found) - distances.length(&exact(&distances))).abs() < 1e-6);
         }
     }
@@ -546,7 +581,7 @@ mod tests {
         let cx = Context::for_tests("unused");
         for count in [1, 2, 40] {
             let same = Distances::of_points(&vec![0.5; count * 2], 2, Metric::L2).unwrap();
-            let found = ShpSolver::default().solve(&same, &cx);
+            let found = ShpSolver::default().solve(&same, &cx).unwrap();
             assert_eq!((found.length, found.path.len()), (0.0, count));
         }
     }

@@ -158,7 +158,7 @@ impl CliquePermuter {
     /// The same function with its channels in order, checked on pictures of noise.
     ///
     /// # Errors
-    /// When a weight is not finite, or the outputs do change.
+    /// When a weight is not finite, the outputs do change, or the user stops the search.
     pub fn permute(&self, plain: &Plain, cx: &Context) -> Result<(Plain, SmoothReport)> {
         let graph = plain.config.build(plain.size)?.graph;
         let mut choice = Choice::new();
@@ -170,7 +170,7 @@ impl CliquePermuter {
             let distances = Distances::of_points(&rows, width, Metric::L1)?;
             let given: Vec<usize> = (0..clique.channels).collect();
             let path = match self.order {
-                Order::Shortest => self.solver.solve(&distances, cx).path,
+                Order::Shortest => self.solver.solve(&distances, cx)?.path,
                 Order::Random => {
                     let mut path = given.clone();
                     path.shuffle(&mut cx.rng("random order", number as u64));

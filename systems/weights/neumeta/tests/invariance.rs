@@ -121,13 +121,47 @@ fn a_network_sampled_alone_is_the_one_written_together_with_others() {
 fn on_a_base_the_untrained_family_begins_with_the_full_network() {
     let (family, inr) = family(net("lenet", [1, 8, 8]), 4, BaseTerm::Interp, 1.0);
     assert_eq!(family.sample(&inr, family.full(), 3, &cx()).unwrap().tensors, family.base.tensors);
-    // Half as many inputs count twice as much each.
+    // Half as many inputs count twice as much each; a channel is the mean of the two whose place it has.
     let half = family.sample(&inr, Size::new(2), 1, &cx()).unwrap();
     let (small, full) = (&half.tensors[2], &family.base.tensors[2]);
     assert_eq!((small.len(), full.len()), (4 * 2 * 25, 8 * 4 * 25));
-    // Output 1 of 4 lies at 3 of 8, input 0 of 2 at 1 of 4.
-    let (kernel, place) = ((3 * 4 + 1) * 25, 2 * 25);
-    assert_eq!(small[place], 2.0 * full[kernel]);
+    let at = |o: usize, c: usize| full[(o * 4 + c) * 25 + 7];
+    let expected = 2.0 * (at(2, 0) + at(2, 1) + at(3, 0) + at(3, 1)) / 4.0;
+    assert!((small[2 * 25 + 7] - expected).abs() < 1e-6);
+}
+
+#[test]
+fn a_network_whose_channels_come_in_equal_pairs_is_merged_without_loss() {
+    let config = net("small", [1, 8, 8]);
+    let half = random(&config, Size::new(3));
+    // Each channel twice, each of the two giving half to what follows.
+    let graph = config.build(half.size).unwrap().graph;
+    let twice =
+        |spec: &kiln_neumeta::graph::TensorSpec, values: &[f32], last: bool, first: bool| -> Vec<f32> {
+            let [outputs, inputs, taps] = spec.extents();
+            let (o_times, c_times) =
+                (if last { 1 } else { 2 }, if first || spec.shape.len() == 1 { 1 } else { 2 });
+            let kernel = |o: usize, c: usize| values[(o * inputs + c) * taps..][..taps].to_vec();
+            (0..outputs * o_times)
+                .flat_map(|o| {
+                    (0..inputs * c_times)
+                        .flat_map(move |c| kernel(o / o_times, c / c_times))
+                        .collect::<Vec<_>>()
+                })
+                .map(|w| w / c_times as f32)
+                .collect()
+        };
+    let specs = graph.tensors();
+    let tensors = specs.iter().zip(&half.tensors).enumerate();
+    let tensors =
+        tensors.map(|(i, (spec, values))| twice(spec, values, i >= specs.len() - 2, i < 2)).collect();
+    let full = Plain { config: config.clone(), size: Size::new(6), tensors };
+    let (mut family, inr) = family(config, 6, BaseTerm::Interp, 0.0);
+    family = Family::new(family.config, full).unwrap();
+    let merged = family.sample(&inr, Size::new(3), 1, &cx()).unwrap();
+    for (found, expected) in merged.tensors.iter().flatten().zip(half.tensors.iter().flatten()) {
+        assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+    }
 }
 
 #[test]

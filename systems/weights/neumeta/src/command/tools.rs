@@ -45,7 +45,7 @@ pub(super) fn shp(args: &ShpArgs, cx: &Context) -> Result<()> {
         Given::L2 => Distances::of_points(&values, values.len() / rows, Metric::L2),
         Given::Table => Distances::of_table(values, rows),
     };
-    let found = ShpSolver::default().solve(&distances.map_err(place)?, cx);
+    let found = ShpSolver::default().solve(&distances.map_err(place)?, cx)?;
     if let Some(to) = &args.to {
         let lines: String = found.path.iter().map(|city| format!("{city}\n")).collect();
         write_atomic(to, format!("city\n{lines}").as_bytes())?;
