@@ -117,7 +117,7 @@ impl FromStr for Arch {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let blocks = |name: &str| {
             let layers: usize = name.strip_prefix("resnet")?.parse().ok()?;
-            (layers >= 8 && layers <= 110 && layers % 6 == 2).then(|| (layers - 2) / 6)
+            ((8..=110).contains(&layers) && layers % 6 == 2).then(|| (layers - 2) / 6)
         };
         match text {
             "lenet" => Ok(Self::Chain { name: text.into(), stages: chain(LENET)? }),

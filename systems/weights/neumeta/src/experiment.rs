@@ -71,15 +71,13 @@ impl Plan {
             Scale::Smoke => Self {
                 images: 200,
                 test: 100,
-                goals: &[Goal::Classify, Goal::Segment, Goal::Generate],
                 pretrain: 16,
                 tune: 2,
                 warm: 4,
                 joint: 4,
                 joint_alone: 4,
                 draws: 2,
-                ablations: true,
-                own: &[8, 4],
+                own: &[8],
                 ..quick
             },
             Scale::Quick => quick,
