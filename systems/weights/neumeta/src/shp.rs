@@ -25,11 +25,11 @@ const NEIGHBOURS: usize = 10;
 /// Cities that Or-opt moves together, at most.
 const SEGMENT: usize = 3;
 /// So many of the best tours are shaken, side by side.
-const CHAINS: usize = 4;
+const CHAINS: usize = 8;
 /// Shakes for each city, over all of those.
 const KICKS: usize = 100;
 /// How much longer than the shortest tour so far one may be kept, in mean distances along it.
-const SLACK: f64 = 0.1;
+const SLACK: f64 = 0.02;
 /// Places that a shake is spread over.
 const KICK_SPAN: usize = 30;
 /// Most cities: the distances of more would fill the memory.
