@@ -129,6 +129,17 @@ pub fn open_base(path: &Path) -> Result<(Family, Labels)> {
 pub fn open_family(path: &Path, cx: &Context) -> Result<(Family, Inr, Labels)> {
     let (family, labels) = open_base(path)?;
     let weights = ModelFolder::new(path).weights()?;
+    // Before anything is drawn: a configuration from outside must not fill the memory.
+    let own = weights.names().filter(|name| name.starts_with("mlps.")).filter_map(|name| weights.get(name));
+    let (found, expected) =
+        (own.map(|tensor| tensor.shape.iter().product::<usize>()).sum::<usize>(), family.config.inr.numel());
+    if found != expected {
+        let message =
+            format!("holds a function of {found} parameters, config.json describes one of {expected}");
+        return Err(Error::input(weights.source().display(), message).hint(
+            "does config.json belong to these weights? was the training stopped before its first validation?",
+        ));
+    }
     let inr = weights.into_module(family.draw(&cx.device, &mut cx.rng("init", 0)))?;
     Ok((family, inr.averaged()?, labels))
 }

@@ -61,6 +61,14 @@ impl InrConfig {
         Ok(())
     }
 
+    /// Number of parameters.
+    pub fn numel(&self) -> usize {
+        let (input, hidden) = (encoded_width(self.frequencies), self.hidden);
+        let block = hidden * hidden + hidden + usize::from(self.residual);
+        let mlp = (input + 1) * hidden + (self.layers - 1) * block + (hidden + 1) * self.taps;
+        self.tensors * mlp
+    }
+
     /// Draws the parameters, all of them uniformly within `1/√fan_in`; with `quiet`, last layers that put out 0.
     pub fn init(&self, quiet: bool, device: &Device, rng: &mut impl Rng) -> Inr {
         let linear = |from, to, device: &Device| LinearConfig::new(from, to).init(device);

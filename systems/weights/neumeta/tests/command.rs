@@ -348,10 +348,16 @@ fn what_does_not_fit_is_named() {
     desk.write("other.csv", "a,b,label\n1,2,up\n3,4,down\n");
     desk.assert_refused("eval --model @family --data @other.csv", "the model was trained on [1, 3, 3]");
     assert!(!desk.path("x").exists());
-    // A family whose function was damaged.
+    // A family whose function was damaged, and one whose configuration asks for more than there is.
     let path = desk.path("family/model.safetensors");
-    let mut file = TensorFile::read(&path).unwrap();
-    file.insert("mlps.0.input.weight", HostTensor::float([4, 3], vec![0.0; 12]));
+    let whole = TensorFile::read(&path).unwrap();
+    let mut file = whole.clone();
+    file.insert("mlps.0.output.bias", HostTensor::float([9], vec![f32::NAN; 9]));
     file.write(&path).unwrap();
-    desk.assert_refused("sample --model @family --width 2 --to @x", "mlps.0.input.weight");
+    desk.assert_refused("sample --model @family --width 2 --to @x", "mlps.0.output.bias");
+    whole.write(&path).unwrap();
+    let config = fs::read_to_string(desk.path("family/config.json")).unwrap();
+    desk.write("family/config.json", config.replace("\"hidden\": 4", "\"hidden\": 8000"));
+    desk.assert_refused("sample --model @family --width 2 --to @x", "config.json describes one of");
+    assert!(!desk.path("x").exists());
 }
