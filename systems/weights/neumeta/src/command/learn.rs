@@ -161,7 +161,7 @@ pub(super) fn pretrain(args: PretrainArgs, cx: &Context) -> Result<()> {
     let mut task =
         PlainTask { config: net, built: &built, train: &train, valid: &valid, batch: recipe.batch, cx };
     let trained = run.train(model, &mut task, &training, &args.data.words(), cx)?;
-    let summary = run.finish(&trained, "loss")?;
+    let summary = run.finish(&trained, "nats")?;
     let plain = trained.model.to_plain(net, *size)?;
     checkpoint::save_plain(run.folder.path(), &plain, labels)?;
     let parameters = plain.parameters(&cx.device);
@@ -494,7 +494,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
     let mut task =
         FamilyTask { family: &family, objective: &objective, steps, train: &train, valid: &valid, cx };
     let trained = run.train(inr, &mut task, &training, &args.data.words(), cx)?;
-    let summary = run.finish(&trained, "loss")?;
+    let summary = run.finish(&trained, "nats")?;
     let inr = trained.model.averaged()?;
     let score = |plain: &Plain| {
         let (built, parameters) = (net.build(plain.size)?, plain.parameters(&cx.device));
