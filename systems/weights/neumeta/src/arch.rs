@@ -10,11 +10,11 @@ use crate::graph::{ChannelGraph, NodeId};
 use crate::objective::Goal;
 
 /// The chain behind `lenet`.
-const LENET: &str = "conv1(cin->w,3x3)+relu+avgpool2; conv2(w->2w,5x5)+relu+avgpool2; conv3(2w->4w,5x5)+relu+global mean; \
-                     fc(4w->classes)";
+const LENET: &str = "conv1(cin->w,3x3)+relu+avgpool2; conv2(w->2w,5x5)+relu+avgpool2; \
+                     conv3(2w->4w,5x5)+relu+global mean; fc(4w->classes)";
 /// The chain behind `small`.
-const SMALL: &str = "conv1(cin->w,3x3)+relu+avgpool2; conv2(w->2w,3x3)+relu+avgpool2; conv3(2w->4w,3x3)+relu+global mean; \
-                     fc(4w->classes)";
+const SMALL: &str = "conv1(cin->w,3x3)+relu+avgpool2; conv2(w->2w,3x3)+relu+avgpool2; \
+                     conv3(2w->4w,3x3)+relu+global mean; fc(4w->classes)";
 /// Numbers that a picture is squeezed into by `vae`.
 pub const LATENT: usize = 8;
 /// Most channels or kernel rows that a description may ask for.
@@ -433,8 +433,8 @@ impl NetConfig {
         graph.conv("head", x, self.classes, 1, 1)
     }
 
-    /// Kingma and Welling 2014, with convolutions. The layers around the code have kernels as large as what is left of the
-    /// picture there, so that a coordinate stands for all of it.
+    /// Kingma and Welling 2014, with convolutions. The layers around the code have kernels as large as what is left of
+    /// the picture there, so that a coordinate stands for all of it.
     fn vae(&self, graph: &mut ChannelGraph, image: NodeId, size: Size) -> (NodeId, Option<Latent>) {
         let (width, kernel) = (size.width, size.kernel(3));
         let [channels, height, breadth] = self.image;

@@ -31,8 +31,8 @@ impl NoiseOn {
     }
 }
 
-/// Coordinates `(l, o, c, L, C_out, C_in)` of all kernels of a tensor: its number, output and input channel, and how many
-/// there are of each. Rows run over `o`, then `c`.
+/// Coordinates `(l, o, c, L, C_out, C_in)` of all kernels of a tensor: its number, output and input channel, and how
+/// many there are of each. Rows run over `o`, then `c`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WeightCoords {
     /// `[kernels, 6]`
@@ -56,8 +56,8 @@ impl WeightCoords {
         }
     }
 
-    /// What the implicit function sees: `u = (l/L, o/C_out, c/C_in, L/N, C_out/N, C_in/N)`, then for each frequency `f` and
-    /// each of the six `sin(2^f π u)` and `cos(2^f π u)`.
+    /// What the implicit function sees: `u = (l/L, o/C_out, c/C_in, L/N, C_out/N, C_in/N)`, then for each frequency `f`
+    /// and each of the six `sin(2^f π u)` and `cos(2^f π u)`.
     ///
     /// The highest argument is 2^15 π: sines are taken in double precision, and of twice the angle by
     /// `sin 2x = 2 sin x cos x`, `cos 2x = cos² x - sin² x`, which loses a binary digit each time.

@@ -64,8 +64,8 @@ impl Samples {
         Ok((self.select(train), self.select(valid)))
     }
 
-    /// Reads the masks of a folder of pictures: for each file `name.png` of `folder` a mask `name.png`, whose values are
-    /// classes.
+    /// Reads the masks of a folder of pictures: for each file `name.png` of `folder` a mask `name.png`, whose values
+    /// are classes.
     ///
     /// # Errors
     /// When a mask is missing, has another size, or names a class of `classes` or above.
@@ -139,8 +139,8 @@ pub fn halved(images: &Images) -> Images {
     Images { shape: [channels, tall, wide], pixels, labels: images.labels.clone(), ..images.clone() }
 }
 
-/// Scenes of two or three things each on a square canvas, with masks: 0 where there is nothing, else the thing's class and
-/// one more. Later things hide earlier ones.
+/// Scenes of two or three things each on a square canvas, with masks: 0 where there is nothing, else the thing's class
+/// and one more. Later things hide earlier ones.
 ///
 /// # Panics
 /// When the things are larger than the canvas.

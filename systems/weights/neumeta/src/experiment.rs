@@ -109,8 +109,9 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
         study.report(&mut report)?;
     }
     report.notes.push(format!(
-        "{source}; {FULL} channels in the full network's first stage. With a base, the function is added to the ordered \
-         weights of the full network, averaged over the same relative place; without, it writes all of a weight, as published. \
+        "{source}; {FULL} channels in the full network's first stage. With a base, the function is added to the \
+         ordered weights of the full network, averaged over the same relative place; without, it writes all of a weight, as \
+         published. \
          The paper trains for about 90 000 steps."
     ));
     report.seconds = begun.elapsed().as_secs_f64();

@@ -191,12 +191,12 @@ impl Family {
         }
     }
 
-    /// The full network's tensor where the channels of a smaller one lie, times how many more inputs are summed there; of
-    /// a kernel its middle.
+    /// The full network's tensor where the channels of a smaller one lie, times how many more inputs are summed there;
+    /// of a kernel its middle.
     ///
-    /// A channel of the smaller network stands for the channels `o C/C_out` to `(o + 1) C/C_out` of the full one. Their mean
-    /// is what takes their place as an output, and what follows sums as many inputs of that mean: where neighbours are
-    /// alike, the function stays the same.
+    /// A channel of the smaller network stands for the channels `o C/C_out` to `(o + 1) C/C_out` of the full one. Their
+    /// mean is what takes their place as an output, and what follows sums as many inputs of that mean: where neighbours
+    /// are alike, the function stays the same.
     fn sampled_base(&self, index: usize, spec: &TensorSpec) -> Vec<f32> {
         let (full, values) = (&self.specs[index], &self.base.tensors[index]);
         let ([outputs, inputs, taps], [all_outputs, all_inputs, all_taps]) = (spec.extents(), full.extents());
@@ -222,8 +222,8 @@ impl Family {
         sampled
     }
 
-    /// A network of this size: the mean of `draws` sets of weights, the first at the coordinates themselves and the others
-    /// moved by noise. One set and the mean are in memory at a time.
+    /// A network of this size: the mean of `draws` sets of weights, the first at the coordinates themselves and the
+    /// others moved by noise. One set and the mean are in memory at a time.
     ///
     /// # Errors
     /// When there is no network of that size, or the function writes numbers that are not finite.

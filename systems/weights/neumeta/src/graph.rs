@@ -1,9 +1,9 @@
 //! A network as a graph of operations in which every channel is accounted for.
 //!
 //! Which axes of which tensors must be permuted together follows from the graph: each node says which *groups* of
-//! channels its output consists of, an addition makes the groups of its two inputs one, and the groups of the image and of
-//! the result are fixed. A group that is not fixed is a *clique*: its channels may change places, or be left out, as long
-//! as every axis that carries them does the same.
+//! channels its output consists of, an addition makes the groups of its two inputs one, and the groups of the image and
+//! of the result are fixed. A group that is not fixed is a *clique*: its channels may change places, or be left out, as
+//! long as every axis that carries them does the same.
 
 use burn::tensor::Tensor;
 use burn::tensor::ops::{AvgPoolOptions, ConvOptions, ConvTransposeOptions};

@@ -187,8 +187,8 @@ impl ModuleVisitor for Parts {
     }
 }
 
-/// Which entries of a raw output a tensor takes: the middle of the flat vector for a kernel (a 3 x 3 kernel takes entries
-/// 8 to 16 of 25), the first for linear weights and biases.
+/// Which entries of a raw output a tensor takes: the middle of the flat vector for a kernel (a 3 x 3 kernel takes
+/// entries 8 to 16 of 25), the first for linear weights and biases.
 pub fn crop(raw: Tensor<2>, spec: &TensorSpec) -> Tensor<2> {
     let [_, _, taps] = spec.extents();
     let start = if spec.shape.len() > 2 { raw.dims()[1] / 2 - taps / 2 } else { 0 };

@@ -8,9 +8,9 @@
 //! ```
 //!
 //! where `F_l` is a small residual perceptron for each tensor ([`inr`]) and yields a whole kernel at once. A trained
-//! network is no such sample: its channels are in no order. Those that must move together ([`graph`]) are put into the order of the
-//! shortest Hamiltonian path ([`shp`], [`smooth`]), which leaves the network's outputs as they are. Then the function
-//! learns from networks of many widths, its coordinates moved by noise ([`family`], [`training`]).
+//! network is no such sample: its channels are in no order. Those that must move together ([`graph`]) are put into the
+//! order of the shortest Hamiltonian path ([`shp`], [`smooth`]), which leaves the network's outputs as they are. Then
+//! the function learns from networks of many widths, its coordinates moved by noise ([`family`], [`training`]).
 //!
 //! ```
 //! # use kiln_core::Context;
@@ -78,8 +78,8 @@ impl System for NeuMeta {
             title: "Neural metamorphosis",
             paper: "Xingyi Yang, Xinchao Wang, \"Neural Metamorphosis\", ECCV 2024, arXiv 2410.11878",
             year: 2024,
-            claim: "One implicit function over coordinates of weights writes networks of any width, seen in training or not, \
-                    and loses nothing at 75 % compression.",
+            claim: "One implicit function over coordinates of weights writes networks of any width, seen in training or \
+                    not, and loses nothing at 75 % compression.",
             purpose: "Train a network once, and take it out at whatever size a device has room for",
         }
     }

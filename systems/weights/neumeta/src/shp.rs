@@ -1,10 +1,10 @@
 //! The shortest Hamiltonian path: an order of cities in which neighbours are close (§3.3).
 //!
 //! Up to twelve cities are ordered exactly (Held and Karp 1962). More are a travelling salesman's problem with one city
-//! added that is at distance 0 from all: where the tour passes it, the path begins and ends. Tours are built from nearest
-//! neighbours, improved by 2-opt and Or-opt over neighbour lists with don't-look bits (Bentley 1992) until nothing helps,
-//! and then the best of them are shaken: two pieces that follow each other change places, what that undid is improved again,
-//! and the tour is kept unless it got much longer (Martin, Otto and Felten 1991).
+//! added that is at distance 0 from all: where the tour passes it, the path begins and ends. Tours are built from
+//! nearest neighbours, improved by 2-opt and Or-opt over neighbour lists with don't-look bits (Bentley 1992) until
+//! nothing helps, and then the best of them are shaken: two pieces that follow each other change places, what that
+//! undid is improved again, and the tour is kept unless it got much longer (Martin, Otto and Felten 1991).
 
 use std::collections::VecDeque;
 

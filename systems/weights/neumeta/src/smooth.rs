@@ -49,8 +49,8 @@ fn chosen(axis: &[Segment], choice: &Choice) -> Vec<usize> {
     places
 }
 
-/// Everything that belongs to each channel of a clique, a row a channel: output rows, biases and input columns of all its
-/// tensors.
+/// Everything that belongs to each channel of a clique, a row a channel: output rows, biases and input columns of all
+/// its tensors.
 ///
 /// # Shapes
 /// - output: `[channels, width]`, and `width`

@@ -92,7 +92,8 @@ impl Task<Inr> for WarmTask<'_> {
     }
 }
 
-/// [`reconstruction`] of each tensor relative to how large its weights are, so that small tensors count as large ones do.
+/// [`reconstruction`] of each tensor relative to how large its weights are, so that small tensors count as large ones
+/// do.
 fn scaled_reconstruction(family: &Family, written: &[Tensor<1>], cx: &Context) -> Tensor<1> {
     let scale = |values: &Vec<f32>| {
         let squares: f32 = values.iter().map(|w| w * w).sum();
@@ -125,7 +126,8 @@ pub struct Objective {
     pub full_share: f64,
     /// Share of the tensors that learn in each step.
     pub ratio: f64,
-    /// Whether layers are handed to the implicit function one after another, the last first; before that they are the base's.
+    /// Whether layers are handed to the implicit function one after another, the last first; before that they are the
+    /// base's.
     pub blockwise: bool,
     /// Samples of a step.
     pub batch: usize,

@@ -108,7 +108,8 @@ fn a_ladder_has_a_network_and_a_line_for_each_width() {
 fn baselines_stand_beside_the_family_and_stop_at_the_full_width() {
     let desk = trained();
     let found = desk.json(
-        "eval --model @family --data @data.csv --widths 2,4,5 --draws 1 --train-data @data.csv --tune-steps 2 --own-steps 2",
+        "eval --model @family --data @data.csv --widths 2,4,5 --draws 1 --train-data @data.csv --tune-steps 2 \
+         --own-steps 2",
     );
     let lines = found["lines"].as_array().unwrap();
     assert_eq!(lines.len(), 1 + 4 * 2 + 1);
@@ -283,7 +284,8 @@ fn an_autoencoder_draws_a_sheet() {
     pictures(&desk);
     desk.json("pretrain --task generate --data @pictures --width 2 --batch 2 --steps 3 --out @full");
     desk.json(
-        "train --base @full --data @pictures --widths 1-2 --hidden 4 --num-freqs 2 --batch 2 --steps 3 --kd 0.1 --out @family",
+        "train --base @full --data @pictures --widths 1-2 --hidden 4 --num-freqs 2 --batch 2 --steps 3 --kd 0.1 \
+         --out @family",
     );
     desk.json("generate --model @family --width 2 --draws 1 --n 5 --to @sheet.png");
     // Two rows of three, a line between them.

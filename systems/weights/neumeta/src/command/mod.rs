@@ -42,14 +42,14 @@ Batch norms are folded into the weights at the end.")]
     /// Put a network's channels into an order in which neighbours are alike; its outputs stay the same
     #[command(after_help = "Examples:
   kiln neumeta smooth --weights full/ --to ordered/
-  kiln neumeta smooth --weights lenet.safetensors --arch lenet --width 32 --image 1x28x28 --classes 10 --to ordered.safetensors
+  kiln neumeta smooth --weights l.safetensors --arch lenet --width 32 --image 1x28x28 --classes 10 --to o.safetensors
 Tensors are called as `kiln neumeta pretrain` calls them; a batch norm after a layer is <layer>.norm.weight, .bias,
 .running_mean and .running_var, and is folded.")]
     Smooth(learn::SmoothArgs),
     /// Train the implicit function of a family around a trained network
     #[command(after_help = "Examples:
   kiln neumeta train --base full/ --data digits.csv --widths 4-16 --hidden 64 --num-freqs 4 --out family/
-  kiln neumeta train --base full/ --data digits.csv --widths 4-16 --base-term none --warm-steps 2000 --steps 20000 --out as-published/
+  kiln neumeta train --base full/ --data d.csv --widths 4-16 --base-term none --warm-steps 2000 --steps 9000 --out f/
   kiln neumeta train --data digits.csv --resume family/      after Ctrl-C or a crash")]
     Train(learn::TrainArgs),
     /// Write the network of one size, or a ladder of sizes, as ordinary model folders
@@ -88,7 +88,7 @@ The plot is written beside the table, as .svg.")]
     /// Run an implicit function on prepared tensors
     #[command(after_help = "Examples:
   kiln neumeta forward --weights inr.safetensors --config config.json --to out.safetensors
-The weights are inr.L.in, inr.L.res0, .. and inr.L.out, each .weight [out, in] and .bias, with inr.L.res0.scale, and x.")]
+The weights are inr.L.in, inr.L.res0, .. and inr.L.out, each .weight [out, in] and .bias, inr.L.res0.scale, .. and x.")]
     Forward(tools::ForwardArgs),
 }
 
@@ -131,8 +131,8 @@ struct DataArgs {
 }
 
 impl DataArgs {
-    /// Pictures with what the goal needs to know about them; `known` are the classes of a trained model, and `blind` says
-    /// that truth is not needed.
+    /// Pictures with what the goal needs to know about them; `known` are the classes of a trained model, and `blind`
+    /// says that truth is not needed.
     fn read(&self, goal: Goal, known: Option<(&NetConfig, &Labels)>, blind: bool) -> Result<Samples> {
         let unlabelled = blind || goal != Goal::Classify;
         let options = ImageOptions {
