@@ -8,6 +8,7 @@ pub use kiln_http as http;
 pub use kiln_hypernet as hypernet;
 pub use kiln_kronecker_attention as kronecker_attention;
 pub use kiln_mip as mip;
+pub use kiln_neumeta as neumeta;
 pub use kiln_nn as nn;
 pub use kiln_ops as ops;
 pub use kiln_stitch as stitch;
@@ -24,5 +25,6 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_tabpfn::Tabpfn,
     &kiln_hypernet::Hypernet,
     &kiln_mip::Mip,
+    &kiln_neumeta::NeuMeta,
     &kiln_stitch::Stitch,
 ];

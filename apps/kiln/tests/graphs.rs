@@ -67,6 +67,14 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             desk.json("export --model @h --gamma 0.5 --to @m");
             2
         }
+        "neumeta" => {
+            let pixels = |i: usize| (0..64).map(|p| format!("{},", (i * p) % 10)).collect::<String>();
+            let row = |i: usize| format!("{}{}\n", pixels(i), ["up", "down"][i % 2]);
+            let names: String = (0..64).map(|p| format!("p{p},")).collect();
+            desk.write("data.csv", format!("{names}label\n{}", (0..40).map(row).collect::<String>()));
+            desk.json("pretrain --data @data.csv --arch small --width 4 --batch 4 --steps 2 --out @m");
+            2
+        }
         "stitch" => {
             let pixels = |i: usize| (0..16).map(|p| format!("{},", (i * p) % 10)).collect::<String>();
             let row = |i: usize| format!("{}{}\n", pixels(i), ["up", "down"][i % 2]);
