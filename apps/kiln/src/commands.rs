@@ -272,7 +272,7 @@ mod tests {
         let cx = Context::for_tests(dir.path());
         std::fs::write(dir.path().join("config.json"), r#"{"kind": "other"}"#).unwrap();
         let out = dir.path().join("graph");
-        let error = export(&[], dir.path().into(), &out, &cx).unwrap_err().to_string();
+        let error = export(&[], dir.path(), &out, &cx).unwrap_err().to_string();
         assert!(error.contains("config.json") && error.contains("\"other\""), "{error}");
         assert!(!out.exists());
     }
