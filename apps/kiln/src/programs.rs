@@ -71,7 +71,8 @@ fn prepared(args: &ProgramArgs) -> Result<(Program, Checked)> {
             Error::input(path.display(), "is no program in the format kiln-loop-ir/1").caused_by(e)
         })?
     } else {
-        text.parse()?
+        text.parse()
+            .map_err(|e: Error| Error::input(path.display(), "is no program in the text form").caused_by(e))?
     };
     check(&program)?;
     let passes = match args.passes.as_slice() {
