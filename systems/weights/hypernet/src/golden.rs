@@ -134,5 +134,5 @@ fn load(file: &TensorFile, scheme: &str, target: &Target, cx: &Context) -> Resul
     for (from, to) in names {
         weights.insert(to, source.take(&from)?);
     }
-    weights.into_module(config.init(None, &cx.device)?)
+    weights.into_module(config.draw(cx, "replaced")?)
 }

@@ -89,7 +89,8 @@ pub fn open(path: &Path, cx: &Context) -> Result<(Config, HyperNet)> {
     let folder = ModelFolder::new(path);
     let config: Config = folder.config(KIND)?;
     config.check().map_err(|e| Error::input(folder.file("config.json").display(), e))?;
-    let hyper = folder.weights()?.into_module(config.hyper.init(None, &cx.device)?)?;
+    // Drawn apart from other threads, although all of it is replaced: Burn's generator is shared.
+    let hyper = folder.weights()?.into_module(config.hyper.draw(cx, "replaced")?)?;
     Ok((config, hyper))
 }
 
