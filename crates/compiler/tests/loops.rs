@@ -275,6 +275,7 @@ fn loops_are_parallel_only_where_turns_are_independent() {
         "X[X[i]] = i",
         "X[floormod(i, 4)] = i",
         "Y[i, 0] = Y[0, i]",
+        "X[i * -9223372036854775808] = i", // wraps: turns 0 and 2 write one element
     ];
     for (bodies, word) in [(&independent[..], "parallel for"), (&dependent[..], "for")] {
         for body in bodies {

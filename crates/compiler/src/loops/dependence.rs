@@ -11,6 +11,9 @@ use super::program::{BinOp, Expr, For, Stmt};
 /// A whole number as a sum of multiples of variables and a constant; the constant's name is empty.
 type Affine = BTreeMap<String, i64>;
 
+/// A larger step from turn to turn could come round to an earlier index where integers wrap.
+const MOST_STEP: u64 = 1 << 31;
+
 /// The lowest and the highest value of a variable.
 type Range = (i64, i64);
 
@@ -35,7 +38,7 @@ impl For {
             let (Some(mut a), Some(mut b)) = (affine(a), affine(b)) else { return false };
             let (turn_a, turn_b) = (a.remove(&self.var).unwrap_or(0), b.remove(&self.var).unwrap_or(0));
             turn_a == turn_b
-                && turn_a != 0
+                && (1..MOST_STEP).contains(&turn_a.unsigned_abs())
                 && largest_gap(&a, &b, ranges).is_some_and(|gap| gap < turn_a.unsigned_abs())
         })
     }
