@@ -12,7 +12,7 @@ use crate::convert::{MipConfig, MipHyper};
 
 /// Steps over which a loss is averaged before it is judged.
 pub const SMOOTHING: usize = 50;
-/// A run whose mean loss exceeds the first loss by this factor has diverged.
+/// A run whose loss exceeds the first by this factor has diverged.
 const DIVERGED: f64 = 10.0;
 
 /// What makes a step of a gradient.
@@ -47,7 +47,7 @@ pub struct Course<M: Module = Classifier> {
     pub losses: Vec<f64>,
     /// Norm of the gradient in every step.
     pub gradient_norms: Vec<f64>,
-    /// Whether the loss became infinite, no number, or its mean over [`SMOOTHING`] steps ten times the first.
+    /// Whether the loss became infinite, no number, or ten times the first.
     pub diverged: bool,
     /// The trained model.
     pub model: MipHyper<M>,
@@ -85,10 +85,7 @@ pub fn follow<M: Module + ModuleDisplay>(
         let gradients = loss.backward();
         let loss = f64::from(loss.into_scalar::<f32>());
         losses.push(loss);
-        // One batch may be bad; a run has diverged when its mean is.
-        let recent = &losses[losses.len().saturating_sub(SMOOTHING)..];
-        let mean = recent.iter().sum::<f64>() / recent.len() as f64;
-        diverged = !loss.is_finite() || mean > DIVERGED * losses[0];
+        diverged = !loss.is_finite() || loss > DIVERGED * losses[0];
         if diverged || cx.interrupted() {
             break;
         }
