@@ -167,7 +167,7 @@ fn every_network_and_its_graph_compute_the_same() {
                 assert_close(&found, expected, &format!("{slug} after {pass:?}"));
             }
         }
-        let mut compiled = Executor::new(&graph).unwrap();
+        let mut compiled = Executor::new(graph).unwrap();
         // The second time the memory is full of what the first left.
         for time in ["first", "second"] {
             let found = compiled.run(&inputs).unwrap_or_else(|e| panic!("{slug}: {e}"));

@@ -1,5 +1,6 @@
 //! Running a graph operation by operation with Burn on the CPU: the reference for everything that is faster.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::backend::ir::{HandleKind, TensorId, TensorIr, TensorStatus};
@@ -38,14 +39,17 @@ impl Graph {
         wanted: impl Iterator<Item = TensorId>,
     ) -> Vec<TensorData> {
         let mut interpreter = TensorInterpreter::<Flex>::new(FlexDevice);
-        for (id, data) in &self.constants {
+        let read: BTreeSet<TensorId> =
+            self.operations.iter().flat_map(|operation| operation.inputs().map(|tensor| tensor.id)).collect();
+        let wanted: Vec<TensorId> = wanted.collect();
+        for (id, data) in self.constants.iter().filter(|(id, _)| read.contains(id) || wanted.contains(id)) {
             interpreter.register_tensor_data_id(*id, data.clone());
         }
         provided.for_each(|(id, data)| interpreter.register_tensor_data_id(id, data));
         for operation in &self.operations {
             interpreter.register_op(operation.clone());
         }
-        wanted.map(|id| read(&mut interpreter, &self.described(id))).collect()
+        wanted.into_iter().map(|id| read_tensor(&mut interpreter, &self.described(id))).collect()
     }
 
     /// Shape and type of a tensor that is an input, a constant or a result.
@@ -93,7 +97,7 @@ fn dtype(kind: PortKind) -> DType {
     }
 }
 
-fn read(interpreter: &mut TensorInterpreter<Flex>, tensor: &TensorIr) -> TensorData {
+fn read_tensor(interpreter: &mut TensorInterpreter<Flex>, tensor: &TensorIr) -> TensorData {
     match interpreter.get_tensor(tensor) {
         HandleKind::Float(values) | HandleKind::Int(values) | HandleKind::Bool(values) => values.into_data(),
         HandleKind::Quantized(_) => unreachable!("no captured graph is quantised"),

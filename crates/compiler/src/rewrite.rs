@@ -122,7 +122,12 @@ fn fold_constants(graph: &mut Graph) {
             kept.push(operation);
         }
     }
-    let needed: BTreeSet<TensorId> = kept
+    graph.operations = kept;
+    if folded.is_empty() {
+        return;
+    }
+    let needed: BTreeSet<TensorId> = graph
+        .operations
         .iter()
         .flat_map(|operation| operation.inputs().map(|tensor| tensor.id))
         .chain(graph.outputs.iter().map(|output| output.tensor))
@@ -132,11 +137,13 @@ fn fold_constants(graph: &mut Graph) {
         .flat_map(|operation| operation.outputs().map(|tensor| tensor.id))
         .filter(|id| needed.contains(id))
         .collect();
-    let mut prologue = Graph { operations: folded, inputs: Vec::new(), outputs: Vec::new(), ..graph.clone() };
+    let constants = std::mem::take(&mut graph.constants);
+    let mut prologue =
+        Graph { kind: String::new(), operations: folded, inputs: Vec::new(), outputs: Vec::new(), constants };
     set_read_only(&mut prologue.operations);
     let values = prologue.interpret(std::iter::empty(), results.iter().copied());
+    graph.constants = prologue.constants;
     graph.constants.extend(results.into_iter().zip(values));
-    graph.operations = kept;
 }
 
 fn size_in_bytes(tensor: &TensorIr) -> usize {
@@ -146,15 +153,17 @@ fn size_in_bytes(tensor: &TensorIr) -> usize {
 fn share_equals(graph: &mut Graph) {
     let mut replaced = Rename::default();
     let mut first_of: HashMap<String, Vec<TensorId>> = HashMap::new();
-    // Equal constants first.
-    let mut first_constant: HashMap<Vec<u8>, Vec<TensorId>> = HashMap::new();
+    // Equal constants first; they begin alike.
+    const BEGINNING: usize = 64;
+    let mut first_constant: HashMap<(&[u8], usize), Vec<TensorId>> = HashMap::new();
     for (id, data) in &graph.constants {
-        let same_bytes = first_constant.entry(data.as_bytes().to_vec()).or_default();
-        match same_bytes.iter().find(|first| graph.constants[first] == *data) {
+        let bytes = data.as_bytes();
+        let alike = first_constant.entry((&bytes[..bytes.len().min(BEGINNING)], bytes.len())).or_default();
+        match alike.iter().find(|first| graph.constants[first] == *data) {
             Some(first) => {
                 replaced.0.insert(*id, *first);
             }
-            None => same_bytes.push(*id),
+            None => alike.push(*id),
         }
     }
     let mut kept = Vec::with_capacity(graph.operations.len());

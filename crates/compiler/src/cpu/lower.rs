@@ -217,8 +217,8 @@ pub(super) struct Lowering {
     fixed: HashSet<BufferId>,
 }
 
-/// Lowers a graph; the steps and, for each output, where it lies.
-pub(super) fn lower(graph: &Graph) -> Result<(Lowering, Vec<View>)> {
+/// Lowers a graph, whose constants it takes; the steps and, for each output, where it lies.
+pub(super) fn lower(graph: &mut Graph) -> Result<(Lowering, Vec<View>)> {
     let mut lowering = Lowering {
         drafts: Vec::new(),
         steps: Vec::new(),
@@ -239,9 +239,10 @@ pub(super) fn lower(graph: &Graph) -> Result<(Lowering, Vec<View>)> {
         };
         lowering.define(input.tensor, kind, &input.port.shape, Origin::Input(number));
     }
-    for (id, data) in &graph.constants {
-        let values = Values::of(data).ok_or_else(|| other_type(*id, data.dtype()))?;
-        lowering.define(*id, values.kind(), data.shape(), Origin::Constant(Arc::new(values)));
+    for (id, data) in std::mem::take(&mut graph.constants) {
+        let (dtype, shape) = (data.dtype(), data.shape().to_vec());
+        let values = Values::of(data).ok_or_else(|| other_type(id, dtype))?;
+        lowering.define(id, values.kind(), &shape, Origin::Constant(Arc::new(values)));
     }
     for operation in &graph.operations {
         if let Some(tensor) = operation.outputs().find(|tensor| Kind::of(tensor.dtype).is_none()) {
@@ -310,6 +311,16 @@ impl Lowering {
         let view = self.append(id, &value).unwrap_or_else(|| self.store(&value));
         self.set(id, Value { expression: Expression::Load(view.clone()), ..value });
         view
+    }
+
+    /// Has a tensor computed by the step that it grew from while it still lies as that step's output does.
+    fn settle(&mut self, id: TensorId) {
+        let value = self.values[&id].clone();
+        if value.expression.cost() > 0
+            && let Some(view) = self.append(id, &value)
+        {
+            self.set(id, Value { expression: Expression::Load(view), ..value });
+        }
     }
 
     /// A tensor's elements following one another in memory.
@@ -546,6 +557,7 @@ impl Lowering {
 
     /// Lowers an operation that only describes its operand anew.
     fn moved(&mut self, input: &TensorIr, out: &TensorIr, change: impl Fn(&View) -> View) -> Option<()> {
+        self.settle(input.id);
         let expression = self.value(input).expression.map_loads(&|view| Some(change(view)))?;
         self.bind(out, expression)
     }

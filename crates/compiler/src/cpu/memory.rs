@@ -64,9 +64,9 @@ pub(super) enum Values {
 
 impl Values {
     /// `None` for element types that have no [`Kind`].
-    pub fn of(data: &TensorData) -> Option<Self> {
+    pub fn of(data: TensorData) -> Option<Self> {
         Some(match Kind::of(data.dtype())? {
-            Kind::Float => Self::Floats(data.iter::<f32>().collect()),
+            Kind::Float => Self::Floats(data.try_into_vec::<f32>().ok()?),
             Kind::Int => Self::Ints(data.iter::<i64>().collect()),
             Kind::Bool => Self::Bools(data.iter::<bool>().map(u8::from).collect()),
         })

@@ -59,18 +59,18 @@ impl Executor {
     ///
     /// # Errors
     /// When it computes with floats of another width than 32 bits, or an operation does not fit its operands.
-    pub fn new(graph: &Graph) -> Result<Self> {
-        let mut small = graph.clone();
+    pub fn new(mut graph: Graph) -> Result<Self> {
         for pass in GraphPass::ALL {
-            pass.apply(&mut small)?;
+            pass.apply(&mut graph)?;
         }
+        let kind = graph.kind.clone();
         // A graph from a file may claim shapes that its operands do not have.
-        let compiled = catch_unwind(AssertUnwindSafe(|| Self::compile(small)));
-        compiled.unwrap_or_else(|_| Err(misfit(graph)))
+        let compiled = catch_unwind(AssertUnwindSafe(|| Self::compile(graph)));
+        compiled.unwrap_or_else(|_| Err(misfit(&kind)))
     }
 
-    fn compile(graph: Graph) -> Result<Self> {
-        let (lowering, outputs) = lower::lower(&graph)?;
+    fn compile(mut graph: Graph) -> Result<Self> {
+        let (lowering, outputs) = lower::lower(&mut graph)?;
         let steps = plan::drop_unused(lowering.steps, &outputs);
         let plan = plan::place(&lowering.drafts, &steps, &outputs);
         let is_float = |buffer: BufferId| plan.buffers[buffer].kind == Kind::Float;
@@ -92,8 +92,8 @@ impl Executor {
             ints: vec![0; extent(Kind::Int)],
             bools: vec![0; extent(Kind::Bool)],
         };
-        // The operations have become steps, and the constants buffers.
-        let graph = Graph { operations: Vec::new(), constants: Default::default(), ..graph };
+        // They have become steps.
+        graph.operations = Vec::new();
         Ok(Self { graph, steps: compiled, buffers, arenas, outputs })
     }
 
@@ -103,7 +103,7 @@ impl Executor {
     /// When an input does not fit its port, or an index is out of bounds.
     pub fn run(&mut self, inputs: &[TensorData]) -> Result<Vec<TensorData>> {
         self.graph.check_inputs(inputs)?;
-        let inputs: Vec<Values> = inputs.iter().filter_map(Values::of).collect();
+        let inputs: Vec<Values> = inputs.iter().cloned().filter_map(Values::of).collect();
         for number in 0..self.steps.len() {
             self.run_step(number, &inputs)?;
         }
@@ -131,7 +131,7 @@ impl Executor {
         };
         let (memory, _) = self.arenas.borrow(&self.buffers, inputs, &step.reads, None);
         let results = catch_unwind(AssertUnwindSafe(|| run_burn(operation, operands, &memory)))
-            .map_err(|_| misfit(&self.graph))?;
+            .map_err(|_| misfit(&self.graph.kind))?;
         for (&output, data) in step.outputs.iter().zip(results) {
             let (_, out) = self.arenas.borrow(&self.buffers, inputs, &[], Some(output));
             match out {
@@ -182,8 +182,8 @@ impl fmt::Display for CompiledStep {
     }
 }
 
-fn misfit(graph: &Graph) -> Error {
-    Error::work(format!("an operation of the {} graph does not fit its operands", graph.kind))
+fn misfit(kind: &str) -> Error {
+    Error::work(format!("an operation of the {kind} graph does not fit its operands"))
         .hint("export the model again")
 }
 

@@ -1,0 +1,230 @@
+//! Graphs compiled for the CPU against the same graphs run operation by operation.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use burn::backend::DispatchTensor;
+use burn::tensor::{Device, Int, Tensor, TensorData, activation, s};
+use kiln_compiler::{Executor, Graph, capture};
+use kiln_core::{Network, Port, PortKind};
+use networks::{Example, Frozen};
+
+#[path = "../benches/networks.rs"]
+mod networks;
+
+fn floats(data: &TensorData) -> Vec<f32> {
+    data.iter::<f32>().collect()
+}
+
+/// Numbers between -2 and 2 that do not repeat soon.
+fn numbers(shape: &[usize]) -> TensorData {
+    let count: usize = shape.iter().product();
+    let number = |i: usize| ((i * 7919 + 13) % 4001) as f32 / 1000.0 - 2.0;
+    TensorData::new((0..count).map(number).collect::<Vec<_>>(), shape.to_vec())
+}
+
+/// Compiles a graph and compares; the second run finds the memory full of what the first left.
+fn agrees(graph: &Graph, inputs: &[TensorData], what: &str) -> Executor {
+    let expected = graph.run(inputs).unwrap();
+    let mut compiled = Executor::new(graph.clone()).unwrap();
+    for _ in 0..2 {
+        let found = compiled.run(inputs).unwrap();
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!((found.shape(), found.dtype()), (expected.shape(), expected.dtype()), "{what}");
+            for (i, (a, b)) in floats(found).into_iter().zip(floats(expected)).enumerate() {
+                let close = (a - b).abs() <= 2e-5 * (1.0 + b.abs()) || a.to_bits() == b.to_bits();
+                assert!(
+                    close || (a.is_nan() && b.is_nan()) || a == b,
+                    "{what}, element {i}: {a}, should be {b}"
+                );
+            }
+        }
+    }
+    compiled
+}
+
+#[test]
+fn networks_of_every_family_agree_with_the_reference() {
+    let bert = Example::Bert { layers: 2, heads: 3 };
+    let llama = Example::Llama { layers: 2, heads: 3 };
+    for (example, shape) in [
+        (Example::ResNet18, vec![2, 3, 33, 40]),
+        (Example::MobileNetV2, vec![1, 3, 32, 32]),
+        (bert, vec![3, 7, 24]),
+        (bert, vec![1, 1, 24]),
+        (llama, vec![2, 70, 24]),
+    ] {
+        let graph = capture(Box::new(Frozen { example, input: shape.clone() })).unwrap();
+        agrees(&graph, &[numbers(&shape)], &format!("{example:?} {shape:?}"));
+    }
+}
+
+#[test]
+fn fused_networks_have_few_steps() {
+    let steps = |example, shape: Vec<usize>| {
+        let graph = capture(Box::new(Frozen { example, input: shape })).unwrap();
+        Executor::new(graph).unwrap().footprint().steps.iter().map(|(_, count)| count).sum::<usize>()
+    };
+    // 20 convolutions with all between them, two pools, one product.
+    assert_eq!(steps(Example::ResNet18, vec![1, 3, 64, 64]), 23);
+    // Four products of one input, attention, two products more, two norms.
+    assert_eq!(steps(Example::Bert { layers: 1, heads: 3 }, vec![1, 8, 24]), 9);
+}
+
+/// A network of one function.
+struct Of<F>(F, Vec<Vec<usize>>, Vec<Vec<usize>>);
+
+impl<F: Fn(Vec<Tensor<3>>) -> Vec<DispatchTensor> + Send> Network for Of<F> {
+    fn kind(&self) -> &str {
+        "function"
+    }
+
+    fn inputs(&self) -> Vec<Port> {
+        ports("x", &self.1)
+    }
+
+    fn outputs(&self) -> Vec<Port> {
+        ports("y", &self.2)
+    }
+
+    fn move_to(&mut self, _: &Device) {}
+
+    fn forward(&self, inputs: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
+        (self.0)(inputs.into_iter().map(Tensor::from_dispatch).collect())
+    }
+}
+
+fn ports(name: &str, shapes: &[Vec<usize>]) -> Vec<Port> {
+    let port = |(i, shape): (usize, &Vec<usize>)| Port {
+        name: format!("{name}{i}"),
+        kind: PortKind::Float,
+        shape: shape.clone(),
+    };
+    shapes.iter().enumerate().map(port).collect()
+}
+
+/// Captures a function of two tensors `[2, 5, 6]` and compares.
+fn check<const D: usize>(
+    what: &str,
+    shape: [usize; D],
+    f: impl Fn(Tensor<3>, Tensor<3>) -> Tensor<D> + Send + 'static,
+) {
+    let inputs = vec![vec![2, 5, 6]; 2];
+    let of = move |x: Vec<Tensor<3>>| vec![f(x[0].clone(), x[1].clone()).into_dispatch()];
+    let graph = capture(Box::new(Of(of, inputs, vec![shape.to_vec()]))).unwrap();
+    let [a, b] = [numbers(&[2, 5, 6]), numbers(&[2, 5, 7])];
+    let b = TensorData::new(floats(&b)[..60].to_vec(), vec![2, 5, 6]);
+    agrees(&graph, &[a, b], what);
+}
+
+#[test]
+fn moving_elements_about_keeps_them() {
+    check("transposed sum", [2, 6, 5], |a, b| a.swap_dims(1, 2) + b.swap_dims(1, 2).exp());
+    check("reshaped transpose", [10, 6], |a, _| a.swap_dims(0, 1).reshape([10, 6]));
+    check("slice of a computed tensor", [1, 2, 6], |a, b| (a * b).slice(s![1..2, 1..5;2, ..]));
+    check("flip", [2, 5, 6], |a, b| a.flip([0, 2]) - b);
+    check("repeat", [2, 15, 6], |a, _| a.repeat_dim(1, 3));
+    check("expanded sum", [2, 5, 6], |a, b| a.slice(s![.., 0..1, ..]).sqrt() + b);
+    check("concatenation", [2, 12, 6], |a, b| {
+        Tensor::cat(vec![a.clone().tanh(), b, a.slice(s![.., 3..5, ..])], 1)
+    });
+    check("concatenation of the last axis", [2, 5, 12], |a, b| Tensor::cat(vec![a.clone() + 1.0, b * a], 2));
+    check("unfolded", [2, 3, 6, 3], |a, _| a.unfold(1, 3, 1));
+}
+
+#[test]
+fn functions_of_elements_are_burns() {
+    check("unaries", [2, 5, 6], |a, b| {
+        a.clone().abs().sqrt() + b.clone().sin() * a.clone().cos() - b.exp().log1p() + a.erf()
+    });
+    check("rounding", [2, 5, 6], |a, b| a.clone().floor() + b.clone().ceil() * a.round() + b.sign());
+    check("clamps", [2, 5, 6], |a, b| a.clamp(-0.5, 1.0) + b.clone().clamp_min(0.1) + b.clamp_max(0.2));
+    check("masks", [2, 5, 6], |a, b| {
+        let mask = a.clone().greater(b.clone());
+        b.clone().mask_where(mask.clone(), a.clone()) + a.mask_fill(mask.bool_not(), f32::INFINITY)
+    });
+    check("powers", [2, 5, 6], |a, b| a.clone().powi_scalar(2) + a.abs().powf_scalar(1.7) * b.powi_scalar(3));
+    check("activations", [2, 5, 6], |a, b| {
+        activation::gelu(a.clone()) + activation::silu(b.clone()) * activation::sigmoid(a.clone())
+            - activation::leaky_relu(b, 0.1)
+            + activation::relu(a)
+    });
+    check("remainders", [2, 5, 6], |a, b| a.remainder(b + 2.5));
+    check("not numbers", [2, 5, 6], |a, b| a.clone().log() * b.clone().sqrt() + (a / (b.clone() - b)));
+}
+
+#[test]
+fn rows_are_reduced_along_every_axis() {
+    check("sums", [2, 1, 6], |a, b| (a * b).sum_dim(1) / 3.0);
+    check("mean of the first axis", [1, 5, 6], |a, b| (a + b).mean_dim(0));
+    check("largest", [2, 5, 1], |a, b| a.max_dim(2) - b.min_dim(2));
+    check("total", [1], |a, b| (a - b).sum());
+    check("softmax", [2, 5, 6], |a, b| activation::softmax(a * 3.0, 1) + activation::log_softmax(b, 2));
+    check("cumulative", [2, 5, 6], |a, b| a.cumsum(1) * b);
+    check("what no kernel does", [2, 5, 6], |a, b| a.sort(1) + b.cumprod(2));
+    check("variance", [2, 5, 1], |a, b| (a + b).var(2));
+}
+
+#[test]
+fn products_take_operands_as_they_lie() {
+    check("transposed operand", [2, 5, 5], |a, b| a.matmul(b.swap_dims(1, 2)));
+    check("both transposed", [2, 6, 6], |a, b| a.swap_dims(1, 2).matmul(b));
+    check("one matrix for all", [2, 5, 5], |a, b| {
+        activation::gelu(a.matmul(b.slice(s![0..1, .., ..]).swap_dims(1, 2)) + 0.5)
+    });
+    check("vector", [2, 1, 5], |a, b| a.slice(s![.., 0..1, ..]).matmul(b.swap_dims(1, 2)));
+    check("strided rows", [2, 3, 5], |a, b| a.slice(s![.., 0..5;2, ..]).matmul(b.swap_dims(1, 2)));
+}
+
+#[test]
+fn a_result_with_two_readers_is_not_overwritten_for_one() {
+    check("product read twice", [2, 5, 5], |a, b| {
+        let product = a.matmul(b.swap_dims(1, 2));
+        activation::relu(product.clone()).matmul(product)
+    });
+    check("swish of a product", [2, 5, 5], |a, b| activation::silu(a.matmul(b.swap_dims(1, 2))));
+    check("two epilogues", [2, 5, 5], |a, b| {
+        let product = a.matmul(b.swap_dims(1, 2));
+        let [left, right] = [product.clone().exp(), product.sin()];
+        left.matmul(right)
+    });
+    check("a sum of two products", [2, 5, 5], |a, b| {
+        let left = a.clone().matmul(b.clone().swap_dims(1, 2));
+        left.clone() + b.matmul(a.swap_dims(1, 2)) * left
+    });
+    check("rows and what they came from", [2, 5, 6], |a, b| {
+        let sum = (a + b).exp();
+        activation::softmax(sum.clone(), 2) + sum
+    });
+}
+
+#[test]
+fn indices_pick_rows_or_are_refused() {
+    struct Pick;
+    impl Network for Pick {
+        fn kind(&self) -> &str {
+            "pick"
+        }
+        fn inputs(&self) -> Vec<Port> {
+            vec![
+                Port { name: "table".into(), kind: PortKind::Float, shape: vec![4, 3] },
+                Port { name: "ids".into(), kind: PortKind::Int, shape: vec![5] },
+            ]
+        }
+        fn outputs(&self) -> Vec<Port> {
+            ports("y", &[vec![5, 3]])
+        }
+        fn move_to(&mut self, _: &Device) {}
+        fn forward(&self, inputs: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
+            let [table, ids] = inputs.try_into().unwrap();
+            let picked = Tensor::<2>::from_dispatch(table).select(0, Tensor::<1, Int>::from_dispatch(ids));
+            vec![(picked * 2.0).into_dispatch()]
+        }
+    }
+    let graph = capture(Box::new(Pick)).unwrap();
+    let ids = |last: i64| TensorData::new(vec![3i64, 0, 0, 2, last], vec![5]);
+    let mut compiled = agrees(&graph, &[numbers(&[4, 3]), ids(1)], "pick");
+    for wrong in [4, -1] {
+        let error = compiled.run(&[numbers(&[4, 3]), ids(wrong)]).unwrap_err().to_string();
+        assert!(error.contains("index 4") && error.contains("4 rows"), "{error}");
+    }
+}
