@@ -176,6 +176,42 @@ fn products_take_operands_as_they_lie() {
 }
 
 #[test]
+fn attention_is_found_again_in_the_operations_it_was_written_with() {
+    /// `[2, 5, 6]` as three heads of two.
+    fn heads(x: Tensor<3>) -> Tensor<4> {
+        x.reshape([2, 5, 3, 2]).swap_dims(1, 2)
+    }
+    type Scores = fn(Tensor<4>, Tensor<3>) -> Tensor<4>;
+    let found: &[(&str, Scores)] = &[
+        ("scaled", |scores, _| scores * 0.7),
+        ("scaled and biased", |scores, b| scores / 1.5 + b.slice(s![.., .., 0..5]).unsqueeze_dim(1)),
+        ("causal", |scores, _| {
+            let mask = Tensor::<2, burn::tensor::Bool>::tril_mask([5, 5], 0, &scores.device());
+            (scores * 0.3).mask_fill(mask.unsqueeze(), f32::NEG_INFINITY)
+        }),
+    ];
+    let other: &[(&str, Scores)] = &[
+        ("scaled after the bias", |scores, b| (scores + b.slice(s![.., .., 0..5]).unsqueeze_dim(1)) * 0.5),
+        ("a function of the scores", |scores, _| scores.tanh()),
+    ];
+    for (expected, cases) in [(true, found), (false, other)] {
+        for (what, change) in cases {
+            let (change, inputs) = (*change, vec![vec![2, 5, 6]; 2]);
+            let of = move |x: Vec<Tensor<3>>| {
+                let [a, b] = [x[0].clone(), x[1].clone()];
+                let scores = heads(a.clone()).matmul(heads(b.clone()).transpose());
+                let mixed = activation::softmax(change(scores, b.clone()), 3).matmul(heads(a * b));
+                vec![mixed.swap_dims(1, 2).reshape([2, 5, 6]).into_dispatch()]
+            };
+            let graph = capture(Box::new(Of(of, inputs, vec![vec![2, 5, 6]]))).unwrap();
+            let compiled = agrees(&graph, &[numbers(&[2, 5, 6]), numbers(&[2, 5, 6])], what);
+            let attention = compiled.footprint().steps.iter().any(|(name, _)| name.contains("Attention"));
+            assert_eq!(attention, expected, "{what}");
+        }
+    }
+}
+
+#[test]
 fn a_result_with_two_readers_is_not_overwritten_for_one() {
     check("product read twice", [2, 5, 5], |a, b| {
         let product = a.matmul(b.swap_dims(1, 2));

@@ -45,7 +45,7 @@ impl Kernel {
             Work::Concatenate(parts) => {
                 Self::Concatenate(parts.iter().map(|(part, len)| (code(part), *len)).collect())
             }
-            Work::Product { a, b } => Self::Product { a, b },
+            Work::Product { a, b, .. } => Self::Product { a, b },
             Work::Convolution(work) => {
                 let convolution =
                     FixedConv::new(work.extents, work.shape, work.weight, work.bias, &work.options);

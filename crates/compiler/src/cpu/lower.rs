@@ -19,6 +19,7 @@ use kiln_ops::kernels::{AttentionExtents, FixedPool, PoolOptions};
 
 use super::expression::{Binary, Expression, Unary};
 use super::memory::{Kind, Values};
+use super::recover;
 use super::view::{BufferId, View};
 use crate::Graph;
 
@@ -82,6 +83,8 @@ pub(super) enum Work {
     Product {
         a: View,
         b: View,
+        /// The same as they were, where they have two axes of batches.
+        operands: Option<[View; 2]>,
     },
     Convolution(Convolution),
     Pool {
@@ -166,7 +169,7 @@ impl Work {
                 x.loads().into_iter().chain([weight]).chain(bias).collect()
             }
             Self::Concatenate(parts) => parts.iter().flat_map(|(part, _)| part.loads()).collect(),
-            Self::Product { a, b } => vec![a, b],
+            Self::Product { a, b, .. } => vec![a, b],
             Self::Convolution(Convolution { x, .. }) | Self::Pool { x, .. } => vec![x],
             Self::Attention(Attention { q, k, v, bias, mask, .. }) => {
                 [q, k, v].into_iter().chain(bias).chain(mask).collect()
@@ -776,7 +779,13 @@ impl Lowering {
         let batch = &op.out.shape[..rank - 2];
         a = a.expand(&[batch, &[m, k]].concat());
         b = b.expand(&[batch, &[k, n]].concat());
+        if self.pending.get(&op.lhs.id) == Some(&1)
+            && let Some(attention) = recover::attention(&self.drafts, &self.steps, &a, &b)
+        {
+            return self.push_attention(attention, &op.out);
+        }
         let batches = batch.iter().product::<usize>();
+        let operands = (rank == 4).then(|| [a.clone(), b.clone()]);
         let same_b =
             b.strides[..rank - 2].iter().zip(batch).all(|(&stride, &extent)| stride == 0 || extent == 1);
         // One product where all batches multiply the same matrix and their rows follow evenly.
@@ -788,7 +797,7 @@ impl Lowering {
             None => (self.batched(a, [batches, m, k]), self.batched(b, [batches, k, n])),
         };
         let [a, b] = [a, b].map(|matrix| self.with_unit_stride(matrix));
-        self.bind_step(&op.out, Work::Product { a, b }, "Matmul")
+        self.bind_step(&op.out, Work::Product { a, b, operands }, "Matmul")
     }
 
     /// Batches along one axis.
@@ -987,21 +996,18 @@ impl Lowering {
             return None;
         }
         let scores = [op.query.shape[0], op.query.shape[1], op.query.shape[2], op.key.shape[2]];
-        let [q, k, v] = [&op.query, &op.key, &op.value].map(|tensor| {
-            let view = self.in_memory(tensor.id);
-            self.with_whole_rows(view)
-        });
-        let [mask, bias] = [&op.mask, &op.attn_bias].map(|tensor| {
-            tensor.as_ref().map(|tensor| {
-                let view = self.in_memory(tensor.id).expand(&scores);
-                self.with_whole_rows(view)
-            })
-        });
+        let [q, k, v] = [&op.query, &op.key, &op.value].map(|tensor| self.in_memory(tensor.id));
+        let [mask, bias] = [&op.mask, &op.attn_bias]
+            .map(|tensor| tensor.as_ref().map(|tensor| self.in_memory(tensor.id).expand(&scores)));
         let scale = op.options.scale.map_or((q.shape[3] as f32).powf(-0.5), |scale: ScalarIr| scale.elem());
         self.push_attention(Attention { q, k, v, bias, mask, causal: op.options.is_causal, scale }, &op.out)
     }
 
     fn push_attention(&mut self, attention: Attention, out: &TensorIr) -> Option<()> {
+        let Attention { q, k, v, bias, mask, causal, scale } = attention;
+        let [q, k, v] = [q, k, v].map(|view| self.with_whole_rows(view));
+        let [bias, mask] = [bias, mask].map(|view| view.map(|view| self.with_whole_rows(view)));
+        let attention = Attention { q, k, v, bias, mask, causal, scale };
         let AttentionExtents { batch, heads, time, value_dim, .. } = attention.extents();
         let shape = [batch, time, heads, value_dim];
         let view = self.push(Work::Attention(attention), Kind::Float, &shape, "Attention");

@@ -9,6 +9,7 @@ mod kernel;
 mod lower;
 mod memory;
 mod plan;
+mod recover;
 mod view;
 
 use std::collections::{BTreeMap, HashSet};
