@@ -170,6 +170,32 @@ pub enum GraphVerb {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    /// Read an ONNX model
+    #[command(after_help = "Examples:\n  kiln graph import --onnx resnet.onnx --out my-graph\n  \
+        kiln graph import --onnx bert.onnx --dim batch=8 --dim sequence=128 --out my-graph\n\n\
+        Sizes that the file leaves open are 1 unless --dim gives them, by the file's name for them or by\n\
+        input and axis (--dim x.0=8). Floats become 32-bit, whole numbers 64-bit.")]
+    Import {
+        /// The model; numbers in files beside it are read too
+        #[arg(long, value_name = "FILE")]
+        onnx: PathBuf,
+        /// A size that the file leaves open
+        #[arg(long = "dim", value_name = "NAME=SIZE", value_parser = size)]
+        dims: Vec<(String, usize)>,
+        /// Folder for the graph
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Write a graph as an ONNX model, for ONNX Runtime and others
+    #[command(after_help = "Examples:\n  kiln graph export --model my-model --onnx my-model.onnx\n  \
+        kiln graph export --graph my-graph --onnx my-graph.onnx")]
+    Export {
+        #[command(flatten)]
+        source: GraphSource,
+        /// File for the model (set of operators 20)
+        #[arg(long, value_name = "FILE")]
+        onnx: PathBuf,
+    },
 }
 
 /// Where a graph comes from.
@@ -235,6 +261,13 @@ pub enum CompileVerb {
         #[arg(long, default_value_t = 10_000_000_000)]
         max_steps: u64,
     },
+}
+
+/// `batch=8`
+fn size(text: &str) -> Result<(String, usize), String> {
+    let (name, size) = text.split_once('=').ok_or("it is written NAME=SIZE, such as batch=8")?;
+    let size = size.parse().map_err(|_| format!("\"{size}\" is not a size"))?;
+    Ok((name.to_string(), size))
 }
 
 fn slugs() -> PossibleValuesParser {

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use kiln::compiler::loops::{Buffer, read_buffers, write_buffers};
-use kiln::compiler::{Graph, GraphPass};
-use kiln::core::{Context, Error, Result, write_atomic};
+use kiln::compiler::{Boundary, Graph, GraphPass, OnnxOptions};
+use kiln::core::{Context, Error, Port, Result, write_atomic};
 use serde_json::json;
 
 use crate::cli::{GraphSource, GraphVerb};
@@ -25,6 +25,14 @@ pub fn execute(verb: GraphVerb, systems: Systems, cx: &Context) -> Result<()> {
             };
             optimise(open(&source, systems, cx)?, &passes, &out, cx)
         }
+        GraphVerb::Import { onnx, dims, out } => import(&onnx, dims, &out, cx),
+        GraphVerb::Export { source, onnx } => {
+            let graph = open(&source, systems, cx)?;
+            graph.to_onnx(&onnx)?;
+            let shown =
+                json!({ "onnx": onnx, "inputs": ports(&graph.inputs), "outputs": ports(&graph.outputs) });
+            cx.emit(&shown, |_| format!("{} operations in {}\n", graph.operations.len(), onnx.display()))
+        }
     }
 }
 
@@ -34,6 +42,29 @@ fn open(source: &GraphSource, systems: Systems, cx: &Context) -> Result<Graph> {
         (None, Some(model)) => captured(systems, model, cx),
         (None, None) => Err(Error::usage("--graph or --model is needed")),
     }
+}
+
+fn import(onnx: &Path, dims: Vec<(String, usize)>, out: &Path, cx: &Context) -> Result<()> {
+    let graph = Graph::from_onnx(onnx, &OnnxOptions { dims: dims.into_iter().collect() })?;
+    graph.save(out)?;
+    let (inputs, outputs) = (ports(&graph.inputs), ports(&graph.outputs));
+    let shown =
+        json!({ "out": out, "operations": graph.operations.len(), "inputs": inputs, "outputs": outputs });
+    cx.emit(&shown, |_| {
+        let line = |port: &Port| format!("  {} {:?}\n", port.name, port.shape);
+        let lines = |ports: &[&Port]| ports.iter().map(|port| line(port)).collect::<String>();
+        let count = graph.operations.len();
+        format!(
+            "{count} operations in {}\ninputs\n{}outputs\n{}",
+            out.display(),
+            lines(&inputs),
+            lines(&outputs)
+        )
+    })
+}
+
+fn ports(boundary: &[Boundary]) -> Vec<&Port> {
+    boundary.iter().map(|boundary| &boundary.port).collect()
 }
 
 fn show(graph: &Graph, svg: Option<&Path>, cx: &Context) -> Result<()> {

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use kiln::SYSTEMS;
 use kiln::compiler::loops::{Buffer, Elements, read_buffers, write_buffers};
-use kiln::compiler::{GraphPass, capture};
+use kiln::compiler::{Graph, GraphPass, OnnxOptions, capture};
 use kiln::core::testing::Desk;
 use kiln::core::{Port, PortKind, random_stream};
 
@@ -151,20 +151,26 @@ fn every_network_and_its_graph_compute_the_same() {
             })
             .collect();
         let mut graph = capture(network).unwrap();
+        let bytes = graph.to_onnx_bytes().unwrap_or_else(|e| panic!("{slug}: {e}"));
+        let again =
+            Graph::from_onnx_bytes(&bytes, &OnnxOptions::default()).unwrap_or_else(|e| panic!("{slug}: {e}"));
+        assert_eq!((&again.kind, again.inputs.len()), (&graph.kind, graph.inputs.len()));
+        assert_close(&again, &inputs, &outputs, &format!("{slug} as ONNX"));
         for pass in [None, Some(GraphPass::FoldConstants), Some(GraphPass::Cse), Some(GraphPass::Dce)] {
             if let Some(pass) = pass {
                 pass.apply(&mut graph).unwrap();
             }
-            let found = graph.run(&inputs).unwrap_or_else(|e| panic!("{slug}: {e}"));
-            for (found, expected) in found.iter().map(floats).zip(&outputs) {
-                assert_eq!(found.len(), expected.len(), "{slug}");
-                for (a, b) in found.iter().zip(expected) {
-                    assert!(
-                        (a - b).abs() <= 2e-5 * (1.0 + b.abs()),
-                        "{slug} after {pass:?}: {a}, should be {b}"
-                    );
-                }
-            }
+            assert_close(&graph, &inputs, &outputs, &format!("{slug} after {pass:?}"));
+        }
+    }
+}
+
+fn assert_close(graph: &Graph, inputs: &[TensorData], outputs: &[Vec<f32>], what: &str) {
+    let found = graph.run(inputs).unwrap_or_else(|e| panic!("{what}: {e}"));
+    for (found, expected) in found.iter().map(floats).zip(outputs) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (a, b) in found.iter().zip(expected) {
+            assert!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{what}: {a}, should be {b}");
         }
     }
 }

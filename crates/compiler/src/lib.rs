@@ -6,14 +6,18 @@
 //! run by [`Graph::run`], rewritten by a [`GraphPass`], printed and drawn. [`loops`] is the
 //! level below: programs of loops over buffers, with an interpreter that defines what they mean.
 
+mod builder;
 mod capture;
 mod disk;
 mod draw;
 mod execute;
 mod graph;
 pub mod loops;
+mod onnx;
+mod quiet;
 mod rewrite;
 
 pub use capture::capture;
 pub use graph::{Boundary, Graph};
+pub use onnx::{OnnxOptions, onnx_operators};
 pub use rewrite::GraphPass;
