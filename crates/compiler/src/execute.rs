@@ -61,11 +61,11 @@ impl Graph {
             interpreter.register_op(operation.clone());
             at.set(at.get() + 1);
         }
-        wanted.map(|id| read(&mut interpreter, &self.described(id))).collect()
+        wanted.map(|id| read(&mut interpreter, &self.tensor(id))).collect()
     }
 
     /// Shape and type of a tensor that is an input, a constant or a result.
-    fn described(&self, id: TensorId) -> TensorIr {
+    pub(crate) fn tensor(&self, id: TensorId) -> TensorIr {
         let result =
             self.operations.iter().flat_map(|operation| operation.outputs()).find(|tensor| tensor.id == id);
         let (shape, dtype) = match (result, self.constants.get(&id)) {

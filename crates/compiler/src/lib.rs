@@ -15,6 +15,7 @@ mod graph;
 pub mod loops;
 mod onnx;
 mod quiet;
+mod reverse;
 mod rewrite;
 
 pub use capture::capture;
