@@ -43,7 +43,7 @@ fn folder_of(metadata: &Value, package: &str) -> Option<PathBuf> {
 }
 
 /// The Python of a virtual environment with the required packages, made when they have changed.
-fn environment(folder: &Path, requirements: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
+pub fn environment(folder: &Path, requirements: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
     let python = folder.join("bin/python");
     let installed = folder.join("requirements.txt");
     let wanted =

@@ -2,6 +2,7 @@
 
 mod bench;
 mod memcheck;
+mod onnx;
 mod readme;
 mod test;
 mod workspace;
@@ -26,6 +27,16 @@ enum Chore {
     },
     /// Run the shell blocks of every README.md
     Readme,
+    /// Compare ONNX models in Kiln and ONNX Runtime
+    Onnx,
+}
+
+/// What a component's own suite came to.
+#[derive(Default)]
+struct Counted {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
 }
 
 /// What a chore can end with: whether all is well, or why it could not be done.
@@ -36,6 +47,7 @@ fn main() -> ExitCode {
         Chore::Test => test::run(),
         Chore::Bench { slug, pairs } => bench::run(&slug, pairs),
         Chore::Readme => readme::run(),
+        Chore::Onnx => onnx::check().map(|counted| counted.failed == 0),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

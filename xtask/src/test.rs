@@ -4,7 +4,7 @@ use std::process::Command;
 
 use crate::memcheck::{self, Memcheck};
 use crate::workspace::{cargo, each_line};
-use crate::{Outcome, readme};
+use crate::{Outcome, onnx, readme};
 
 /// Tests seen so far.
 #[derive(Default, Debug, PartialEq)]
@@ -30,6 +30,10 @@ pub fn run() -> Outcome {
             count.skipped += 1;
         }
     }
+    let models = onnx::check()?;
+    count.passed += models.passed;
+    count.failed += models.failed;
+    count.skipped += models.skipped;
     // What the READMEs tell people to type.
     let (worked, did_not) = readme::check()?;
     count.passed += worked;

@@ -142,7 +142,8 @@ pub enum GraphVerb {
         svg: Option<PathBuf>,
     },
     /// Compute a graph's outputs
-    #[command(after_help = "Example:\n  kiln graph run --graph my-graph --inputs in.npz --out out.npz\n\n\
+    #[command(after_help = "Example:\n  kiln graph run --graph my-graph --inputs in.npz --out out.npz\n  \
+        kiln graph run --model my-model --inputs in.npz --out out.npz --repeat 50 --profile\n\n\
         in.npz holds an array for every input, under its name: f32, or whole numbers.")]
     Run {
         #[command(flatten)]
@@ -156,6 +157,12 @@ pub enum GraphVerb {
         /// Compute so many times and tell the median time
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
         repeat: u32,
+        /// Compiled for this machine, or operation by operation as the reference
+        #[arg(long, value_enum, default_value_t)]
+        target: GraphTarget,
+        /// Also tell the compiled steps, what each kind of them took, and the memory
+        #[arg(long)]
+        profile: bool,
     },
     /// Write a graph that computes the same with fewer operations
     #[command(after_help = "Example:\n  kiln graph optimise --graph my-graph --out smaller\n  \
@@ -170,6 +177,42 @@ pub enum GraphVerb {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    /// Read an ONNX model
+    #[command(after_help = "Examples:\n  kiln graph import --onnx resnet.onnx --out my-graph\n  \
+        kiln graph import --onnx bert.onnx --dim batch=8 --dim sequence=128 --out my-graph\n\n\
+        Sizes that the file leaves open are 1 unless --dim gives them, by the file's name for them or by\n\
+        input and axis (--dim x.0=8). Floats become 32-bit, whole numbers 64-bit.")]
+    Import {
+        /// The model; numbers in files beside it are read too
+        #[arg(long, value_name = "FILE")]
+        onnx: PathBuf,
+        /// A size that the file leaves open
+        #[arg(long = "dim", value_name = "NAME=SIZE", value_parser = size)]
+        dims: Vec<(String, usize)>,
+        /// Folder for the graph
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Write a graph as an ONNX model, for ONNX Runtime and others
+    #[command(after_help = "Examples:\n  kiln graph export --model my-model --onnx my-model.onnx\n  \
+        kiln graph export --graph my-graph --onnx my-graph.onnx")]
+    Export {
+        #[command(flatten)]
+        source: GraphSource,
+        /// File for the model (set of operators 20)
+        #[arg(long, value_name = "FILE")]
+        onnx: PathBuf,
+    },
+}
+
+/// How a graph is run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum GraphTarget {
+    /// Compiled, in 32-bit floats
+    #[default]
+    Cpu,
+    /// Operation by operation
+    Interp,
 }
 
 /// Where a graph comes from.
@@ -235,6 +278,13 @@ pub enum CompileVerb {
         #[arg(long, default_value_t = 10_000_000_000)]
         max_steps: u64,
     },
+}
+
+/// `batch=8`
+fn size(text: &str) -> Result<(String, usize), String> {
+    let (name, size) = text.split_once('=').ok_or("it is written NAME=SIZE, such as batch=8")?;
+    let size = size.parse().map_err(|_| format!("\"{size}\" is not a size"))?;
+    Ok((name.to_string(), size))
 }
 
 fn slugs() -> PossibleValuesParser {

@@ -4,19 +4,25 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
+use burn::tensor::TensorData;
 use kiln::compiler::loops::{Buffer, read_buffers, write_buffers};
-use kiln::compiler::{Graph, GraphPass};
-use kiln::core::{Context, Error, Result, write_atomic};
+use kiln::compiler::{Boundary, Executor, Footprint, Graph, GraphPass, OnnxOptions, StepKind};
+use kiln::core::{Context, Error, Port, Result, write_atomic};
 use serde_json::json;
 
-use crate::cli::{GraphSource, GraphVerb};
+use crate::cli::{GraphSource, GraphTarget, GraphVerb};
 use crate::commands::{Systems, captured};
 
 pub fn execute(verb: GraphVerb, systems: Systems, cx: &Context) -> Result<()> {
     match verb {
         GraphVerb::Show { source, svg } => show(&open(&source, systems, cx)?, svg.as_deref(), cx),
-        GraphVerb::Run { source, inputs, out, repeat } => {
-            run(&open(&source, systems, cx)?, &inputs, &out, repeat, cx)
+        GraphVerb::Run { source, inputs, out, repeat, target, profile } => {
+            if profile && target == GraphTarget::Interp {
+                return Err(Error::usage("--profile tells the steps of a compiled graph")
+                    .hint("leave out `--target interp`"));
+            }
+            let mut runner = Runner::new(open(&source, systems, cx)?, target)?;
+            run(&mut runner, &inputs, &out, repeat, profile, cx)
         }
         GraphVerb::Optimise { source, passes, out } => {
             let passes = match passes.as_slice() {
@@ -24,6 +30,14 @@ pub fn execute(verb: GraphVerb, systems: Systems, cx: &Context) -> Result<()> {
                 named => named.iter().map(|name| GraphPass::parse(name)).collect::<Result<_>>()?,
             };
             optimise(open(&source, systems, cx)?, &passes, &out, cx)
+        }
+        GraphVerb::Import { onnx, dims, out } => import(&onnx, dims, &out, cx),
+        GraphVerb::Export { source, onnx } => {
+            let graph = open(&source, systems, cx)?;
+            graph.to_onnx(&onnx)?;
+            let shown =
+                json!({ "onnx": onnx, "inputs": ports(&graph.inputs), "outputs": ports(&graph.outputs) });
+            cx.emit(&shown, |_| format!("{} operations in {}\n", graph.operations.len(), onnx.display()))
         }
     }
 }
@@ -34,6 +48,29 @@ fn open(source: &GraphSource, systems: Systems, cx: &Context) -> Result<Graph> {
         (None, Some(model)) => captured(systems, model, cx),
         (None, None) => Err(Error::usage("--graph or --model is needed")),
     }
+}
+
+fn import(onnx: &Path, dims: Vec<(String, usize)>, out: &Path, cx: &Context) -> Result<()> {
+    let graph = Graph::from_onnx(onnx, &OnnxOptions { dims: dims.into_iter().collect() })?;
+    graph.save(out)?;
+    let (inputs, outputs) = (ports(&graph.inputs), ports(&graph.outputs));
+    let shown =
+        json!({ "out": out, "operations": graph.operations.len(), "inputs": inputs, "outputs": outputs });
+    cx.emit(&shown, |_| {
+        let line = |port: &Port| format!("  {} {:?}\n", port.name, port.shape);
+        let lines = |ports: &[&Port]| ports.iter().map(|port| line(port)).collect::<String>();
+        let count = graph.operations.len();
+        format!(
+            "{count} operations in {}\ninputs\n{}outputs\n{}",
+            out.display(),
+            lines(&inputs),
+            lines(&outputs)
+        )
+    })
+}
+
+fn ports(boundary: &[Boundary]) -> Vec<&Port> {
+    boundary.iter().map(|boundary| &boundary.port).collect()
 }
 
 fn show(graph: &Graph, svg: Option<&Path>, cx: &Context) -> Result<()> {
@@ -47,7 +84,50 @@ fn show(graph: &Graph, svg: Option<&Path>, cx: &Context) -> Result<()> {
     cx.emit(&shown, |_| text.clone())
 }
 
-fn run(graph: &Graph, inputs: &Path, out: &Path, repeat: u32, cx: &Context) -> Result<()> {
+/// A graph ready to be run.
+enum Runner {
+    Compiled(Executor),
+    Reference(Graph),
+}
+
+impl Runner {
+    fn new(graph: Graph, target: GraphTarget) -> Result<Self> {
+        Ok(match target {
+            GraphTarget::Cpu => Self::Compiled(Executor::new(graph)?),
+            GraphTarget::Interp => Self::Reference(graph),
+        })
+    }
+
+    fn graph(&self) -> &Graph {
+        match self {
+            Self::Compiled(executor) => executor.graph(),
+            Self::Reference(graph) => graph,
+        }
+    }
+
+    fn run(&mut self, inputs: &[TensorData]) -> Result<Vec<TensorData>> {
+        match self {
+            Self::Compiled(executor) => executor.run(inputs),
+            Self::Reference(graph) => graph.run(inputs),
+        }
+    }
+
+    fn footprint(&self) -> Option<Footprint> {
+        match self {
+            Self::Compiled(executor) => Some(executor.footprint()),
+            Self::Reference(_) => None,
+        }
+    }
+}
+
+fn run(
+    runner: &mut Runner,
+    inputs: &Path,
+    out: &Path,
+    repeat: u32,
+    profile: bool,
+    cx: &Context,
+) -> Result<()> {
     let arrays = read_buffers(inputs)?;
     let input = |name: &String| {
         let known = || arrays.keys().cloned().collect::<Vec<_>>().join(", ");
@@ -57,18 +137,18 @@ fn run(graph: &Graph, inputs: &Path, out: &Path, repeat: u32, cx: &Context) -> R
         })
     };
     let inputs: Vec<_> =
-        graph.inputs.iter().map(|boundary| input(&boundary.port.name)).collect::<Result<_>>()?;
+        runner.graph().inputs.iter().map(|boundary| input(&boundary.port.name)).collect::<Result<_>>()?;
     let mut times = Vec::new();
     let mut outputs = Vec::new();
     let bar = cx.progress(repeat.into(), "runs");
     for _ in 0..repeat {
         let begun = Instant::now();
-        outputs = graph.run(&inputs)?;
+        outputs = runner.run(&inputs)?;
         times.push(begun.elapsed().as_secs_f64());
         bar.inc(1);
     }
     times.sort_by(f64::total_cmp);
-    let named = graph.outputs.iter().zip(&outputs).map(|(boundary, data)| {
+    let named = runner.graph().outputs.iter().zip(&outputs).map(|(boundary, data)| {
         let name = &boundary.port.name;
         let buffer = Buffer::from_tensor(data).ok_or_else(|| {
             Error::work(format!("output \"{name}\" of type {:?} cannot be written", data.dtype()))
@@ -79,9 +159,29 @@ fn run(graph: &Graph, inputs: &Path, out: &Path, repeat: u32, cx: &Context) -> R
     write_buffers(out, &named)?;
     let milliseconds = 1e3 * times[times.len() / 2];
     let names: Vec<&String> = named.keys().collect();
-    cx.emit(&json!({ "out": out, "outputs": names, "median_ms": milliseconds, "runs": repeat }), |_| {
-        format!("{} outputs in {}, {milliseconds:.2} ms\n", names.len(), out.display())
+    let footprint = runner.footprint().filter(|_| profile);
+    let mut shown = json!({ "out": out, "outputs": names, "median_ms": milliseconds, "runs": repeat });
+    if let Some(footprint) = &footprint {
+        shown["compiled"] = json!(footprint);
+    }
+    cx.emit(&shown, |_| {
+        let first = format!("{} outputs in {}, {milliseconds:.2} ms\n", names.len(), out.display());
+        first + &footprint.map_or_else(String::new, |footprint| profile_table(&footprint, repeat))
     })
+}
+
+/// Every kind of step with its share of a run, and the memory.
+fn profile_table(footprint: &Footprint, runs: u32) -> String {
+    let mut steps = footprint.steps.clone();
+    steps.sort_by_key(|step| std::cmp::Reverse(step.time));
+    let line = |step: &StepKind| {
+        let milliseconds = 1e3 * step.time.as_secs_f64() / f64::from(runs);
+        format!("{:>6} {:<32}{milliseconds:>10.3} ms\n", step.count, step.name)
+    };
+    let lines: String = steps.iter().map(line).collect();
+    let [results, constants] =
+        [footprint.arena_bytes, footprint.constant_bytes].map(|bytes| bytes as f64 / 1e6);
+    format!("{lines}intermediate results {results:.2} MB, constants {constants:.2} MB\n")
 }
 
 fn optimise(mut graph: Graph, passes: &[GraphPass], out: &Path, cx: &Context) -> Result<()> {

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use kiln::SYSTEMS;
 use kiln::compiler::loops::{Buffer, Elements, read_buffers, write_buffers};
-use kiln::compiler::{Executor, GraphPass, capture};
+use kiln::compiler::{Executor, Graph, GraphPass, OnnxOptions, capture};
 use kiln::core::testing::Desk;
 use kiln::core::{Port, PortKind, random_stream};
 
@@ -119,13 +119,6 @@ fn to_dispatch(port: &Port, data: &TensorData) -> DispatchTensor {
     by_rank!(1, 2, 3, 4)
 }
 
-fn assert_close(found: &[f32], expected: &[f32], what: &str) {
-    assert_eq!(found.len(), expected.len(), "{what}");
-    for (a, b) in found.iter().zip(expected) {
-        assert!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{what}: {a}, should be {b}");
-    }
-}
-
 fn floats(data: &TensorData) -> Vec<f32> {
     data.iter::<f32>().collect()
 }
@@ -158,22 +151,34 @@ fn every_network_and_its_graph_compute_the_same() {
             })
             .collect();
         let mut graph = capture(network).unwrap();
+        let bytes = graph.to_onnx_bytes().unwrap_or_else(|e| panic!("{slug}: {e}"));
+        let again =
+            Graph::from_onnx_bytes(&bytes, &OnnxOptions::default()).unwrap_or_else(|e| panic!("{slug}: {e}"));
+        assert_eq!((&again.kind, again.inputs.len()), (&graph.kind, graph.inputs.len()));
+        assert_close(&again.run(&inputs).unwrap(), &outputs, &format!("{slug} as ONNX"));
         for pass in [None, Some(GraphPass::FoldConstants), Some(GraphPass::Cse), Some(GraphPass::Dce)] {
             if let Some(pass) = pass {
                 pass.apply(&mut graph).unwrap();
             }
-            let found = graph.run(&inputs).unwrap_or_else(|e| panic!("{slug}: {e}"));
-            for (found, expected) in found.iter().map(floats).zip(&outputs) {
-                assert_close(&found, expected, &format!("{slug} after {pass:?}"));
-            }
+            assert_close(&graph.run(&inputs).unwrap(), &outputs, &format!("{slug} after {pass:?}"));
         }
         let mut compiled = Executor::new(graph).unwrap();
         // The second time the memory is full of what the first left.
         for time in ["first", "second"] {
-            let found = compiled.run(&inputs).unwrap_or_else(|e| panic!("{slug}: {e}"));
-            for (found, expected) in found.iter().map(floats).zip(&outputs) {
-                assert_close(&found, expected, &format!("{slug} compiled, the {time} time"));
-            }
+            assert_close(
+                &compiled.run(&inputs).unwrap(),
+                &outputs,
+                &format!("{slug} compiled, the {time} time"),
+            );
+        }
+    }
+}
+
+fn assert_close(found: &[TensorData], outputs: &[Vec<f32>], what: &str) {
+    for (found, expected) in found.iter().map(floats).zip(outputs) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (a, b) in found.iter().zip(expected) {
+            assert!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{what}: {a}, should be {b}");
         }
     }
 }

@@ -123,7 +123,7 @@ fn read_constants(path: &Path) -> Result<BTreeMap<TensorId, TensorData>> {
 }
 
 /// Element types of Burn beside those of the file format.
-const BOTH_TYPES: [(DType, Dtype); 13] = [
+const BOTH_TYPES: [(DType, Dtype); 14] = [
     (DType::F64, Dtype::F64),
     (DType::F32, Dtype::F32),
     (DType::F16, Dtype::F16),
@@ -136,6 +136,7 @@ const BOTH_TYPES: [(DType, Dtype); 13] = [
     (DType::U32, Dtype::U32),
     (DType::U16, Dtype::U16),
     (DType::U8, Dtype::U8),
+    (DType::Bool(BoolStore::Native), Dtype::BOOL),
     (DType::Bool(BoolStore::U8), Dtype::BOOL),
 ];
 

@@ -1,7 +1,7 @@
 //! Running a graph operation by operation with Burn on the CPU: the reference for everything that is faster.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::backend::ir::{HandleKind, TensorId, TensorIr, TensorStatus};
 use burn::tensor::{DType, TensorData};
@@ -9,7 +9,8 @@ use burn_flex::{Flex, FlexDevice};
 use burn_router::TensorInterpreter;
 use kiln_core::{Error, PortKind, Result};
 
-use crate::{Boundary, Graph};
+use crate::graph::name_and_attributes;
+use crate::{Boundary, Graph, quiet};
 
 impl Graph {
     /// Computes the outputs from inputs, both in the order of the graph's. Integers of any width fit a port of integers.
@@ -22,19 +23,33 @@ impl Graph {
             (input.tensor, data.clone().convert_dtype(dtype(input.port.kind)))
         };
         let provided = self.inputs.iter().zip(inputs).map(fitting);
-        // A graph from a file may claim shapes that its operands do not have: Burn panics then.
-        catch_unwind(AssertUnwindSafe(|| {
-            self.interpret(provided, self.outputs.iter().map(|output| output.tensor))
-        }))
-        .map_err(|_| {
-            Error::work(format!("an operation of the {} graph does not fit its operands", self.kind))
-                .hint("export the model again")
+        // A graph from a file may claim shapes that its operands do not have, and an index may be out of range: Burn
+        // panics then.
+        let at = Cell::new(0);
+        let wanted = self.outputs.iter().map(|output| output.tensor);
+        quiet::catch(|| self.interpret_from(&at, provided, wanted)).map_err(|found| {
+            let operation =
+                self.operations.get(at.get()).and_then(|operation| name_and_attributes(operation).ok());
+            let name = operation.map_or("the end".into(), |(name, _)| name);
+            let place = format!("operation {} ({name}) of the {} graph", at.get(), self.kind);
+            Error::work(format!("{place} does not fit its operands: {found}"))
+                .hint("are indices within range? If they are, the graph is damaged: write it again")
         })
     }
 
     /// The values of some tensors, from those of others.
     pub(crate) fn interpret(
         &self,
+        provided: impl Iterator<Item = (TensorId, TensorData)>,
+        wanted: impl Iterator<Item = TensorId>,
+    ) -> Vec<TensorData> {
+        self.interpret_from(&Cell::new(0), provided, wanted)
+    }
+
+    /// The same; `at` counts the operations that are done.
+    fn interpret_from(
+        &self,
+        at: &Cell<usize>,
         provided: impl Iterator<Item = (TensorId, TensorData)>,
         wanted: impl Iterator<Item = TensorId>,
     ) -> Vec<TensorData> {
@@ -48,12 +63,13 @@ impl Graph {
         provided.for_each(|(id, data)| interpreter.register_tensor_data_id(id, data));
         for operation in &self.operations {
             interpreter.register_op(operation.clone());
+            at.set(at.get() + 1);
         }
-        wanted.into_iter().map(|id| read_tensor(&mut interpreter, &self.described(id))).collect()
+        wanted.into_iter().map(|id| read_tensor(&mut interpreter, &self.tensor(id))).collect()
     }
 
     /// Shape and type of a tensor that is an input, a constant or a result.
-    fn described(&self, id: TensorId) -> TensorIr {
+    pub(crate) fn tensor(&self, id: TensorId) -> TensorIr {
         let result =
             self.operations.iter().flat_map(|operation| operation.outputs()).find(|tensor| tensor.id == id);
         let (shape, dtype) = match (result, self.constants.get(&id)) {

@@ -6,6 +6,7 @@
 //! run by [`Graph::run`], rewritten by a [`GraphPass`], printed and drawn. [`loops`] is the
 //! level below: programs of loops over buffers, with an interpreter that defines what they mean.
 
+mod builder;
 mod capture;
 mod cpu;
 mod disk;
@@ -13,9 +14,13 @@ mod draw;
 mod execute;
 mod graph;
 pub mod loops;
+mod onnx;
+mod quiet;
+mod reverse;
 mod rewrite;
 
 pub use capture::capture;
-pub use cpu::{Executor, Footprint};
+pub use cpu::{Executor, Footprint, StepKind};
 pub use graph::{Boundary, Graph};
+pub use onnx::{OnnxOptions, onnx_operators};
 pub use rewrite::GraphPass;

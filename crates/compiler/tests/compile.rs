@@ -62,7 +62,7 @@ fn networks_of_every_family_agree_with_the_reference() {
 fn fused_networks_have_few_steps() {
     let steps = |example, shape: Vec<usize>| {
         let graph = capture(Box::new(Frozen { example, input: shape })).unwrap();
-        Executor::new(graph).unwrap().footprint().steps.iter().map(|(_, count)| count).sum::<usize>()
+        Executor::new(graph).unwrap().footprint().steps.iter().map(|step| step.count).sum::<usize>()
     };
     // 20 convolutions with all between them, two pools, one product.
     assert_eq!(steps(Example::ResNet18, vec![1, 3, 64, 64]), 23);
@@ -205,7 +205,7 @@ fn attention_is_found_again_in_the_operations_it_was_written_with() {
             };
             let graph = capture(Box::new(Of(of, inputs, vec![vec![2, 5, 6]]))).unwrap();
             let compiled = agrees(&graph, &[numbers(&[2, 5, 6]), numbers(&[2, 5, 6])], what);
-            let attention = compiled.footprint().steps.iter().any(|(name, _)| name.contains("Attention"));
+            let attention = compiled.footprint().steps.iter().any(|step| step.name.contains("Attention"));
             assert_eq!(attention, expected, "{what}");
         }
     }

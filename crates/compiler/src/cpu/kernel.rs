@@ -63,6 +63,14 @@ impl Kernel {
         }
     }
 
+    /// Bytes of a weight that it keeps.
+    pub fn weight_bytes(&self) -> usize {
+        match self {
+            Self::Convolution { convolution, .. } => convolution.weight_bytes(),
+            _ => 0,
+        }
+    }
+
     /// Fills `out`, and has every element pass through the epilogue.
     ///
     /// # Errors

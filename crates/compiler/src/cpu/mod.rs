@@ -12,15 +12,16 @@ mod plan;
 mod recover;
 mod view;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use burn::tensor::{BoolStore, DType, TensorData};
 use kiln_core::{Error, Result};
+use serde::Serialize;
 
 use crate::graph::name_and_attributes;
-use crate::{Graph, GraphPass};
+use crate::{Graph, GraphPass, quiet};
 use expression::Code;
 use kernel::{Kernel, run_burn};
 use memory::{Arenas, Buffer, Elements, ElementsMut, Kind, Place, Values};
@@ -34,6 +35,8 @@ pub struct Executor {
     arenas: Arenas,
     /// Where the outputs lie.
     outputs: Vec<View>,
+    /// What every step took, over all runs.
+    times: Vec<Duration>,
 }
 
 struct CompiledStep {
@@ -45,14 +48,25 @@ struct CompiledStep {
 }
 
 /// What a compiled graph takes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Footprint {
-    /// Steps by kind, and how often each occurs.
-    pub steps: Vec<(String, usize)>,
+    /// Its steps by kind, in order of appearance.
+    pub steps: Vec<StepKind>,
     /// Bytes of intermediate results at most.
     pub arena_bytes: usize,
     /// Bytes of constants.
     pub constant_bytes: usize,
+}
+
+/// All steps of one kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StepKind {
+    /// The operation that they begin with, and whether they do more.
+    pub name: String,
+    /// How many there are.
+    pub count: usize,
+    /// What they took together, over all runs so far.
+    pub time: Duration,
 }
 
 impl Executor {
@@ -66,8 +80,7 @@ impl Executor {
         }
         let kind = graph.kind.clone();
         // A graph from a file may claim shapes that its operands do not have.
-        let compiled = catch_unwind(AssertUnwindSafe(|| Self::compile(graph)));
-        compiled.unwrap_or_else(|_| Err(misfit(&kind)))
+        quiet::catch(|| Self::compile(graph)).unwrap_or_else(|found| Err(misfit(&kind, &found)))
     }
 
     fn compile(mut graph: Graph) -> Result<Self> {
@@ -89,13 +102,19 @@ impl Executor {
         forget_unread(&mut buffers, &compiled, &outputs);
         let extent = |kind: Kind| plan.arenas.get(&kind).copied().unwrap_or(0);
         let arenas = Arenas {
-            floats: vec![0.0; extent(Kind::Float)],
-            ints: vec![0; extent(Kind::Int)],
-            bools: vec![0; extent(Kind::Bool)],
+            floats: room(extent(Kind::Float))?,
+            ints: room(extent(Kind::Int))?,
+            bools: room(extent(Kind::Bool))?,
         };
         // They have become steps.
         graph.operations = Vec::new();
-        Ok(Self { graph, steps: compiled, buffers, arenas, outputs })
+        let times = vec![Duration::ZERO; compiled.len()];
+        Ok(Self { graph, steps: compiled, buffers, arenas, outputs, times })
+    }
+
+    /// The graph's kind, inputs and outputs; what it computes has become steps.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
     }
 
     /// Computes the outputs from inputs, both in the order of the graph's.
@@ -105,9 +124,16 @@ impl Executor {
     pub fn run(&mut self, inputs: &[TensorData]) -> Result<Vec<TensorData>> {
         self.graph.check_inputs(inputs)?;
         let inputs: Vec<Values> = inputs.iter().cloned().filter_map(Values::of).collect();
-        for number in 0..self.steps.len() {
-            self.run_step(number, &inputs)?;
-        }
+        let kind = self.graph.kind.clone();
+        quiet::catch(|| {
+            (0..self.steps.len()).try_for_each(|number| {
+                let begun = Instant::now();
+                self.run_step(number, &inputs)?;
+                self.times[number] += begun.elapsed();
+                Ok(())
+            })
+        })
+        .unwrap_or_else(|found| Err(misfit(&kind, &found)))?;
         let read: Vec<BufferId> = self.outputs.iter().map(|view| view.buffer).collect();
         let (memory, _) = self.arenas.borrow(&self.buffers, &inputs, &read, None);
         let output = |view: &View| {
@@ -131,8 +157,7 @@ impl Executor {
             });
         };
         let (memory, _) = self.arenas.borrow(&self.buffers, inputs, &step.reads, None);
-        let results = catch_unwind(AssertUnwindSafe(|| run_burn(operation, operands, &memory)))
-            .map_err(|_| misfit(&self.graph.kind))?;
+        let results = run_burn(operation, operands, &memory);
         for (&output, data) in step.outputs.iter().zip(results) {
             let (_, out) = self.arenas.borrow(&self.buffers, inputs, &[], Some(output));
             match out {
@@ -152,21 +177,39 @@ impl Executor {
 
     /// What the compiled graph takes.
     pub fn footprint(&self) -> Footprint {
-        let mut steps: BTreeMap<String, usize> = BTreeMap::new();
-        for step in &self.steps {
-            *steps.entry(step.to_string()).or_default() += 1;
+        let mut steps: Vec<StepKind> = Vec::new();
+        for (step, time) in self.steps.iter().zip(&self.times) {
+            let name = step.to_string();
+            match steps.iter_mut().find(|known| known.name == name) {
+                Some(known) => {
+                    known.count += 1;
+                    known.time += *time;
+                }
+                None => steps.push(StepKind { name, count: 1, time: *time }),
+            }
         }
         let constant_bytes = self.buffers.iter().map(|buffer| match &buffer.place {
             Place::Constant(values) => values.bytes(),
             _ => 0,
         });
+        let weight_bytes = self.steps.iter().map(|step| step.kernel.weight_bytes());
         let Arenas { floats, ints, bools } = &self.arenas;
         Footprint {
-            steps: steps.into_iter().collect(),
             arena_bytes: size_of_val(&floats[..]) + size_of_val(&ints[..]) + size_of_val(&bools[..]),
-            constant_bytes: constant_bytes.sum(),
+            constant_bytes: constant_bytes.sum::<usize>() + weight_bytes.sum::<usize>(),
+            steps,
         }
     }
+}
+
+/// An arena, where there is memory for it.
+fn room<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
+    Vec::<T>::new().try_reserve_exact(len).map_err(|_| {
+        let mebibytes = len.saturating_mul(size_of::<T>()) >> 20;
+        Error::work(format!("there is no memory for the graph's intermediate results, {mebibytes} MiB"))
+            .hint("export the model for a smaller batch")
+    })?;
+    Ok(vec![T::default(); len])
 }
 
 /// The step's kind: an operation, with what it left to Burn or took in.
@@ -183,9 +226,9 @@ impl fmt::Display for CompiledStep {
     }
 }
 
-fn misfit(kind: &str) -> Error {
-    Error::work(format!("an operation of the {kind} graph does not fit its operands"))
-        .hint("export the model again")
+fn misfit(kind: &str, found: &str) -> Error {
+    Error::work(format!("an operation of the {kind} graph does not fit its operands: {found}"))
+        .hint("the graph is damaged: export the model again")
 }
 
 /// Lets go of constants that no step reads any more.

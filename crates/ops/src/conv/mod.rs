@@ -385,6 +385,11 @@ impl FixedConv {
         Self { geometry, way, weight, bias }
     }
 
+    /// Bytes of the weight as it is kept.
+    pub fn weight_bytes(&self) -> usize {
+        size_of_val(&self.weight[..]) + size_of_val(&self.bias[..])
+    }
+
     /// Convolves `x` into `y`, whose elements are finished as they come.
     ///
     /// # Panics
