@@ -110,7 +110,7 @@ pub enum Verb {
         #[command(subcommand)]
         verb: GraphVerb,
     },
-    /// Compile a loop program, or run it
+    /// Compile a loop program or a network into WebAssembly, or run it
     #[command(
         after_help = "A program is text (`program relu(in X: f32[4], out Y: f32[4]) { .. }`) or JSON (kiln-loop-ir/1)."
     )]
@@ -230,15 +230,29 @@ pub struct GraphSource {
 /// A program and how it is made.
 #[derive(Debug, Args)]
 pub struct ProgramArgs {
-    /// Program as text or JSON
-    #[arg(long, value_name = "FILE")]
-    pub program: PathBuf,
+    #[command(flatten)]
+    pub source: ProgramSource,
     /// What it is made into
     #[arg(long, value_enum, default_value = "wasm")]
     pub target: Target,
     /// "default", "none", or passes in their order, such as simplify,unroll:8,vectorize:4
     #[arg(long, value_delimiter = ',', default_value = "default")]
     pub passes: Vec<String>,
+}
+
+/// Where a program comes from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct ProgramSource {
+    /// Program as text or JSON
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+    /// Folder that `kiln export` wrote
+    #[arg(long, value_name = "DIR")]
+    pub graph: Option<PathBuf>,
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -253,7 +267,9 @@ pub enum Target {
 pub enum CompileVerb {
     /// Write a program as its target has it, with the text and the JSON of what the passes made of it
     #[command(after_help = "Examples:\n  kiln compile build --program relu.txt --out relu/\n  \
-        kiln compile build --program relu.json --passes simplify,vectorize:4 --target interp --out relu/")]
+        kiln compile build --program relu.json --passes simplify,vectorize:4 --target interp --out relu/\n  \
+        kiln compile build --model my-model --out module/\n\n\
+        A network's parameters stand in constants.npz: its module takes them as inputs beside the network's own.")]
     Build {
         #[command(flatten)]
         program: ProgramArgs,

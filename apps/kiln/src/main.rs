@@ -77,7 +77,7 @@ fn dispatch(matches: &clap::ArgMatches, cx: &Context) -> Result<ExitCode> {
         Verb::Tour { scale, out } => commands::tour(SYSTEMS, scale, &out, cx),
         Verb::Export { model, out } => commands::export(SYSTEMS, &model, &out, cx),
         Verb::Graph { verb } => graphs::execute(verb, SYSTEMS, cx),
-        Verb::Compile { verb } => programs::execute(&verb, cx),
+        Verb::Compile { verb } => programs::execute(&verb, SYSTEMS, cx),
         Verb::Completions { shell } => commands::completions(shell, cx),
     }
     .map(|()| ExitCode::SUCCESS)

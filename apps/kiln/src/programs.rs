@@ -1,35 +1,55 @@
 //! `kiln compile`: loop programs into modules, and what they compute.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use kiln::compiler::Graph;
 use kiln::compiler::loops::{
-    Checked, Outcome, Pass, Program, check, default_passes, interpret, read_buffers, to_wasm, write_buffers,
+    Buffer, Checked, Outcome, Pass, Program, check, default_passes, interpret, read_buffers, to_wasm,
+    write_buffers,
 };
 use kiln::core::{Context, Error, Result, write_atomic};
 use serde_json::json;
 
-use crate::cli::{CompileVerb, ProgramArgs, Target};
+use crate::cli::{CompileVerb, ProgramArgs, ProgramSource, Target};
+use crate::commands::{Systems, captured};
 
-pub fn execute(verb: &CompileVerb, cx: &Context) -> Result<()> {
+pub fn execute(verb: &CompileVerb, systems: Systems, cx: &Context) -> Result<()> {
     match verb {
-        CompileVerb::Build { program, out } => build(program, out, cx),
-        CompileVerb::Run { program, inputs, out, max_steps } => run(program, inputs, out, *max_steps, cx),
+        CompileVerb::Build { program: args, out } => {
+            build(&prepared(args, systems, cx)?, args.target, out, cx)
+        }
+        CompileVerb::Run { program: args, inputs, out, max_steps } => {
+            run(prepared(args, systems, cx)?, args.target, inputs, out, *max_steps, cx)
+        }
     }
 }
 
+/// A program that passed the verifier, after the passes that were asked for.
+struct Prepared {
+    program: Program,
+    checked: Checked,
+    /// Inputs that are known: the parameters of a network.
+    constants: BTreeMap<String, Buffer>,
+}
+
 /// Writes a program as its target has it, beside the text and the JSON of what the passes made of it.
-fn build(args: &ProgramArgs, out: &Path, cx: &Context) -> Result<()> {
-    let (program, checked) = prepared(args)?;
+fn build(prepared: &Prepared, target: Target, out: &Path, cx: &Context) -> Result<()> {
+    let Prepared { program, checked, constants } = prepared;
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let file = |name: &str| out.join(name);
-    let json = serde_json::to_vec_pretty(&program)
+    let json = serde_json::to_vec_pretty(program)
         .map_err(|e| Error::work("cannot write the program").caused_by(e))?;
     write_atomic(&file("program.json"), &json)?;
     write_atomic(&file("program.txt"), program.to_string().as_bytes())?;
     let mut written = vec!["program.json", "program.txt"];
-    if args.target == Target::Wasm {
-        let module = to_wasm(&program, &checked)?;
+    if !constants.is_empty() {
+        write_buffers(&file("constants.npz"), constants)?;
+        written.push("constants.npz");
+    }
+    if target == Target::Wasm {
+        let module = to_wasm(program, checked)?;
         let params = program.params.iter().zip(&module.offsets);
         let params: Vec<_> = params
             .map(|(param, offset)| {
@@ -46,10 +66,18 @@ fn build(args: &ProgramArgs, out: &Path, cx: &Context) -> Result<()> {
     })
 }
 
-fn run(args: &ProgramArgs, inputs: &Path, out: &Path, max_steps: u64, cx: &Context) -> Result<()> {
-    let (program, checked) = prepared(args)?;
-    let arrays = read_buffers(inputs)?;
-    let outcome: Outcome = match args.target {
+fn run(
+    prepared: Prepared,
+    target: Target,
+    inputs: &Path,
+    out: &Path,
+    max_steps: u64,
+    cx: &Context,
+) -> Result<()> {
+    let Prepared { program, checked, constants } = prepared;
+    let mut arrays = read_buffers(inputs)?;
+    arrays.extend(constants);
+    let outcome: Outcome = match target {
         Target::Interp => interpret(&program, &checked, &arrays, max_steps)?,
         Target::Wasm => to_wasm(&program, &checked)?.run(&arrays)?,
     };
@@ -62,17 +90,14 @@ fn run(args: &ProgramArgs, inputs: &Path, out: &Path, max_steps: u64, cx: &Conte
     })
 }
 
-/// Reads a program, verifies it and applies the passes that were asked for.
-fn prepared(args: &ProgramArgs) -> Result<(Program, Checked)> {
-    let path = &args.program;
-    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let mut program: Program = if text.trim_start().starts_with('{') {
-        serde_json::from_str(&text).map_err(|e| {
-            Error::input(path.display(), "is no program in the format kiln-loop-ir/1").caused_by(e)
-        })?
-    } else {
-        text.parse()
-            .map_err(|e: Error| Error::input(path.display(), "is no program in the text form").caused_by(e))?
+/// Reads a program or writes a network as one, verifies it and applies the passes that were asked for.
+fn prepared(args: &ProgramArgs, systems: Systems, cx: &Context) -> Result<Prepared> {
+    let ProgramSource { program, graph, model } = &args.source;
+    let (mut program, constants) = match (program, graph, model) {
+        (Some(path), ..) => (read(path)?, BTreeMap::new()),
+        (None, Some(folder), _) => Graph::load(folder)?.to_loops()?,
+        (None, None, Some(model)) => captured(systems, model, cx)?.to_loops()?,
+        (None, None, None) => return Err(Error::usage("--program, --graph or --model is needed")),
     };
     check(&program)?;
     let passes = match args.passes.as_slice() {
@@ -82,5 +107,16 @@ fn prepared(args: &ProgramArgs) -> Result<(Program, Checked)> {
     };
     passes.iter().try_for_each(|pass| pass.apply(&mut program))?;
     let checked = check(&program)?;
-    Ok((program, checked))
+    Ok(Prepared { program, checked, constants })
+}
+
+fn read(path: &Path) -> Result<Program> {
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    if text.trim_start().starts_with('{') {
+        return serde_json::from_str(&text).map_err(|e| {
+            Error::input(path.display(), "is no program in the format kiln-loop-ir/1").caused_by(e)
+        });
+    }
+    text.parse()
+        .map_err(|e: Error| Error::input(path.display(), "is no program in the text form").caused_by(e))
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use kiln::SYSTEMS;
-use kiln::compiler::loops::{Buffer, Elements, read_buffers, write_buffers};
+use kiln::compiler::loops::{Buffer, Elements, check, read_buffers, to_wasm, write_buffers};
 use kiln::compiler::{Executor, Graph, GraphPass, OnnxOptions, capture};
 use kiln::core::testing::Desk;
 use kiln::core::{Port, PortKind, random_stream};
@@ -162,6 +162,7 @@ fn every_network_and_its_graph_compute_the_same() {
             }
             assert_close(&graph.run(&inputs).unwrap(), &outputs, &format!("{slug} after {pass:?}"));
         }
+        assert_same_as_loops(&graph, &inputs, &outputs, slug);
         let mut compiled = Executor::new(graph).unwrap();
         // The second time the memory is full of what the first left.
         for time in ["first", "second"] {
@@ -172,6 +173,26 @@ fn every_network_and_its_graph_compute_the_same() {
             );
         }
     }
+}
+
+/// As a WebAssembly module, where all of the network's operations have a form as loops.
+fn assert_same_as_loops(graph: &Graph, inputs: &[TensorData], outputs: &[Vec<f32>], slug: &str) {
+    // Fourier features are sines and cosines, for which loop programs have no function.
+    const WITHOUT: &[&str] = &["kronecker-attention"];
+    let (program, mut buffers) = match graph.clone().to_loops() {
+        Ok(written) => written,
+        Err(error) => {
+            assert!(WITHOUT.contains(&slug), "{slug}: {error}");
+            return;
+        }
+    };
+    for (input, data) in graph.inputs.iter().zip(inputs) {
+        buffers.insert(input.port.name.clone(), Buffer::from_tensor(data).unwrap());
+    }
+    let results = to_wasm(&program, &check(&program).unwrap()).unwrap().run(&buffers).unwrap().unwrap();
+    let found: Vec<TensorData> =
+        graph.outputs.iter().map(|output| results[&output.port.name].to_tensor()).collect();
+    assert_close(&found, outputs, &format!("{slug} as WebAssembly"));
 }
 
 fn assert_close(found: &[TensorData], outputs: &[Vec<f32>], what: &str) {
@@ -270,4 +291,31 @@ fn programs_are_compiled_and_run_from_the_command_line() {
     refused(here, "compile build --program relu.txt --passes fly --out x", "there are: simplify");
     refused(here, "compile build --program none.txt --out x", "none.txt");
     refused(here, "compile build", "--program");
+}
+
+#[test]
+fn a_model_is_compiled_and_its_module_computes_what_the_graph_does() {
+    let gla = SYSTEMS.iter().find(|system| system.card().slug == "gla").unwrap();
+    let desk = Desk::new(*gla);
+    tiny_model(&desk, "gla");
+    let here = desk.path("");
+    succeed(&here, "export --model m --out g");
+    succeed(&here, "compile build --graph g --out built");
+    for file in ["module.wasm", "layout.json", "constants.npz"] {
+        assert!(here.join("built").join(file).exists(), "{file}");
+    }
+    let graph = Graph::load(&here.join("g")).unwrap();
+    let ids = Buffer::from_tensor(&random_input(&graph.inputs[0].port, 256, 0)).unwrap();
+    write_buffers(&here.join("in.npz"), &[("ids".to_string(), ids)].into()).unwrap();
+    let table = succeed(&here, "graph run --graph g --inputs in.npz --out cpu.npz --repeat 2 --profile");
+    assert!(table.contains("Matmul") && table.contains("constants"), "{table}");
+    refused(&here, "graph run --graph g --inputs in.npz --out x.npz --target interp --profile", "compiled");
+    succeed(&here, "graph run --graph g --inputs in.npz --out interp.npz --target interp");
+    succeed(&here, "compile run --model m --inputs in.npz --out wasm.npz");
+    let [cpu, interp, wasm] = ["cpu", "interp", "wasm"].map(|name| {
+        let arrays = read_buffers(&here.join(format!("{name}.npz"))).unwrap();
+        arrays["logits"].to_tensor()
+    });
+    assert_close(&[cpu], &[floats(&interp)], "compiled");
+    assert_close(&[wasm], &[floats(&interp)], "WebAssembly");
 }

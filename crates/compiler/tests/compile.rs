@@ -3,6 +3,7 @@
 
 use burn::backend::DispatchTensor;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation, s};
+use kiln_compiler::loops::{Buffer, check, default_passes, interpret, to_wasm};
 use kiln_compiler::{Executor, Graph, capture};
 use kiln_core::{Network, Port, PortKind};
 use networks::{Example, Frozen};
@@ -40,6 +41,41 @@ fn agrees(graph: &Graph, inputs: &[TensorData], what: &str) -> Executor {
         }
     }
     compiled
+}
+
+/// Runs a graph as a loop program: interpreted, and as a WebAssembly module, before and after the passes.
+fn agrees_as_loops(graph: &Graph, inputs: &[TensorData], what: &str) {
+    let expected = graph.run(inputs).unwrap();
+    let (program, mut buffers) = graph.clone().to_loops().unwrap_or_else(|e| panic!("{what}: {e}"));
+    for (input, data) in graph.inputs.iter().zip(inputs) {
+        buffers.insert(input.port.name.clone(), Buffer::from_tensor(data).unwrap());
+    }
+    let mut optimised = program.clone();
+    default_passes().iter().for_each(|pass| pass.apply(&mut optimised).unwrap());
+    for (program, how) in [(program, "as written"), (optimised, "after the passes")] {
+        let checked = check(&program).unwrap();
+        let interpreted = interpret(&program, &checked, &buffers, u64::MAX).unwrap().unwrap();
+        let compiled = to_wasm(&program, &checked).unwrap().run(&buffers).unwrap().unwrap();
+        // As text, in which numbers that are none are alike.
+        assert_eq!(format!("{interpreted:?}"), format!("{compiled:?}"), "{what} {how}");
+        for (output, expected) in graph.outputs.iter().zip(&expected) {
+            let found = floats(&interpreted[&output.port.name].to_tensor());
+            for (a, b) in found.into_iter().zip(floats(expected)) {
+                let close = (a - b).abs() <= 2e-5 * (1.0 + b.abs()) || a == b || (a.is_nan() && b.is_nan());
+                assert!(close, "{what} {how}: {a}, should be {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn networks_of_every_family_are_loop_programs_too() {
+    let bert = Example::Bert { layers: 1, heads: 2 };
+    let llama = Example::Llama { layers: 1, heads: 2 };
+    for (example, shape) in [(bert, vec![2, 3, 8]), (llama, vec![1, 5, 8])] {
+        let graph = capture(Box::new(Frozen { example, input: shape.clone() })).unwrap();
+        agrees_as_loops(&graph, &[numbers(&shape)], &format!("{example:?}"));
+    }
 }
 
 #[test]
@@ -103,7 +139,7 @@ fn ports(name: &str, shapes: &[Vec<usize>]) -> Vec<Port> {
 }
 
 /// Captures a function of two tensors `[2, 5, 6]` and compares.
-fn check<const D: usize>(
+fn compare<const D: usize>(
     what: &str,
     shape: [usize; D],
     f: impl Fn(Tensor<3>, Tensor<3>) -> Tensor<D> + Send + 'static,
@@ -113,66 +149,75 @@ fn check<const D: usize>(
     let graph = capture(Box::new(Of(of, inputs, vec![shape.to_vec()]))).unwrap();
     let [a, b] = [numbers(&[2, 5, 6]), numbers(&[2, 5, 7])];
     let b = TensorData::new(floats(&b)[..60].to_vec(), vec![2, 5, 6]);
-    agrees(&graph, &[a, b], what);
+    let inputs = [a, b];
+    agrees(&graph, &inputs, what);
+    match graph.clone().to_loops() {
+        Ok(_) => agrees_as_loops(&graph, &inputs, what),
+        Err(error) => assert!(error.to_string().contains("has no form as loops"), "{what}: {error}"),
+    }
 }
 
 #[test]
 fn moving_elements_about_keeps_them() {
-    check("transposed sum", [2, 6, 5], |a, b| a.swap_dims(1, 2) + b.swap_dims(1, 2).exp());
-    check("reshaped transpose", [10, 6], |a, _| a.swap_dims(0, 1).reshape([10, 6]));
-    check("slice of a computed tensor", [1, 2, 6], |a, b| (a * b).slice(s![1..2, 1..5;2, ..]));
-    check("flip", [2, 5, 6], |a, b| a.flip([0, 2]) - b);
-    check("repeat", [2, 15, 6], |a, _| a.repeat_dim(1, 3));
-    check("expanded sum", [2, 5, 6], |a, b| a.slice(s![.., 0..1, ..]).sqrt() + b);
-    check("concatenation", [2, 12, 6], |a, b| {
+    compare("transposed sum", [2, 6, 5], |a, b| a.swap_dims(1, 2) + b.swap_dims(1, 2).exp());
+    compare("reshaped transpose", [10, 6], |a, _| a.swap_dims(0, 1).reshape([10, 6]));
+    compare("slice of a computed tensor", [1, 2, 6], |a, b| (a * b).slice(s![1..2, 1..5;2, ..]));
+    compare("flip", [2, 5, 6], |a, b| a.flip([0, 2]) - b);
+    compare("repeat", [2, 15, 6], |a, _| a.repeat_dim(1, 3));
+    compare("expanded sum", [2, 5, 6], |a, b| a.slice(s![.., 0..1, ..]).sqrt() + b);
+    compare("concatenation", [2, 12, 6], |a, b| {
         Tensor::cat(vec![a.clone().tanh(), b, a.slice(s![.., 3..5, ..])], 1)
     });
-    check("concatenation of the last axis", [2, 5, 12], |a, b| Tensor::cat(vec![a.clone() + 1.0, b * a], 2));
-    check("unfolded", [2, 3, 6, 3], |a, _| a.unfold(1, 3, 1));
+    compare("concatenation of the last axis", [2, 5, 12], |a, b| {
+        Tensor::cat(vec![a.clone() + 1.0, b * a], 2)
+    });
+    compare("unfolded", [2, 3, 6, 3], |a, _| a.unfold(1, 3, 1));
 }
 
 #[test]
 fn functions_of_elements_are_burns() {
-    check("unaries", [2, 5, 6], |a, b| {
+    compare("unaries", [2, 5, 6], |a, b| {
         a.clone().abs().sqrt() + b.clone().sin() * a.clone().cos() - b.exp().log1p() + a.erf()
     });
-    check("rounding", [2, 5, 6], |a, b| a.clone().floor() + b.clone().ceil() * a.round() + b.sign());
-    check("clamps", [2, 5, 6], |a, b| a.clamp(-0.5, 1.0) + b.clone().clamp_min(0.1) + b.clamp_max(0.2));
-    check("masks", [2, 5, 6], |a, b| {
+    compare("rounding", [2, 5, 6], |a, b| a.clone().floor() + b.clone().ceil() * a.round() + b.sign());
+    compare("clamps", [2, 5, 6], |a, b| a.clamp(-0.5, 1.0) + b.clone().clamp_min(0.1) + b.clamp_max(0.2));
+    compare("masks", [2, 5, 6], |a, b| {
         let mask = a.clone().greater(b.clone());
         b.clone().mask_where(mask.clone(), a.clone()) + a.mask_fill(mask.bool_not(), f32::INFINITY)
     });
-    check("powers", [2, 5, 6], |a, b| a.clone().powi_scalar(2) + a.abs().powf_scalar(1.7) * b.powi_scalar(3));
-    check("activations", [2, 5, 6], |a, b| {
+    compare("powers", [2, 5, 6], |a, b| {
+        a.clone().powi_scalar(2) + a.abs().powf_scalar(1.7) * b.powi_scalar(3)
+    });
+    compare("activations", [2, 5, 6], |a, b| {
         activation::gelu(a.clone()) + activation::silu(b.clone()) * activation::sigmoid(a.clone())
             - activation::leaky_relu(b, 0.1)
             + activation::relu(a)
     });
-    check("remainders", [2, 5, 6], |a, b| a.remainder(b + 2.5));
-    check("not numbers", [2, 5, 6], |a, b| a.clone().log() * b.clone().sqrt() + (a / (b.clone() - b)));
+    compare("remainders", [2, 5, 6], |a, b| a.remainder(b + 2.5));
+    compare("not numbers", [2, 5, 6], |a, b| a.clone().log() * b.clone().sqrt() + (a / (b.clone() - b)));
 }
 
 #[test]
 fn rows_are_reduced_along_every_axis() {
-    check("sums", [2, 1, 6], |a, b| (a * b).sum_dim(1) / 3.0);
-    check("mean of the first axis", [1, 5, 6], |a, b| (a + b).mean_dim(0));
-    check("largest", [2, 5, 1], |a, b| a.max_dim(2) - b.min_dim(2));
-    check("total", [1], |a, b| (a - b).sum());
-    check("softmax", [2, 5, 6], |a, b| activation::softmax(a * 3.0, 1) + activation::log_softmax(b, 2));
-    check("cumulative", [2, 5, 6], |a, b| a.cumsum(1) * b);
-    check("what no kernel does", [2, 5, 6], |a, b| a.sort(1) + b.cumprod(2));
-    check("variance", [2, 5, 1], |a, b| (a + b).var(2));
+    compare("sums", [2, 1, 6], |a, b| (a * b).sum_dim(1) / 3.0);
+    compare("mean of the first axis", [1, 5, 6], |a, b| (a + b).mean_dim(0));
+    compare("largest", [2, 5, 1], |a, b| a.max_dim(2) - b.min_dim(2));
+    compare("total", [1], |a, b| (a - b).sum());
+    compare("softmax", [2, 5, 6], |a, b| activation::softmax(a * 3.0, 1) + activation::log_softmax(b, 2));
+    compare("cumulative", [2, 5, 6], |a, b| a.cumsum(1) * b);
+    compare("what no kernel does", [2, 5, 6], |a, b| a.sort(1) + b.cumprod(2));
+    compare("variance", [2, 5, 1], |a, b| (a + b).var(2));
 }
 
 #[test]
 fn products_take_operands_as_they_lie() {
-    check("transposed operand", [2, 5, 5], |a, b| a.matmul(b.swap_dims(1, 2)));
-    check("both transposed", [2, 6, 6], |a, b| a.swap_dims(1, 2).matmul(b));
-    check("one matrix for all", [2, 5, 5], |a, b| {
+    compare("transposed operand", [2, 5, 5], |a, b| a.matmul(b.swap_dims(1, 2)));
+    compare("both transposed", [2, 6, 6], |a, b| a.swap_dims(1, 2).matmul(b));
+    compare("one matrix for all", [2, 5, 5], |a, b| {
         activation::gelu(a.matmul(b.slice(s![0..1, .., ..]).swap_dims(1, 2)) + 0.5)
     });
-    check("vector", [2, 1, 5], |a, b| a.slice(s![.., 0..1, ..]).matmul(b.swap_dims(1, 2)));
-    check("strided rows", [2, 3, 5], |a, b| a.slice(s![.., 0..5;2, ..]).matmul(b.swap_dims(1, 2)));
+    compare("vector", [2, 1, 5], |a, b| a.slice(s![.., 0..1, ..]).matmul(b.swap_dims(1, 2)));
+    compare("strided rows", [2, 3, 5], |a, b| a.slice(s![.., 0..5;2, ..]).matmul(b.swap_dims(1, 2)));
 }
 
 #[test]
@@ -213,21 +258,21 @@ fn attention_is_found_again_in_the_operations_it_was_written_with() {
 
 #[test]
 fn a_result_with_two_readers_is_not_overwritten_for_one() {
-    check("product read twice", [2, 5, 5], |a, b| {
+    compare("product read twice", [2, 5, 5], |a, b| {
         let product = a.matmul(b.swap_dims(1, 2));
         activation::relu(product.clone()).matmul(product)
     });
-    check("swish of a product", [2, 5, 5], |a, b| activation::silu(a.matmul(b.swap_dims(1, 2))));
-    check("two epilogues", [2, 5, 5], |a, b| {
+    compare("swish of a product", [2, 5, 5], |a, b| activation::silu(a.matmul(b.swap_dims(1, 2))));
+    compare("two epilogues", [2, 5, 5], |a, b| {
         let product = a.matmul(b.swap_dims(1, 2));
         let [left, right] = [product.clone().exp(), product.sin()];
         left.matmul(right)
     });
-    check("a sum of two products", [2, 5, 5], |a, b| {
+    compare("a sum of two products", [2, 5, 5], |a, b| {
         let left = a.clone().matmul(b.clone().swap_dims(1, 2));
         left.clone() + b.matmul(a.swap_dims(1, 2)) * left
     });
-    check("rows and what they came from", [2, 5, 6], |a, b| {
+    compare("rows and what they came from", [2, 5, 6], |a, b| {
         let sum = (a + b).exp();
         activation::softmax(sum.clone(), 2) + sum
     });
@@ -262,5 +307,33 @@ fn indices_pick_rows_or_are_refused() {
     for wrong in [4, -1] {
         let error = compiled.run(&[numbers(&[4, 3]), ids(wrong)]).unwrap_err().to_string();
         assert!(error.contains("index 4") && error.contains("4 rows"), "{error}");
+    }
+}
+
+#[test]
+fn convolutions_and_pools_are_loop_programs_too() {
+    use burn::tensor::module;
+    use burn::tensor::ops::{AvgPoolOptions, ConvOptions, MaxPoolOptions};
+    type Layer = fn(Tensor<4>) -> Tensor<4>;
+    let cases: &[(&str, Layer)] = &[
+        ("strided convolution with groups", |x| {
+            let weight = Tensor::from_data(numbers(&[4, 1, 3, 2]), &x.device());
+            let bias = Tensor::from_data(numbers(&[4]), &x.device());
+            module::conv2d(x, weight, Some(bias), ConvOptions::new([2, 1], [1, 0], [1, 2], 2))
+        }),
+        ("largest of windows", |x| {
+            kiln_ops::max_pool2d(x, MaxPoolOptions::new([3, 2]).with_stride([2, 1]).with_padding([1, 0]))
+        }),
+        ("means of windows", |x| kiln_ops::avg_pool2d(x, AvgPoolOptions::new([3, 2]).with_padding([1, 1]))),
+        ("even means", |x| kiln_ops::adaptive_avg_pool2d(x, [3, 4])),
+    ];
+    for (what, layer) in cases {
+        let layer = *layer;
+        let sample = layer(Tensor::from_data(numbers(&[2, 2, 7, 6]), &Device::flex()));
+        let of = move |x: Vec<Tensor<3>>| vec![layer(x[0].clone().reshape([2, 2, 7, 6])).into_dispatch()];
+        let network = Of(of, vec![vec![4, 7, 6]], vec![sample.dims().to_vec()]);
+        let graph = capture(Box::new(network)).unwrap();
+        agrees(&graph, &[numbers(&[4, 7, 6])], what);
+        agrees_as_loops(&graph, &[numbers(&[4, 7, 6])], what);
     }
 }

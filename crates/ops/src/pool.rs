@@ -281,6 +281,12 @@ impl FixedPool {
         Self(Pooling::Mean(MeanPool { windows, padding_counts: false }))
     }
 
+    /// Windows along both axes.
+    pub fn outputs(&self) -> [usize; 2] {
+        let (Pooling::Max(windows) | Pooling::Mean(MeanPool { windows, .. })) = &self.0;
+        [windows.rows.outputs(), windows.columns.outputs()]
+    }
+
     /// Pools all planes of `x`.
     pub fn run(&self, x: &[f32], output: &mut [f32]) {
         match &self.0 {

@@ -51,7 +51,7 @@ impl Kernel {
                     FixedConv::new(work.extents, work.shape, work.weight, work.bias, &work.options);
                 Self::Convolution { x: work.x, convolution }
             }
-            Work::Pool { x, pool } => Self::Pool { x, pool },
+            Work::Pool { x, pooling } => Self::Pool { x, pool: pooling.fixed() },
             Work::Attention(attention) => Self::Attention(attention),
             Work::Rows { x, width, work } => Self::Rows { x: code(&x), width, work },
             Work::LayerNorm { x, weight, bias, epsilon } => {

@@ -89,7 +89,7 @@ pub(super) enum Work {
     Convolution(Convolution),
     Pool {
         x: View,
-        pool: FixedPool,
+        pooling: Pooling,
     },
     Attention(Attention),
     /// Rows that are replaced by others of the same length.
@@ -130,6 +130,51 @@ pub(super) struct Convolution {
     pub weight: Vec<f32>,
     pub bias: Vec<f32>,
     pub options: ConvOptions<3>,
+}
+
+impl Convolution {
+    /// Depth, height and width of the output.
+    pub fn output(&self) -> [usize; 3] {
+        let Self { extents, shape, options, .. } = self;
+        std::array::from_fn(|axis| {
+            let (before, after) = options.padding[axis];
+            let reach = options.dilation[axis] * (shape[2 + axis] - 1) + 1;
+            (extents[2 + axis] + before + after - reach) / options.stride[axis] + 1
+        })
+    }
+}
+
+/// A pooling of planes.
+pub(super) struct Pooling {
+    pub kind: PoolKind,
+    /// Height and width of the input.
+    pub extents: [usize; 2],
+    /// Where windows cover the plane evenly, their numbers stand in the place of their extents.
+    pub windows: PoolOptions,
+}
+
+/// What becomes of a window.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum PoolKind {
+    Max { dilation: [usize; 2] },
+    Mean { padding_counts: bool },
+    Even,
+}
+
+impl Pooling {
+    /// Height and width of the output.
+    pub fn outputs(&self) -> [usize; 2] {
+        self.fixed().outputs()
+    }
+
+    /// Prepares it.
+    pub fn fixed(&self) -> FixedPool {
+        match self.kind {
+            PoolKind::Max { dilation } => FixedPool::max(self.extents, dilation, &self.windows),
+            PoolKind::Mean { padding_counts } => FixedPool::mean(self.extents, padding_counts, &self.windows),
+            PoolKind::Even => FixedPool::even(self.extents, self.windows.kernel),
+        }
+    }
 }
 
 pub(super) struct Attention {
@@ -897,11 +942,7 @@ impl Lowering {
                     padding: op.padding,
                     ceil_mode: op.ceil_mode,
                 };
-                self.pool(
-                    &op.x,
-                    &op.out,
-                    FixedPool::max([op.x.shape[2], op.x.shape[3]], op.dilation, &windows),
-                )
+                self.pool(&op.x, &op.out, PoolKind::Max { dilation: op.dilation }, windows)
             }
             M::AvgPool2d(op) => {
                 let windows = PoolOptions {
@@ -910,11 +951,12 @@ impl Lowering {
                     padding: op.padding,
                     ceil_mode: op.ceil_mode,
                 };
-                let extents = [op.x.shape[2], op.x.shape[3]];
-                self.pool(&op.x, &op.out, FixedPool::mean(extents, op.count_include_pad, &windows))
+                self.pool(&op.x, &op.out, PoolKind::Mean { padding_counts: op.count_include_pad }, windows)
             }
             M::AdaptiveAvgPool2d(op) => {
-                self.pool(&op.x, &op.out, FixedPool::even([op.x.shape[2], op.x.shape[3]], op.output_size))
+                let kernel = op.output_size;
+                let windows = PoolOptions { kernel, stride: [1; 2], padding: [0; 2], ceil_mode: false };
+                self.pool(&op.x, &op.out, PoolKind::Even, windows)
             }
             M::Attention(op) => self.attention(op),
             _ => None,
@@ -986,9 +1028,10 @@ impl Lowering {
         self.bind_step(out, Work::Convolution(convolution), "Conv")
     }
 
-    fn pool(&mut self, x: &TensorIr, out: &TensorIr, pool: FixedPool) -> Option<()> {
+    fn pool(&mut self, x: &TensorIr, out: &TensorIr, kind: PoolKind, windows: PoolOptions) -> Option<()> {
+        let pooling = Pooling { kind, extents: [x.shape[2], x.shape[3]], windows };
         let x = self.in_memory_whole(x.id);
-        self.bind_step(out, Work::Pool { x, pool }, "Pool")
+        self.bind_step(out, Work::Pool { x, pooling }, "Pool")
     }
 
     fn attention(&mut self, op: &AttentionOpIr) -> Option<()> {

@@ -9,6 +9,7 @@ mod kernel;
 mod lower;
 mod memory;
 mod plan;
+mod program;
 mod recover;
 mod view;
 
