@@ -20,16 +20,143 @@ pub(super) fn forward(
 ) {
     let (plane, taps) = (geometry.output_plane(), geometry.taps());
     let channels = geometry.groups * geometry.outputs;
-    let runs = geometry.runs(&(0..plane));
-    y.par_chunks_mut(plane.max(1)).enumerate().for_each(|(row, y)| {
+    let phases = (geometry.input[0] == 1 && geometry.kernel[0] == 1).then(|| Phases::new(geometry));
+    let runs = phases.is_none().then(|| geometry.runs(&(0..plane)));
+    let work = |scratch: &mut Scratch, (row, y): (usize, &mut [f32])| {
         let (channel, x) = (row % channels, plane_of(geometry, x, row));
         let weight = &weight[channel * taps..][..taps];
-        y.fill(bias.get(channel).copied().unwrap_or(0.0));
-        each_seen(&runs, geometry.stride[2], |tap, outputs, inputs| {
-            add(weight[tap], &x[inputs], geometry.stride[2], &mut y[outputs]);
-        });
+        let bias = bias.get(channel).copied().unwrap_or(0.0);
+        if let Some(phases) = &phases {
+            phases.convolve(x, weight, bias, scratch, y);
+        }
+        if let Some(runs) = &runs {
+            y.fill(bias);
+            each_seen(runs, geometry.stride[2], |tap, outputs, inputs| {
+                add(weight[tap], &x[inputs], geometry.stride[2], &mut y[outputs]);
+            });
+        }
         finish.call(row * plane, y);
-    });
+    };
+    y.par_chunks_mut(plane.max(1))
+        .enumerate()
+        .with_min_len((TASK / plane.max(1)).max(1))
+        .for_each_init(Scratch::default, work);
+}
+
+/// Outputs below which a plane does not make a task of its own.
+const TASK: usize = 1 << 12;
+/// Outputs that are summed up together, in registers.
+const LANES: usize = 64;
+
+/// How a plane lies for [`Phases::convolve`]: padded, and divided into one plane for each pair of remainders of row and column by the
+/// strides, so that what neighbouring outputs see through one tap lies side by side.
+struct Phases {
+    /// Height and width of the input and of the output.
+    input: [usize; 2],
+    output: [usize; 2],
+    stride: [usize; 2],
+    before: [usize; 2],
+    /// Rows and columns of one phase.
+    rows: usize,
+    columns: usize,
+    /// Where the first output finds its input for every tap.
+    starts: Vec<usize>,
+}
+
+/// Room for a plane in phases and for its outputs, with a gap after each row.
+#[derive(Default)]
+struct Scratch {
+    phases: Vec<f32>,
+    outputs: Vec<f32>,
+}
+
+impl Phases {
+    fn new(geometry: &Geometry) -> Self {
+        let last_two = |extents: [usize; 3]| [extents[1], extents[2]];
+        let [input, output, kernel] = [geometry.input, geometry.output, geometry.kernel].map(last_two);
+        let [stride, dilation, before] = [geometry.stride, geometry.dilation, geometry.before].map(last_two);
+        // Every output finds all of its taps in there.
+        let extent = |axis: usize| {
+            let reach = (output[axis].max(1) - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1;
+            reach.max(before[axis] + input[axis]).div_ceil(stride[axis])
+        };
+        let (rows, columns) = (extent(0), extent(1));
+        let start = |tap: usize| {
+            let [row, column] = [tap / kernel[1] * dilation[0], tap % kernel[1] * dilation[1]];
+            let phase = row % stride[0] * stride[1] + column % stride[1];
+            (phase * rows + row / stride[0]) * columns + column / stride[1]
+        };
+        let starts = (0..kernel[0] * kernel[1]).map(start).collect();
+        Self { input, output, stride, before, rows, columns, starts }
+    }
+
+    fn convolve(&self, x: &[f32], weight: &[f32], bias: f32, scratch: &mut Scratch, y: &mut [f32]) {
+        let phase = self.rows * self.columns;
+        let len = (self.output[0] * self.columns).next_multiple_of(LANES);
+        // The padding stays 0 from plane to plane; the last block of outputs reads beyond the last phase.
+        let furthest = self.starts.iter().max().copied().unwrap_or(0) + len;
+        scratch.phases.resize(furthest.max(self.stride[0] * self.stride[1] * phase), 0.0);
+        scratch.outputs.resize(len, 0.0);
+        self.divide(x, &mut scratch.phases);
+        scratch.outputs.fill(bias);
+        // Nine taps in one pass, since most kernels have so many.
+        let (starts, rest) = self.starts.as_chunks::<9>();
+        let (weights, rest_of_weight) = weight.as_chunks::<9>();
+        for (starts, weights) in starts.iter().zip(weights) {
+            add_taps(starts, weights, &scratch.phases, &mut scratch.outputs);
+        }
+        for (&start, &weight) in rest.iter().zip(rest_of_weight) {
+            add_taps(&[start], &[weight], &scratch.phases, &mut scratch.outputs);
+        }
+        let width = self.output[1];
+        for (y, outputs) in y.chunks_exact_mut(width.max(1)).zip(scratch.outputs.chunks(self.columns)) {
+            y.copy_from_slice(&outputs[..width]);
+        }
+    }
+
+    /// Puts a plane into its phases.
+    fn divide(&self, x: &[f32], phases: &mut [f32]) {
+        let ([_, width], [tall, wide]) = (self.input, self.stride);
+        for (row, x) in (self.before[0]..).zip(x.chunks_exact(width)) {
+            for phase in 0..wide {
+                // The first element whose padded column has this remainder.
+                let first = (phase + wide - self.before[1] % wide) % wide;
+                let number = row % tall * wide + phase;
+                let at = (number * self.rows + row / tall) * self.columns + (self.before[1] + first) / wide;
+                let elements = x.iter().skip(first).step_by(wide);
+                if wide == 1 {
+                    phases[at..at + width].copy_from_slice(x);
+                } else {
+                    phases[at..].iter_mut().zip(elements).for_each(|(phase, x)| *phase = *x);
+                }
+            }
+        }
+    }
+}
+
+/// Adds what is seen through some taps to outputs, a multiple of [`LANES`].
+fn add_taps<const TAPS: usize>(
+    starts: &[usize; TAPS],
+    weights: &[f32; TAPS],
+    seen: &[f32],
+    outputs: &mut [f32],
+) {
+    simd(
+        #[inline(always)]
+        || {
+            for (block, outputs) in outputs.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                let seen = starts.map(
+                    #[inline(always)]
+                    |start| &seen[start + block * LANES..][..LANES],
+                );
+                for lane in 0..LANES {
+                    for tap in 0..TAPS {
+                        outputs[lane] = fma(weights[tap], seen[tap][lane], outputs[lane]);
+                    }
+                }
+            }
+        },
+    );
 }
 
 /// The gradient of the input.
