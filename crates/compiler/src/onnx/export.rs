@@ -480,6 +480,11 @@ impl<'a> Writer<'a> {
                 Some(self.node("Neg", [&soft], vec![]))
             }
             Activation::Softmax(op) => Some(self.softmax("Softmax", &op.input, op.axis)),
+            Activation::Softmin(op) => {
+                let x = self.name(op.input.id);
+                let minus = self.node("Neg", [&x], vec![]);
+                Some(self.node("Softmax", [&minus], vec![int("axis", op.axis as i64)]))
+            }
             Activation::LogSoftmax(op) => Some(self.softmax("LogSoftmax", &op.input, op.axis)),
             _ => None,
         }
@@ -572,14 +577,8 @@ impl<'a> Writer<'a> {
                 let window = Window::new(&op.stride, &op.dilation, &pads, &op.kernel_size);
                 self.pool("MaxPool", &op.x, window, op.ceil_mode, None)
             }
-            Module::AdaptiveAvgPool1d(op) if op.output_size == 1 => {
-                let x = self.name(op.x.id);
-                self.node("GlobalAveragePool", [&x], vec![])
-            }
-            Module::AdaptiveAvgPool2d(op) if op.output_size == [1, 1] => {
-                let x = self.name(op.x.id);
-                self.node("GlobalAveragePool", [&x], vec![])
-            }
+            Module::AdaptiveAvgPool1d(op) => self.even_pool(&op.x, &[op.output_size])?,
+            Module::AdaptiveAvgPool2d(op) => self.even_pool(&op.x, &op.output_size)?,
             Module::Attention(op) => self.attention(op),
             _ => return None,
         })
@@ -614,6 +613,19 @@ impl<'a> Writer<'a> {
         }
         let x = self.name(x.id);
         self.node(operator, [&x], attributes)
+    }
+
+    /// A pool to a given size, where that divides the axes into windows of one size.
+    fn even_pool(&mut self, x: &TensorIr, size: &[usize]) -> Option<String> {
+        let space = &x.shape.as_slice()[2..];
+        let fits = |(&space, &size): (&usize, &usize)| size > 0 && space % size == 0;
+        if !space.iter().zip(size).all(fits) {
+            return None;
+        }
+        let kernel: Vec<usize> = space.iter().zip(size).map(|(space, size)| space / size).collect();
+        let ones = vec![1; size.len()];
+        let window = Window::new(&kernel, &ones, &vec![(0, 0); size.len()], &kernel);
+        Some(self.pool("AveragePool", x, window, false, Some(false)))
     }
 
     /// `softmax(q kᵀ · scale + bias) v`, masked.

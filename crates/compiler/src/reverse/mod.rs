@@ -9,7 +9,7 @@ mod rules;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use burn::backend::ir::{OperationIr, TensorId, TensorIr};
-use burn::tensor::DType;
+
 use kiln_core::{Error, Port, PortKind, Result};
 
 use crate::builder::{Builder, Fit};
