@@ -281,7 +281,7 @@ fn the_gradient_of_a_language_model_is_the_slope_of_its_loss() {
         let length = gradients[1..].iter().flat_map(floats).map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         assert!(length > 1e-3, "{slug}");
         // Along the gradient the loss grows by its length.
-        let step = 1e-2;
+        let step = 5e-4;
         let moved = |by: f64| {
             let mut graph = graph.clone();
             for (id, gradient) in parameters.iter().zip(&gradients[1..]) {

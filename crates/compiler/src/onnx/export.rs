@@ -17,6 +17,7 @@ use super::proto::{
     AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
     TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, attribute, data_type,
 };
+use super::quantised::{self, Quantised};
 use crate::graph::name_and_attributes;
 use crate::{Boundary, Graph};
 
@@ -42,8 +43,13 @@ impl Graph {
         self.verify()?;
         let mut writer = Writer::new(self);
         let mut missing = BTreeMap::<String, Vec<usize>>::new();
-        for (at, operation) in self.operations.iter().enumerate() {
-            if !writer.write(operation) {
+        let (quantised, replaced) = quantised::find(self);
+        for (at, operation) in self.operations.iter().enumerate().filter(|(at, _)| !replaced.contains(at)) {
+            let written = match quantised.get(&at) {
+                Some(quantised) => writer.quantised(quantised, operation),
+                None => writer.write(operation),
+            };
+            if !written {
                 missing.entry(name_and_attributes(operation)?.0).or_default().push(at);
             }
         }
@@ -188,6 +194,23 @@ impl<'a> Writer<'a> {
         };
         let out = operation.outputs().next();
         written.is_some() && out.is_some_and(|out| self.called(out))
+    }
+
+    /// `QuantizeLinear` and `DequantizeLinear` in the place of their elementary operations, which `last` ends.
+    fn quantised(&mut self, found: &Quantised<'_>, last: &OperationIr) -> bool {
+        let count = found.scale.len();
+        let shape = if found.axis.is_some() { vec![count] } else { vec![] };
+        let name = format!("%quantised{}", self.temporaries);
+        let scale = self.kept(format!("{name}_scale"), TensorData::new(found.scale.clone(), shape.clone()));
+        let zero = TensorData::new(found.zero.clone(), shape).convert_dtype(found.dtype);
+        let zero = self.kept(format!("{name}_zero"), zero);
+        let axis: Vec<_> = found.axis.map(|axis| int("axis", axis as i64)).into_iter().collect();
+        let mut x = self.name(found.x.id);
+        if found.rounds {
+            x = self.node("QuantizeLinear", [&x, &scale, &zero], axis.clone());
+        }
+        self.node("DequantizeLinear", [&x, &scale, &zero], axis);
+        last.outputs().next().is_some_and(|out| self.called(out))
     }
 
     /// Lets the last node's result have the name of a tensor.

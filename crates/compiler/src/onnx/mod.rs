@@ -9,6 +9,7 @@ mod export;
 mod import;
 mod operators;
 mod proto;
+mod quantised;
 mod tensor;
 
 use std::collections::BTreeMap;
