@@ -177,10 +177,7 @@ impl<'a> Writer<'a> {
             }
             OperationIr::NumericFloat(_, op) | OperationIr::NumericInt(_, op) => self.numeric(op),
             OperationIr::Float(_, op) => self.floating(op),
-            OperationIr::Int(op) => match op {
-                Int::IntoFloat(op) => self.cast(&op.input, op.out.dtype),
-                _ => None,
-            },
+            OperationIr::Int(Int::IntoFloat(op)) => self.cast(&op.input, op.out.dtype),
             OperationIr::Bool(op) => match op {
                 Bool::IntoFloat(op) | Bool::IntoInt(op) => self.cast(&op.input, op.out.dtype),
                 Bool::Not(op) => self.unary("Not", op),

@@ -12,6 +12,9 @@ mod proto;
 mod quantised;
 mod tensor;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 pub use operators::known_operators as onnx_operators;
