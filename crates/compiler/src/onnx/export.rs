@@ -19,7 +19,7 @@ use super::proto::{
 };
 use super::quantised::{self, Quantised};
 use crate::graph::name_and_attributes;
-use crate::{Boundary, Graph};
+use crate::{Boundary, Graph, quiet};
 
 /// The set of operators that is written: the first with `Gelu`.
 const OPSET: i64 = 20;
@@ -45,10 +45,17 @@ impl Graph {
         let mut missing = BTreeMap::<String, Vec<usize>>::new();
         let (quantised, replaced) = quantised::find(self);
         for (at, operation) in self.operations.iter().enumerate().filter(|(at, _)| !replaced.contains(at)) {
-            let written = match quantised.get(&at) {
+            // A damaged graph may have operands that no operation takes.
+            let written = quiet::catch(|| match quantised.get(&at) {
                 Some(quantised) => writer.quantised(quantised, operation),
                 None => writer.write(operation),
-            };
+            });
+            let written = written.map_err(|found| {
+                Error::work(format!(
+                    "operation {at} of the {} graph does not fit its operands: {found}",
+                    self.kind
+                ))
+            })?;
             if !written {
                 missing.entry(name_and_attributes(operation)?.0).or_default().push(at);
             }
