@@ -177,6 +177,27 @@ pub enum GraphVerb {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    /// Write a graph that computes an output and its gradients
+    #[command(
+        after_help = "Examples:\n  kiln graph grad --graph my-loss --loss loss --wrt x --out my-gradient\n  \
+        kiln graph grad --model my-model --loss logits --wrt %1,%2 --out my-gradient\n\n\
+        Gradients are outputs called d_ and the name: of inputs of floats, or of any tensor by its number\n\
+        (`kiln graph show` prints them). For an output of more than one element the graph takes one input\n\
+        more, such as d_logits: the gradient with respect to this output."
+    )]
+    Grad {
+        #[command(flatten)]
+        source: GraphSource,
+        /// The output whose gradient it is
+        #[arg(long, value_name = "NAME")]
+        loss: String,
+        /// Inputs (or %NUMBER) with respect to which it is taken
+        #[arg(long, value_delimiter = ',', required = true)]
+        wrt: Vec<String>,
+        /// Folder for the graph
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Read an ONNX model
     #[command(after_help = "Examples:\n  kiln graph import --onnx resnet.onnx --out my-graph\n  \
         kiln graph import --onnx bert.onnx --dim batch=8 --dim sequence=128 --out my-graph\n\n\

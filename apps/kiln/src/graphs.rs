@@ -31,7 +31,14 @@ pub fn execute(verb: GraphVerb, systems: Systems, cx: &Context) -> Result<()> {
             };
             optimise(open(&source, systems, cx)?, &passes, &out, cx)
         }
-        GraphVerb::Import { onnx, dims, out } => import(&onnx, dims, &out, cx),
+        GraphVerb::Grad { source, loss, wrt, out } => {
+            let wrt: Vec<&str> = wrt.iter().map(String::as_str).collect();
+            written(&open(&source, systems, cx)?.gradient(&loss, &wrt)?, &out, cx)
+        }
+        GraphVerb::Import { onnx, dims, out } => {
+            let options = OnnxOptions { dims: dims.into_iter().collect() };
+            written(&Graph::from_onnx(&onnx, &options)?, &out, cx)
+        }
         GraphVerb::Export { source, onnx } => {
             let graph = open(&source, systems, cx)?;
             graph.to_onnx(&onnx)?;
@@ -50,8 +57,8 @@ fn open(source: &GraphSource, systems: Systems, cx: &Context) -> Result<Graph> {
     }
 }
 
-fn import(onnx: &Path, dims: Vec<(String, usize)>, out: &Path, cx: &Context) -> Result<()> {
-    let graph = Graph::from_onnx(onnx, &OnnxOptions { dims: dims.into_iter().collect() })?;
+/// Saves a graph and says what goes in and comes out.
+fn written(graph: &Graph, out: &Path, cx: &Context) -> Result<()> {
     graph.save(out)?;
     let (inputs, outputs) = (ports(&graph.inputs), ports(&graph.outputs));
     let shown =

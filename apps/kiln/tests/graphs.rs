@@ -8,9 +8,10 @@ use kiln::SYSTEMS;
 use kiln::compiler::loops::{Buffer, Elements, check, read_buffers, to_wasm, write_buffers};
 use kiln::compiler::{Executor, Graph, GraphPass, OnnxOptions, capture};
 use kiln::core::testing::Desk;
-use kiln::core::{Port, PortKind, random_stream};
+use kiln::core::{Network, Port, PortKind, random_stream};
 
 use burn::backend::DispatchTensor;
+use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::RngExt;
 
@@ -256,6 +257,125 @@ fn graphs_are_shown_run_and_made_smaller_from_the_command_line() {
     refused(&here, "graph optimise --graph g --passes fuse --out x", "there are: fold-constants, cse, dce");
     refused(&here, "graph run --graph g --inputs whole.npz --out x.npz", "it holds: logits");
     refused(&here, "graph show", "--graph <DIR>|--model <DIR>");
+}
+
+/// A language model with the loss of its next characters.
+struct WithLoss(Box<dyn Network>);
+
+impl Network for WithLoss {
+    fn kind(&self) -> &str {
+        "with-loss"
+    }
+
+    fn inputs(&self) -> Vec<Port> {
+        let mut inputs = self.0.inputs();
+        inputs.push(Port { name: "targets".into(), ..inputs[0].clone() });
+        inputs
+    }
+
+    fn outputs(&self) -> Vec<Port> {
+        vec![Port { name: "loss".into(), kind: PortKind::Float, shape: vec![1] }]
+    }
+
+    fn move_to(&mut self, device: &Device) {
+        self.0.move_to(device);
+    }
+
+    fn forward(&self, mut inputs: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
+        let targets = Tensor::<2, Int>::from_dispatch(inputs.pop().unwrap());
+        let logits = Tensor::<3>::from_dispatch(self.0.forward(inputs).remove(0));
+        let scores = log_softmax(logits, 2).gather(2, targets.unsqueeze_dim(2));
+        vec![scores.mean().neg().into_dispatch()]
+    }
+}
+
+#[test]
+fn the_gradient_of_a_language_model_is_the_slope_of_its_loss() {
+    for slug in ["gla", "tcnca"] {
+        let system = SYSTEMS.iter().find(|system| system.card().slug == slug).unwrap();
+        let desk = Desk::new(*system);
+        let (model, below) = tiny_model(&desk, slug);
+        let graph = capture(Box::new(WithLoss(system.network(&model, &desk.cx).unwrap()))).unwrap();
+        let inputs: Vec<TensorData> = graph
+            .inputs
+            .iter()
+            .zip(0..)
+            .map(|(input, number)| random_input(&input.port, below, number))
+            .collect();
+        let parameters: Vec<_> =
+            graph.constants.iter().filter(|(_, data)| data.dtype().is_float()).map(|(id, _)| *id).collect();
+        let names: Vec<String> = parameters.iter().map(|id| format!("%{}", id.value())).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let gradients = graph.gradient("loss", &names).unwrap().run(&inputs).unwrap();
+        let length = gradients[1..].iter().flat_map(floats).map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        assert!(length > 1e-3, "{slug}");
+        // Along the gradient the loss grows by its length.
+        let step = 5e-4;
+        let moved = |by: f64| {
+            let mut graph = graph.clone();
+            for (id, gradient) in parameters.iter().zip(&gradients[1..]) {
+                let data = &graph.constants[id];
+                let values = floats(data).into_iter().zip(floats(gradient));
+                let values: Vec<f32> =
+                    values.map(|(x, slope)| (f64::from(x) + by * f64::from(slope) / length) as f32).collect();
+                let data = TensorData::new(values, data.shape().clone());
+                graph.constants.insert(*id, data);
+            }
+            f64::from(floats(&graph.run(&inputs).unwrap()[0])[0])
+        };
+        let slope = (moved(step) - moved(-step)) / (2.0 * step);
+        assert!((slope - length).abs() <= 2e-3 * length, "{slug}: {slope}, should be {length}");
+    }
+}
+
+#[test]
+fn models_go_to_onnx_and_back_and_gradients_are_written_from_the_command_line() {
+    let gla = SYSTEMS.iter().find(|system| system.card().slug == "gla").unwrap();
+    let desk = Desk::new(*gla);
+    tiny_model(&desk, "gla");
+    let here = desk.path("");
+    succeed(&here, "graph export --model m --onnx m.onnx");
+    let said = succeed(&here, "--json graph import --onnx m.onnx --out g");
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(said["outputs"][0]["name"], "logits");
+    succeed(&here, "graph show --graph g");
+    let said = succeed(&here, "graph grad --graph g --loss logits --wrt %1 --out d");
+    assert!(said.contains("d_logits [") && said.contains("d_%1 ["), "{said}");
+    refused(&here, "graph grad --graph g --loss loss --wrt %1 --out d2", "it has: logits");
+    refused(&here, "graph import --onnx m.onnx --dim batch=8 --out x", "all sizes are fixed in the file");
+    refused(&here, "graph import --onnx m.onnx --dim batch --out x", "NAME=SIZE");
+    refused(&here, "graph import --onnx none.onnx --out x", "none.onnx");
+    let whole = std::fs::read(here.join("m.onnx")).unwrap();
+    std::fs::write(here.join("cut.onnx"), &whole[..whole.len() / 2]).unwrap();
+    refused(&here, "graph import --onnx cut.onnx --out x", "cut.onnx: is not a complete ONNX file");
+    assert!(!here.join("x").exists());
+
+    // A graph whose shapes were tampered with is refused without a word from Burn.
+    let text = std::fs::read_to_string(here.join("g/graph.json")).unwrap();
+    let shape =
+        text.split("\"axes\":[").nth(1).map(|rest| rest.split(']').next().unwrap().to_string()).unwrap();
+    let damaged = text.replace(&format!("\"axes\":[{shape}]"), "\"axes\":[0,9]");
+    std::fs::write(here.join("g/graph.json"), damaged).unwrap();
+    let ports = graph_inputs(&here.join("g"));
+    write_buffers(&here.join("in.npz"), &ports).unwrap();
+    let output = kiln(&here, "graph run --graph g --inputs in.npz --out out.npz");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.starts_with("error: operation ") && said.contains("does not fit its operands"), "{said}");
+    assert!(!here.join("out.npz").exists());
+}
+
+/// Zeros for every input of a saved graph.
+fn graph_inputs(folder: &Path) -> std::collections::BTreeMap<String, Buffer> {
+    let graph = Graph::load(folder).unwrap();
+    let zeros = |port: &Port| {
+        let count = port.shape.iter().product();
+        let elements = match port.kind {
+            PortKind::Float => Elements::F32(vec![0.0; count]),
+            PortKind::Int => Elements::I64(vec![0; count]),
+        };
+        (port.name.clone(), Buffer { elements, shape: port.shape.clone() })
+    };
+    graph.inputs.iter().map(|input| zeros(&input.port)).collect()
 }
 
 #[test]

@@ -3,8 +3,9 @@
 //! [`capture`] runs a network's forward function on Burn's capture device, which records operations
 //! instead of computing them, and returns a [`Graph`]: operations of Burn's own intermediate
 //! representation ([`burn::backend::ir`]) in execution order, with the parameters apart as constants. A graph is
-//! run by [`Graph::run`], rewritten by a [`GraphPass`], printed and drawn. [`loops`] is the
-//! level below: programs of loops over buffers, with an interpreter that defines what they mean.
+//! run by [`Graph::run`], rewritten by a [`GraphPass`], differentiated by [`Graph::gradient`], printed and drawn, and goes to
+//! and comes from ONNX files. [`loops`] is the level below: programs of loops over buffers, with an interpreter that
+//! defines what they mean.
 
 mod builder;
 mod capture;

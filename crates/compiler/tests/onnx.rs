@@ -1,13 +1,16 @@
 //! Graphs from ONNX files.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::path::Path;
+mod cases;
+
+use std::path::{Path, PathBuf};
 
 use burn::tensor::TensorData;
+use cases::{Case, FUNCTIONS, input};
 use kiln_compiler::loops::read_buffers;
-use kiln_compiler::{Graph, GraphPass, OnnxOptions};
+use kiln_compiler::{Graph, GraphPass, OnnxOptions, capture, onnx_operators};
 
-fn data(name: &str) -> std::path::PathBuf {
+fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
 }
 
@@ -49,4 +52,64 @@ fn assert_survives(graph: &Graph, inputs: &[TensorData], what: &str) {
             );
         }
     }
+}
+
+/// What ONNX has nothing like.
+const NOT_IN_ONNX: [(&str, &str); 6] = [
+    ("remainder of numbers", "RemScalar"),
+    ("atan2", "ArcTan2"),
+    ("slices", "SliceAssign"),
+    ("select assign", "SelectAssign"),
+    ("gather scatter", "Scatter"),
+    ("bilinear interpolation", "Interpolate"),
+];
+
+#[test]
+fn every_operation_that_onnx_has_survives_being_written_and_read() {
+    let inputs = [input([4, 6]).into_data(), input([6, 4]).into_data()];
+    for (name, function) in FUNCTIONS {
+        let graph = capture(Box::new(Case(*function))).unwrap();
+        match NOT_IN_ONNX.iter().find(|(missing, _)| missing == name) {
+            Some((_, operation)) => {
+                let said = graph.to_onnx_bytes().unwrap_err().to_string();
+                assert!(said.contains(&format!("{operation} (operations [")), "{name}: {said}");
+            }
+            None => assert_survives(&graph, &inputs, name),
+        }
+    }
+}
+
+fn refusal(bytes: &[u8], options: &OnnxOptions) -> String {
+    let error = Graph::from_onnx_bytes(bytes, options).unwrap_err();
+    format!("{error}\n{}", error.hint_text().unwrap_or(""))
+}
+
+#[test]
+fn damaged_files_are_refused_wherever_they_are_cut_or_changed() {
+    let whole = std::fs::read(data("tiny.onnx")).unwrap();
+    let none = OnnxOptions::default();
+    for length in 0..whole.len() {
+        if let Ok(graph) = Graph::from_onnx_bytes(&whole[..length], &none) {
+            assert!(graph.verify().is_ok(), "{length}");
+        }
+    }
+    for at in 0..whole.len() {
+        for change in [0x01, 0x80, 0xff] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= change;
+            if let Ok(graph) = Graph::from_onnx_bytes(&bytes, &none) {
+                assert!(graph.verify().is_ok(), "{at}");
+            }
+        }
+    }
+    assert!(refusal(b"", &none).contains("holds no graph"));
+    assert!(refusal(b"GIF89a", &none).contains("not a complete ONNX file"));
+}
+
+#[test]
+fn sizes_that_are_not_open_are_refused_with_those_that_are() {
+    let whole = std::fs::read(data("tiny.onnx")).unwrap();
+    let said = refusal(&whole, &dims(&[("sequence", 8)]));
+    assert!(said.contains("no open size \"sequence\"") && said.contains("x.0"), "{said}");
+    assert!(onnx_operators().is_sorted());
 }

@@ -17,8 +17,9 @@ use super::proto::{
     AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto,
     TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, attribute, data_type,
 };
+use super::quantised::{self, Quantised};
 use crate::graph::name_and_attributes;
-use crate::{Boundary, Graph};
+use crate::{Boundary, Graph, quiet};
 
 /// The set of operators that is written: the first with `Gelu`.
 const OPSET: i64 = 20;
@@ -42,8 +43,20 @@ impl Graph {
         self.verify()?;
         let mut writer = Writer::new(self);
         let mut missing = BTreeMap::<String, Vec<usize>>::new();
-        for (at, operation) in self.operations.iter().enumerate() {
-            if !writer.write(operation) {
+        let (quantised, replaced) = quantised::find(self);
+        for (at, operation) in self.operations.iter().enumerate().filter(|(at, _)| !replaced.contains(at)) {
+            // A damaged graph may have operands that no operation takes.
+            let written = quiet::catch(|| match quantised.get(&at) {
+                Some(quantised) => writer.quantised(quantised, operation),
+                None => writer.write(operation),
+            });
+            let written = written.map_err(|found| {
+                Error::work(format!(
+                    "operation {at} of the {} graph does not fit its operands: {found}",
+                    self.kind
+                ))
+            })?;
+            if !written {
                 missing.entry(name_and_attributes(operation)?.0).or_default().push(at);
             }
         }
@@ -171,10 +184,7 @@ impl<'a> Writer<'a> {
             }
             OperationIr::NumericFloat(_, op) | OperationIr::NumericInt(_, op) => self.numeric(op),
             OperationIr::Float(_, op) => self.floating(op),
-            OperationIr::Int(op) => match op {
-                Int::IntoFloat(op) => self.cast(&op.input, op.out.dtype),
-                _ => None,
-            },
+            OperationIr::Int(Int::IntoFloat(op)) => self.cast(&op.input, op.out.dtype),
             OperationIr::Bool(op) => match op {
                 Bool::IntoFloat(op) | Bool::IntoInt(op) => self.cast(&op.input, op.out.dtype),
                 Bool::Not(op) => self.unary("Not", op),
@@ -188,6 +198,23 @@ impl<'a> Writer<'a> {
         };
         let out = operation.outputs().next();
         written.is_some() && out.is_some_and(|out| self.called(out))
+    }
+
+    /// `QuantizeLinear` and `DequantizeLinear` in the place of their elementary operations, which `last` ends.
+    fn quantised(&mut self, found: &Quantised<'_>, last: &OperationIr) -> bool {
+        let count = found.scale.len();
+        let shape = if found.axis.is_some() { vec![count] } else { vec![] };
+        let name = format!("%quantised{}", self.temporaries);
+        let scale = self.kept(format!("{name}_scale"), TensorData::new(found.scale.clone(), shape.clone()));
+        let zero = TensorData::new(found.zero.clone(), shape).convert_dtype(found.dtype);
+        let zero = self.kept(format!("{name}_zero"), zero);
+        let axis: Vec<_> = found.axis.map(|axis| int("axis", axis as i64)).into_iter().collect();
+        let mut x = self.name(found.x.id);
+        if found.rounds {
+            x = self.node("QuantizeLinear", [&x, &scale, &zero], axis.clone());
+        }
+        self.node("DequantizeLinear", [&x, &scale, &zero], axis);
+        last.outputs().next().is_some_and(|out| self.called(out))
     }
 
     /// Lets the last node's result have the name of a tensor.
@@ -480,6 +507,11 @@ impl<'a> Writer<'a> {
                 Some(self.node("Neg", [&soft], vec![]))
             }
             Activation::Softmax(op) => Some(self.softmax("Softmax", &op.input, op.axis)),
+            Activation::Softmin(op) => {
+                let x = self.name(op.input.id);
+                let minus = self.node("Neg", [&x], vec![]);
+                Some(self.node("Softmax", [&minus], vec![int("axis", op.axis as i64)]))
+            }
             Activation::LogSoftmax(op) => Some(self.softmax("LogSoftmax", &op.input, op.axis)),
             _ => None,
         }
@@ -572,14 +604,8 @@ impl<'a> Writer<'a> {
                 let window = Window::new(&op.stride, &op.dilation, &pads, &op.kernel_size);
                 self.pool("MaxPool", &op.x, window, op.ceil_mode, None)
             }
-            Module::AdaptiveAvgPool1d(op) if op.output_size == 1 => {
-                let x = self.name(op.x.id);
-                self.node("GlobalAveragePool", [&x], vec![])
-            }
-            Module::AdaptiveAvgPool2d(op) if op.output_size == [1, 1] => {
-                let x = self.name(op.x.id);
-                self.node("GlobalAveragePool", [&x], vec![])
-            }
+            Module::AdaptiveAvgPool1d(op) => self.even_pool(&op.x, &[op.output_size])?,
+            Module::AdaptiveAvgPool2d(op) => self.even_pool(&op.x, &op.output_size)?,
             Module::Attention(op) => self.attention(op),
             _ => return None,
         })
@@ -614,6 +640,19 @@ impl<'a> Writer<'a> {
         }
         let x = self.name(x.id);
         self.node(operator, [&x], attributes)
+    }
+
+    /// A pool to a given size, where that divides the axes into windows of one size.
+    fn even_pool(&mut self, x: &TensorIr, size: &[usize]) -> Option<String> {
+        let space = &x.shape.as_slice()[2..];
+        let fits = |(&space, &size): (&usize, &usize)| size > 0 && space % size == 0;
+        if !space.iter().zip(size).all(fits) {
+            return None;
+        }
+        let kernel: Vec<usize> = space.iter().zip(size).map(|(space, size)| space / size).collect();
+        let ones = vec![1; size.len()];
+        let window = Window::new(&kernel, &ones, &vec![(0, 0); size.len()], &kernel);
+        Some(self.pool("AveragePool", x, window, false, Some(false)))
     }
 
     /// `softmax(q kᵀ · scale + bias) v`, masked.

@@ -9,7 +9,11 @@ mod export;
 mod import;
 mod operators;
 mod proto;
+mod quantised;
 mod tensor;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 

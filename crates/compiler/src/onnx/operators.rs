@@ -483,7 +483,7 @@ fn range(c: &mut Importer, n: &NodeProto) -> Fit<Vec<TensorIr>> {
         return Err("its bounds depend on the inputs".into());
     };
     let count = ((limit - start) / step).ceil().max(0.0);
-    if !(count <= MOST) {
+    if count.is_nan() || count > MOST {
         return Err(format!("from {start} to {limit} by {step} is too long"));
     }
     let numbers: Vec<f64> = (0..count as usize).map(|at| start + at as f64 * step).collect();
@@ -1186,12 +1186,20 @@ fn spread(c: &mut Importer, n: &NodeProto, parameter: &TensorIr, x: &TensorIr) -
     c.builder.reshape(parameter, &shape)
 }
 
+/// A zero point among floats.
+fn as_float(c: &mut Importer, zero: &TensorIr) -> Fit<TensorIr> {
+    match c.builder.value(zero).cloned() {
+        Some(data) => Ok(c.builder.constant(data.convert_dtype(DType::F32))),
+        None => c.builder.cast(zero, DType::F32),
+    }
+}
+
 /// `(x - zero) · scale`
 fn dequantize(c: &mut Importer, n: &NodeProto) -> Fit<Vec<TensorIr>> {
     let (x, scale, zero) = (c.narrow(n, 0)?, c.input(n, 1)?, c.maybe(n, 2)?);
     let mut value = c.builder.cast(&x, DType::F32)?;
     if let Some(zero) = zero {
-        let zero = c.builder.cast(&zero, DType::F32)?;
+        let zero = as_float(c, &zero)?;
         if c.builder.value(&zero).is_none_or(|zero| zero.iter::<f32>().any(|zero| zero != 0.0)) {
             let zero = spread(c, n, &zero, &x)?;
             value = c.builder.sub(&value, &zero)?;
@@ -1223,7 +1231,7 @@ fn quantize(c: &mut Importer, n: &NodeProto) -> Fit<Vec<TensorIr>> {
     let steps = c.builder.div(&x, &scale)?;
     let mut steps = c.builder.float(&steps, FloatOperationIr::Round)?;
     if let Some(zero) = zero {
-        let zero = c.builder.cast(&zero, DType::F32)?;
+        let zero = as_float(c, &zero)?;
         let zero = spread(c, n, &zero, &x)?;
         steps = c.builder.add(&steps, &zero)?;
     }

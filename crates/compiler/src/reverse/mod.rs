@@ -9,12 +9,12 @@ mod rules;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use burn::backend::ir::{OperationIr, TensorId, TensorIr};
-use burn::tensor::DType;
+
 use kiln_core::{Error, Port, PortKind, Result};
 
 use crate::builder::{Builder, Fit};
 use crate::graph::name_and_attributes;
-use crate::{Boundary, Graph, GraphPass};
+use crate::{Boundary, Graph, GraphPass, quiet};
 
 impl Graph {
     /// A graph of the same inputs whose outputs are the output `of` and its gradients with respect to `wrt`: names of
@@ -146,7 +146,9 @@ fn propagate(
         let name = name_and_attributes(operation)?.0;
         let fits =
             |e: String| Error::work(format!("operation {at} ({name}) of the {} graph: {e}", graph.kind));
-        match rules::gradients(builder, operation, &gradient) {
+        // A damaged graph may have operands that no operation takes.
+        let parts = quiet::catch(|| rules::gradients(builder, operation, &gradient)).map_err(&fits)?;
+        match parts {
             None => without.entry(name).or_default().push(at),
             Some(parts) => {
                 for (operand, part) in parts.map_err(&fits)? {

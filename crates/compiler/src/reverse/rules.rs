@@ -844,7 +844,7 @@ fn batch_norm(b: &mut Builder, op: &BatchNormOpIr, dy: &TensorIr) -> Parts {
     let x = read(&op.x);
     let mut shape = vec![1; x.shape.rank()];
     shape[1] = x.shape[1];
-    let mut channels = |b: &mut Builder, part: &TensorIr| b.reshape(&read(part), &shape);
+    let channels = |b: &mut Builder, part: &TensorIr| b.reshape(&read(part), &shape);
     let (gamma, mean) = (channels(b, &op.gamma)?, channels(b, &op.mean)?);
     let variance = channels(b, &op.variance)?;
     let variance = b.add_scalar(&variance, op.epsilon.elem())?;
