@@ -358,10 +358,13 @@ fn models_go_to_onnx_and_back_and_gradients_are_written_from_the_command_line() 
     std::fs::write(here.join("g/graph.json"), damaged).unwrap();
     let ports = graph_inputs(&here.join("g"));
     write_buffers(&here.join("in.npz"), &ports).unwrap();
-    let output = kiln(&here, "graph run --graph g --inputs in.npz --out out.npz");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.starts_with("error: operation ") && said.contains("does not fit its operands"), "{said}");
-    assert!(!here.join("out.npz").exists());
+    for (target, start) in [("interp", "error: operation "), ("cpu", "error: an operation ")] {
+        let output =
+            kiln(&here, &format!("graph run --graph g --inputs in.npz --out out.npz --target {target}"));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.starts_with(start) && said.contains("does not fit its operands"), "{target}: {said}");
+        assert!(!here.join("out.npz").exists());
+    }
 }
 
 /// Zeros for every input of a saved graph.
