@@ -64,3 +64,8 @@ impl System for Tabpfn {
         Ok(Box::new(checkpoint::Captured::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

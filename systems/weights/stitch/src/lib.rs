@@ -91,3 +91,8 @@ impl System for Stitch {
         Ok(Box::new(checkpoint::Plain::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
