@@ -395,7 +395,7 @@ fn train_unet<T: Task<MipHyper<UNet>>>(
     Ok(if last_loss(&second) < last_loss(&first) { second } else { first })
 }
 
-/// The last smoothed loss of a run; infinite for one that diverged.
+/// The last smoothed loss of a run; infinite for one that ended in no number.
 fn last_loss(course: &Course<UNet>) -> f64 {
     let last = course.smoothed().last().copied();
     last.filter(|loss| loss.is_finite()).unwrap_or(f64::INFINITY)
