@@ -10,7 +10,7 @@ use std::time::Instant;
 use kiln_core::{Context, MemoryGauge};
 use kiln_data::Matrix;
 use kiln_tabpfn::baselines::{Baseline, BoostingConfig, GradientBoosting};
-use kiln_tabpfn::{ClassifierOptions, TabPfn, TabPfnClassifier, TabPfnConfig};
+use kiln_tabpfn::{Calibrate, ClassifierOptions, TabPfn, TabPfnClassifier, TabPfnConfig};
 use rand::RngExt;
 
 /// Labelled rows, rows to predict, columns.
@@ -49,7 +49,11 @@ fn median_milliseconds(repetitions: usize, mut work: impl FnMut()) -> f64 {
 
 /// Fits and predicts, as a user does with a new table.
 fn predict(network: &TabPfn, work: &Workload, members: usize, cx: &Context) {
-    let options = ClassifierOptions { members: Some(members), ..ClassifierOptions::default() };
+    let options = ClassifierOptions {
+        members: Some(members),
+        calibrate: Calibrate::Off,
+        ..ClassifierOptions::default()
+    };
     let classes = vec!["0".into(), "1".into()];
     let classifier =
         TabPfnClassifier::fit_matrix(network, work.train.clone(), work.labels.clone(), classes, options, cx)

@@ -8,12 +8,13 @@ use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use kiln_core::{Context, Error, ModelFolder, Result, write_atomic};
+use kiln_core::{Context, Error, ModelFolder, OutputMode, Result, write_atomic};
 use kiln_data::{Cells, Column, Encoder, Matrix, Table, TableOptions};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
+use crate::calibration::{Calibrate, Calibration, FOLDS, folds};
 use crate::checkpoint;
 use crate::ensemble::{Member, members, softmax};
 use crate::metrics::most_probable;
@@ -22,6 +23,8 @@ use crate::preprocess::{Mode, Preprocessor, is_constant};
 
 /// Labelled rows that are taken without a word; the network has learned from tables of about this size.
 pub const USUAL_ROWS: usize = 1000;
+/// Members that calibrate, at most: the average over more is hardly any flatter.
+const CALIBRATING_MEMBERS: usize = 8;
 /// Samples of rows at most.
 const MAX_SAMPLES: usize = 8;
 /// Members times rows that pass through the network at once.
@@ -55,12 +58,15 @@ pub struct ClassifierOptions {
     /// Most classes that one pass tells apart, as many as the network has outputs if `None`. More classes are told apart
     /// by code words that merge them into so many groups: slower, but a small network is better at few classes.
     pub groups: Option<usize>,
+    /// How probabilities are calibrated on the labelled rows.
+    #[serde(default = "Calibrate::off")]
+    pub calibrate: Calibrate,
     /// Keys and values of the labelled rows are kept between predictions.
     pub cache: bool,
 }
 
 impl Default for ClassifierOptions {
-    /// The paper's ensemble.
+    /// The paper's ensemble, calibrated where there are many classes.
     fn default() -> Self {
         Self {
             members: Some(32),
@@ -70,6 +76,7 @@ impl Default for ClassifierOptions {
             allow_large: false,
             many_class: false,
             groups: None,
+            calibrate: Calibrate::Auto,
             cache: true,
         }
     }
@@ -110,6 +117,7 @@ pub struct TabPfnClassifier {
     /// For each code word, the group of every class. With few classes, one word in which each is its own group.
     words: Vec<Vec<usize>>,
     views: Vec<View>,
+    calibration: Option<Calibration>,
     /// What the person should know about how the table was taken.
     pub notices: Vec<String>,
 }
@@ -176,16 +184,44 @@ impl TabPfnClassifier {
         options: ClassifierOptions,
         cx: &Context,
     ) -> Result<Self> {
+        let mut fitted = Self::uncalibrated(network, rows, labels, classes, options, cx)?;
+        fitted.calibrate(cx)?;
+        Ok(fitted)
+    }
+
+    /// As [`fit_matrix`](Self::fit_matrix), whatever the options say of calibration.
+    fn uncalibrated(
+        network: &TabPfn,
+        rows: Matrix,
+        labels: Vec<usize>,
+        classes: Vec<String>,
+        options: ClassifierOptions,
+        cx: &Context,
+    ) -> Result<Self> {
         options.check()?;
         let config = network.config();
         let varying = check(&rows, &labels, &classes, &options, config.max_features, config.max_classes)?;
+        Self::seeing(network, rows, &varying, labels, classes, options, cx)
+    }
+
+    /// Sees labelled rows that were checked, in their columns `varying`.
+    fn seeing(
+        network: &TabPfn,
+        rows: Matrix,
+        varying: &[usize],
+        labels: Vec<usize>,
+        classes: Vec<String>,
+        options: ClassifierOptions,
+        cx: &Context,
+    ) -> Result<Self> {
+        let config = network.config();
         let samples = match options.sample_rows {
             Some(most) if most < rows.rows => {
                 sample_rows(&labels, classes.len(), most, &mut cx.rng("samples", 0))
             }
             _ => vec![(0..rows.rows).collect()],
         };
-        let parts = divide(varying, config.max_features, &mut cx.rng("columns", 0));
+        let parts = divide(varying.to_vec(), config.max_features, &mut cx.rng("columns", 0));
         let groups = options.groups.map_or(config.max_classes, |groups| groups.min(config.max_classes));
         let words = code_words(classes.len(), groups, &mut cx.rng("code words", 0));
         let mut fitted = Self {
@@ -199,6 +235,7 @@ impl TabPfnClassifier {
             labels,
             words,
             views: Vec::new(),
+            calibration: None,
             notices: Vec::new(),
         };
         fitted.note_views(samples.len(), parts.len());
@@ -279,6 +316,46 @@ impl TabPfnClassifier {
         }
     }
 
+    /// Lets the labelled rows predict each other in folds, and learns from that how far to trust what the network says.
+    fn calibrate(&mut self, cx: &Context) -> Result<()> {
+        let classes = self.classes.len();
+        let Some(form) = self.options.calibrate.form(&self.labels, classes) else { return Ok(()) };
+        let folds = folds(&self.labels, classes, &mut cx.rng("folds", 0));
+        if folds.iter().all(Option::is_none) {
+            self.notices.push("no class has two rows, on which probabilities could be calibrated".into());
+            return Ok(());
+        }
+        let options = ClassifierOptions {
+            members: Some(self.options.members.map_or(CALIBRATING_MEMBERS, |m| m.min(CALIBRATING_MEMBERS))),
+            cache: false,
+            ..self.options
+        };
+        let columns: Vec<usize> =
+            (0..self.rows.columns).filter(|&column| !is_constant(&self.rows.column(column))).collect();
+        let progress = cx.progress(FOLDS as u64, "calibrating");
+        let quiet = &Context { output: OutputMode::Quiet, ..cx.clone() };
+        let (mut values, mut truth) = (Vec::new(), Vec::new());
+        for fold in 0..FOLDS {
+            let (held, rest): (Vec<usize>, Vec<usize>) =
+                (0..self.labels.len()).partition(|&row| folds[row] == Some(fold));
+            let labels_of = |rows: &[usize]| rows.iter().map(|&row| self.labels[row]).collect::<Vec<_>>();
+            let (rows, labels) = (self.rows.select_rows(&rest), labels_of(&rest));
+            let names = self.classes.clone();
+            let seen = Self::seeing(&self.network, rows, &columns, labels, names, options, quiet)?;
+            values.extend(seen.predict_proba(&self.rows.select_rows(&held), quiet)?.values);
+            truth.extend(labels_of(&held));
+            progress.inc(1);
+        }
+        let probabilities = Matrix::new(truth.len(), classes, values);
+        self.calibration = Some(Calibration::fit(form, &probabilities, &truth));
+        Ok(())
+    }
+
+    /// How probabilities are calibrated; `None` where they are those of the ensemble.
+    pub fn calibration(&self) -> Option<&Calibration> {
+        self.calibration.as_ref()
+    }
+
     /// Passes the labelled rows through the network, where there is room to keep what comes out.
     fn keep_labelled(&mut self, cx: &Context) -> Result<()> {
         let config = self.network.config();
@@ -346,18 +423,24 @@ impl TabPfnClassifier {
             }
             of_words.push(mean);
         }
-        if let [only] = &mut of_words[..] {
-            return Ok(Matrix::new(rows.rows, classes, std::mem::take(only)));
+        let values = match &mut of_words[..] {
+            [only] => std::mem::take(only),
+            several => {
+                let of_row = |row: usize| {
+                    let groups = several.iter().map(|p| {
+                        let groups = p.len() / rows.rows;
+                        &p[row * groups..(row + 1) * groups]
+                    });
+                    agreement(&self.words, &groups.collect::<Vec<_>>())
+                };
+                (0..rows.rows).flat_map(of_row).collect()
+            }
+        };
+        let mut probabilities = Matrix::new(rows.rows, classes, values);
+        if let Some(calibration) = &self.calibration {
+            calibration.apply(&mut probabilities);
         }
-        let mut values = Vec::with_capacity(rows.rows * classes);
-        for row in 0..rows.rows {
-            let groups = of_words.iter().map(|p| {
-                let groups = p.len() / rows.rows;
-                &p[row * groups..(row + 1) * groups]
-            });
-            values.extend(agreement(&self.words, &groups.collect::<Vec<_>>()));
-        }
-        Ok(Matrix::new(rows.rows, classes, values))
+        Ok(probabilities)
     }
 
     /// Probabilities of a view's groups, `[rows, groups]`.
@@ -465,6 +548,7 @@ impl TabPfnClassifier {
             target: self.target.clone(),
             classes: self.classes.clone(),
             encoder: self.encoder.clone(),
+            calibration: self.calibration.clone(),
         };
         let text = serde_json::to_vec_pretty(&settings)
             .map_err(|e| Error::work("cannot write the classifier as JSON").caused_by(e))?;
@@ -494,7 +578,11 @@ impl TabPfnClassifier {
             Error::input(folder.join(ROWS).display(), format!("holds classes that {SETTINGS} does not list"))
         })?;
         let cx = Context { seed: saved.seed, ..cx.clone() };
-        let mut fitted = Self::fit_matrix(&network, rows, labels, saved.classes, saved.options, &cx)?;
+        let mut fitted = Self::uncalibrated(&network, rows, labels, saved.classes, saved.options, &cx)?;
+        if saved.calibration.as_ref().is_some_and(|calibration| !calibration.fits(fitted.classes.len())) {
+            return Err(Error::input(path.display(), "holds a calibration that does not fit its classes"));
+        }
+        fitted.calibration = saved.calibration;
         fitted.encoder = saved.encoder;
         fitted.target = saved.target;
         Ok(fitted)
@@ -509,6 +597,8 @@ struct Saved {
     target: String,
     classes: Vec<String>,
     encoder: Encoder,
+    #[serde(default)]
+    calibration: Option<Calibration>,
 }
 
 impl BatchRows {

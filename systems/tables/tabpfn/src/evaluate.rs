@@ -8,6 +8,7 @@ use rand::seq::SliceRandom;
 use serde::Serialize;
 
 use crate::baselines::{Baseline, GradientBoosting, standardise};
+use crate::calibration::Calibrate;
 use crate::classifier::{ClassifierOptions, TabPfnClassifier, classes};
 use crate::metrics::{ReliabilityBin, Scores, reliability};
 use crate::network::TabPfn;
@@ -125,6 +126,8 @@ impl Protocol {
 pub enum Method {
     /// The network.
     TabPfn,
+    /// The network, not calibrated whatever the options say.
+    Uncalibrated,
     /// The network, which tells at most so many classes apart in one pass.
     TabPfnInGroups(usize),
     /// A baseline with its usual settings.
@@ -138,6 +141,7 @@ impl Method {
     pub fn name(self) -> String {
         match self {
             Self::TabPfn => "TabPFN".into(),
+            Self::Uncalibrated => "TabPFN, not calibrated".into(),
             Self::TabPfnInGroups(groups) => format!("TabPFN, {groups} groups of classes"),
             Self::Baseline(baseline) => baseline.name().into(),
             Self::TunedBoosting(settings) => format!("boosted trees, tuned over {settings}"),
@@ -190,8 +194,9 @@ pub fn evaluate(
                 (table.select(&split.train), table.select(&split.test));
             let begun = Instant::now();
             let probabilities = match method {
-                Method::TabPfn | Method::TabPfnInGroups(_) => {
+                Method::TabPfn | Method::Uncalibrated | Method::TabPfnInGroups(_) => {
                     let options = match method {
+                        Method::Uncalibrated => ClassifierOptions { calibrate: Calibrate::Off, ..options },
                         Method::TabPfnInGroups(groups) => {
                             ClassifierOptions { groups: Some(groups), ..options }
                         }

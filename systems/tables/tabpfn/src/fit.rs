@@ -16,6 +16,7 @@ use rand::RngExt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::calibration::Calibrate;
 use crate::classifier::ClassifierOptions;
 use crate::evaluate::{Labelled, Method, Protocol, evaluate};
 use crate::examples;
@@ -238,6 +239,8 @@ impl RealTables {
             members: Some(2),
             allow_large: true,
             many_class: true,
+            // It is the network that is watched.
+            calibrate: Calibrate::Off,
             ..ClassifierOptions::default()
         };
         let protocol = Protocol { splits: 1, ..Protocol::default() };

@@ -2,6 +2,7 @@
 
 pub mod baselines;
 pub mod boundary;
+pub mod calibration;
 pub mod checkpoint;
 pub mod classifier;
 mod command;
@@ -24,6 +25,7 @@ use std::path::Path;
 use clap::{CommandFactory, FromArgMatches};
 use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
+pub use calibration::{Calibrate, Calibration};
 pub use classifier::{ClassifierOptions, TabPfnClassifier};
 pub use network::{LabelledRows, TabPfn, TabPfnConfig};
 
@@ -62,3 +64,8 @@ impl System for Tabpfn {
         Ok(Box::new(checkpoint::Captured::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

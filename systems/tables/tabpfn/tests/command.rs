@@ -196,6 +196,7 @@ fn tables_that_cannot_be_used_are_named_with_a_way_out() {
         ("gap.csv", "--members 0", "--members must be at least 1"),
         ("gap.csv", "--members x", "--members x is neither"),
         ("gap.csv", "--temperature 0", "--temperature 0 must be above 0"),
+        ("gap.csv", "--calibrate maybe", "invalid value 'maybe'"),
         ("gap.csv", "--model @nowhere", "cannot read"),
     ] {
         let members = if options.contains("--members") { "" } else { "--members 2" };

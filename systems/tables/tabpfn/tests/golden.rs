@@ -4,7 +4,7 @@
 use kiln_core::Context;
 use kiln_data::{Column, Matrix, Table, TableOptions, read_npz};
 use kiln_tabpfn::preprocess::{OutlierRule, YeoJohnson, ZScore};
-use kiln_tabpfn::{ClassifierOptions, TabPfnClassifier, checkpoint};
+use kiln_tabpfn::{Calibrate, ClassifierOptions, TabPfnClassifier, checkpoint};
 
 fn assert_near(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len(), "{what}");
@@ -49,7 +49,8 @@ fn the_whole_ensemble_gives_the_probabilities_of_the_reference() {
         Table::read(format!("tests/data/pipeline/{name}.csv").as_ref(), TableOptions::default()).unwrap()
     };
     let network = checkpoint::open("tests/data/model".as_ref(), &cx).unwrap();
-    let options = ClassifierOptions { members: None, ..ClassifierOptions::default() };
+    let options =
+        ClassifierOptions { members: None, calibrate: Calibrate::Off, ..ClassifierOptions::default() };
     let classifier = TabPfnClassifier::fit(&network, read("train"), "label", options, &cx).unwrap();
     assert_eq!(classifier.members(), 3 * 4 * 2);
     let rows = classifier.encoder().encode(&read("test")).unwrap().matrix;

@@ -3,7 +3,7 @@
 
 use kiln_core::Context;
 use kiln_data::Matrix;
-use kiln_tabpfn::{ClassifierOptions, TabPfn, TabPfnClassifier, checkpoint};
+use kiln_tabpfn::{Calibrate, ClassifierOptions, TabPfn, TabPfnClassifier, checkpoint};
 use rand::seq::SliceRandom;
 use rand::{Rng, RngExt};
 
@@ -44,6 +44,7 @@ const FEW: ClassifierOptions = ClassifierOptions {
     allow_large: false,
     many_class: false,
     groups: None,
+    calibrate: Calibrate::Off,
     cache: true,
 };
 
@@ -159,6 +160,39 @@ fn few_classes_at_a_time_make_no_difference_where_there_are_no_more() {
     let in_pairs = predict(Some(2));
     assert_ne!(in_pairs, predict(None));
     assert!((in_pairs.row(0).iter().sum::<f64>() - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn calibration_follows_the_ensemble_and_is_saved_with_the_classifier() {
+    let mut rng = cx().rng("rows", 8);
+    let ((train, labels), (test, _)) = (table(60, 4, 5, &mut rng), table(8, 4, 5, &mut rng));
+    let plain = fit(&train, &labels, 5, FEW).predict_proba(&test, &cx()).unwrap();
+    for calibrate in [Calibrate::Auto, Calibrate::Temperature] {
+        let classifier = fit(&train, &labels, 5, ClassifierOptions { calibrate, ..FEW });
+        let found = classifier.predict_proba(&test, &cx()).unwrap();
+        let mut expected = plain.clone();
+        classifier.calibration().unwrap().apply(&mut expected);
+        assert_near(&found.values, &expected.values, 1e-9);
+        assert_ne!(found.values, plain.values);
+        let folder = tempfile::tempdir().unwrap();
+        classifier.save(folder.path()).unwrap();
+        let loaded = TabPfnClassifier::load(folder.path(), &cx()).unwrap();
+        // Text keeps numbers to the last bit but one.
+        assert_near(&loaded.predict_proba(&test, &cx()).unwrap().values, &found.values, 1e-12);
+    }
+}
+
+#[test]
+fn classes_of_one_row_and_columns_that_a_fold_does_not_see_vary_can_be_calibrated() {
+    let columns =
+        [(0..12).map(f64::from).collect(), (0..12).map(|row| f64::from(row / 11)).collect::<Vec<_>>()];
+    let rows = Matrix::from_columns(12, &columns);
+    let labels = [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 2];
+    let asked = ClassifierOptions { calibrate: Calibrate::Vector, ..FEW };
+    let classifier = fit(&rows, &labels, 3, asked);
+    assert!(classifier.predict_proba(&rows, &cx()).unwrap().values.iter().all(|p| p.is_finite()));
+    let alone = fit(&Matrix::new(2, 1, vec![0.0, 1.0]), &[0, 1], 2, asked);
+    assert!(alone.calibration().is_none() && alone.notices[0].contains("no class has two rows"));
 }
 
 #[test]

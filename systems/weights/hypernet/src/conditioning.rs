@@ -6,10 +6,14 @@
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use clap::ValueEnum;
 use kiln_core::{Error, Result};
 use kiln_nn::{Linear, LinearConfig};
 use kiln_ops::Activation;
+use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
+
+use crate::training::normals;
 
 /// One input of a hypernetwork.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,10 +33,13 @@ pub enum Conditioning {
         /// Width of the code.
         dim: usize,
     },
-    /// Noise from N(0, 1): the weights become a distribution.
+    /// Noise of mean 0 and variance 1: the weights become a distribution.
     Noise {
         /// Width of the noise.
         dim: usize,
+        /// How it is drawn.
+        #[serde(default)]
+        law: NoiseLaw,
     },
     /// A given descriptor: attributes, hyper-parameters.
     Given {
@@ -41,13 +48,39 @@ pub enum Conditioning {
     },
 }
 
+/// How noise is drawn. Both laws have the mean 0 and the variance 1, so that the output layer begins the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NoiseLaw {
+    /// N(0, 1)
+    #[default]
+    Normal,
+    /// Evenly from -√3 to √3
+    Uniform,
+}
+
+impl NoiseLaw {
+    /// Draws noise, `[rows, width]`.
+    pub fn draw(self, rows: usize, width: usize, rng: &mut impl Rng, device: &Device) -> Tensor<2> {
+        match self {
+            Self::Normal => normals(rows, width, rng, device),
+            Self::Uniform => {
+                let end = 3f32.sqrt();
+                let values: Vec<f32> = (0..rows * width).map(|_| rng.random_range(-end..end)).collect();
+                Tensor::from_data(TensorData::new(values, [rows, width]), device)
+            }
+        }
+    }
+}
+
 impl Conditioning {
     /// Width of its code.
     pub fn dim(&self) -> usize {
         match *self {
-            Self::Task { dim, .. } | Self::Data { dim, .. } | Self::Noise { dim } | Self::Given { dim } => {
-                dim
-            }
+            Self::Task { dim, .. }
+            | Self::Data { dim, .. }
+            | Self::Noise { dim, .. }
+            | Self::Given { dim } => dim,
         }
     }
 
@@ -195,7 +228,7 @@ impl Conditioner {
                 let encoder = &self.encoders[0];
                 Ok(encoder.output.forward(encoder.hidden.forward_activated(support, Activation::Relu)))
             }
-            Conditioning::Noise { dim } => {
+            Conditioning::Noise { dim, .. } => {
                 let noise = condition.noise.clone().ok_or_else(|| missing("noise"))?;
                 fits("noise", noise.dims()[1], *dim)?;
                 Ok(noise.unsqueeze_dim(1))
@@ -225,5 +258,23 @@ impl Conditioner {
             }
         }
         Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_of_either_law_has_the_mean_0_and_the_variance_1() {
+        for law in [NoiseLaw::Normal, NoiseLaw::Uniform] {
+            let noise = law.draw(2000, 5, &mut kiln_core::random_stream(0, "noise", 0), &Device::flex());
+            let values: Vec<f32> = noise.into_data().iter().collect();
+            let mean = values.iter().sum::<f32>() / 1e4;
+            let variance = values.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / 1e4;
+            assert!(mean.abs() < 0.05 && (variance - 1.0).abs() < 0.05, "{law:?} {mean} {variance}");
+            let largest = values.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+            assert_eq!(largest <= 3f32.sqrt(), law == NoiseLaw::Uniform);
+        }
     }
 }

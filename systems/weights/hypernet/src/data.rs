@@ -9,7 +9,6 @@ use kiln_data::{Cells, Column, ImageOptions, Images, Table, TableOptions, read_n
 use serde::{Deserialize, Serialize};
 
 use crate::conditioning::{Condition, Conditioning};
-use crate::training::normals;
 
 /// Which columns of a table mean what.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -392,8 +391,8 @@ impl Coded {
                     condition.tasks = Some(first.iter().map(|&row| self.tasks[row]).collect())
                 }
                 Conditioning::Data { .. } => condition.support = Some(x.clone()),
-                Conditioning::Noise { dim } => {
-                    condition.noise = Some(normals(sets, dim, &mut cx.rng(noise.0, noise.1), &cx.device));
+                Conditioning::Noise { dim, law } => {
+                    condition.noise = Some(law.draw(sets, dim, &mut cx.rng(noise.0, noise.1), &cx.device));
                 }
                 Conditioning::Given { .. } => {
                     let given = TensorData::new(self.select(&first).given, [sets, self.given_width]);

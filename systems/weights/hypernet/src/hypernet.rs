@@ -19,7 +19,7 @@ use kiln_core::{Context, Error, Result};
 use kiln_nn::{Linear, LinearConfig, ParamSpec, WeightSpec, Weights, initialise};
 use serde::{Deserialize, Serialize};
 
-use crate::conditioning::{Condition, Conditioner, Conditioning};
+use crate::conditioning::{Condition, Conditioner, Conditioning, NoiseLaw};
 use crate::generator::{Arch, Embeddings, Generator, Pieces};
 
 /// How many codes the spread of the features is measured over.
@@ -96,7 +96,7 @@ impl HyperNetConfig {
         Self {
             target,
             predict: vec!["*".into()],
-            conditioning: vec![Conditioning::Noise { dim: 8 }],
+            conditioning: vec![Conditioning::Noise { dim: 8, law: NoiseLaw::Normal }],
             scheme: OutputScheme::Once,
             arch: Arch::Mlp(vec![32]),
             init: Init::Hyperfan,
@@ -557,7 +557,7 @@ impl HyperNet {
                 Conditioning::Data { inputs, .. } => {
                     condition.support = Some(normal([PROBES, inputs]).unsqueeze_dim(1));
                 }
-                Conditioning::Noise { dim } => condition.noise = Some(normal([PROBES, dim])),
+                Conditioning::Noise { dim, .. } => condition.noise = Some(normal([PROBES, dim])),
                 Conditioning::Given { dim } => condition.given = Some(normal([PROBES, dim])),
             }
         }

@@ -39,7 +39,7 @@ use std::path::Path;
 use clap::{CommandFactory, FromArgMatches};
 use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
-pub use conditioning::{Condition, Conditioning};
+pub use conditioning::{Condition, Conditioning, NoiseLaw};
 pub use generator::Arch;
 pub use hypernet::{HyperNet, HyperNetConfig, Init, OutputRegularizer, OutputScheme, Theta};
 pub use target::{Layer, Target};

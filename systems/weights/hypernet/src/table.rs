@@ -4,7 +4,7 @@ use kiln_core::{Context, Result, Table};
 
 use burn::module::Module;
 
-use crate::conditioning::Conditioning;
+use crate::conditioning::{Conditioning, NoiseLaw};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNetConfig, OutputScheme};
 use crate::target::Target;
@@ -48,7 +48,7 @@ pub fn conditionings(target: &Target, sizes: Sizes) -> [(&'static str, Condition
     [
         ("task", Conditioning::Task { tasks: sizes.tasks, dim }),
         ("data", Conditioning::Data { inputs: target.inputs(), dim }),
-        ("noise", Conditioning::Noise { dim }),
+        ("noise", Conditioning::Noise { dim, law: NoiseLaw::Normal }),
         ("given", Conditioning::Given { dim }),
     ]
 }

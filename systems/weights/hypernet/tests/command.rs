@@ -54,6 +54,7 @@ fn every_conditioning_trains_predicts_and_scores() {
     for (name, options, columns) in [
         ("task", "--cond task --task-col writer", 6),
         ("noise", "--cond noise --scheme once", 6),
+        ("even-noise", "--cond noise --noise uniform", 6),
         ("given", "--cond given --cond-cols dose --arch rnn", 6),
         ("data", "--cond data --arch attention --scheme layers", 6),
         ("both", "--cond task,noise --task-col writer --scheme component --arch cnn", 8),

@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
 use kiln_core::{TensorFile, random_stream};
 use kiln_hypernet::{
-    Arch, Condition, Conditioning, HyperNet, HyperNetConfig, Init, Layer, OutputScheme, Target,
+    Arch, Condition, Conditioning, HyperNet, HyperNetConfig, Init, Layer, NoiseLaw, OutputScheme, Target,
 };
 use kiln_nn::{LinearConfig, WeightSpec, initialise};
 
@@ -131,7 +131,7 @@ fn gradients_of_every_scheme_and_architecture_equal_finite_differences() {
     let conditionings = [
         Conditioning::Task { tasks: 2, dim: 4 },
         Conditioning::Data { inputs: 6, dim: 4 },
-        Conditioning::Noise { dim: 4 },
+        Conditioning::Noise { dim: 4, law: NoiseLaw::Normal },
         Conditioning::Given { dim: 4 },
     ];
     // Smooth: at the corners of ReLU differences mean nothing.
@@ -283,7 +283,10 @@ fn what_makes_no_sense_is_refused() {
     assert!(refused(config().with_scheme(chunk(9, 0))).contains("embeddings of at least one"));
     assert!(refused(config().with_arch(Arch::Mlp(vec![0]))).contains("width 0"));
     assert!(refused(config().with_conditioning([])).contains("at least one conditioning"));
-    let twice = [Conditioning::Noise { dim: 2 }, Conditioning::Noise { dim: 3 }];
+    let twice = [
+        Conditioning::Noise { dim: 2, law: NoiseLaw::Normal },
+        Conditioning::Noise { dim: 3, law: NoiseLaw::Normal },
+    ];
     assert!(refused(config().with_conditioning(twice)).contains("occurs twice"));
     assert!(refused(config().with_predict(&["fc3.*"])).contains("no parameter matches \"fc3.*\""));
     // Larger than the target: allowed, and cropped.

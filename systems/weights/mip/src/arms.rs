@@ -12,7 +12,7 @@ use crate::convert::{MipConfig, MipHyper};
 
 /// Steps over which a loss is averaged before it is judged.
 pub const SMOOTHING: usize = 50;
-/// A run whose loss exceeds the first by this factor has diverged.
+/// A run has diverged when any of its losses exceeds the first by this factor, even if it comes back.
 const DIVERGED: f64 = 10.0;
 
 /// What makes a step of a gradient.
@@ -47,7 +47,7 @@ pub struct Course<M: Module = Classifier> {
     pub losses: Vec<f64>,
     /// Norm of the gradient in every step.
     pub gradient_norms: Vec<f64>,
-    /// Whether the loss became infinite, no number, or ten times the first.
+    /// Whether any loss was infinite, no number, or more than ten times the first.
     pub diverged: bool,
     /// The trained model.
     pub model: MipHyper<M>,
@@ -85,8 +85,9 @@ pub fn follow<M: Module + ModuleDisplay>(
         let gradients = loss.backward();
         let loss = f64::from(loss.into_scalar::<f32>());
         losses.push(loss);
-        diverged = !loss.is_finite() || loss > DIVERGED * losses[0];
-        if diverged || cx.interrupted() {
+        // A loss may shoot up and come back: it is told, and the run goes on while there are numbers.
+        diverged |= !loss.is_finite() || loss > DIVERGED * losses[0];
+        if !loss.is_finite() || cx.interrupted() {
             break;
         }
         let (next, norm) = match optimiser {

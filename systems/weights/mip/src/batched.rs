@@ -125,13 +125,16 @@ mod tests {
     use crate::MipConfig;
     use crate::arch::{Arch, ClassifierConfig};
     use crate::hypernet::Nonlinearity;
-    use burn::tensor::{Device, Distribution};
+    use burn::tensor::{Device, TensorData};
     use kiln_core::random_stream;
+    use rand::RngExt;
 
     #[test]
     fn images_with_weights_of_their_own_give_what_each_gives_alone() {
         let device = Device::flex();
-        let x = Tensor::<4>::random([3, 1, 9, 9], Distribution::Default, &device);
+        let mut rng = random_stream(0, "test", 0);
+        let pixels: Vec<f32> = (0..3 * 81).map(|_| rng.random()).collect();
+        let x = Tensor::<4>::from_data(TensorData::new(pixels, [3, 1, 9, 9]), &device);
         let gammas = Tensor::<2>::from_floats([[0.1], [0.6], [1.0]], &device);
         for (arch, select) in [(Arch::Mlp(vec![6]), "*"), (Arch::Lenet, "net.conv*"), (Arch::Resnet8, "*")] {
             let config = ClassifierConfig {
@@ -142,8 +145,8 @@ mod tests {
                 batch_norm: false,
             };
             let config_hyper = MipConfig::new(1).with_hidden(&[8]).with_select(&[select]);
-            let model =
-                config_hyper.draw(config.init(&device), &mut random_stream(0, "test", 0), &device).unwrap();
+            let net = kiln_nn::initialise(&device, &mut rng, |device| config.init(device));
+            let model = config_hyper.draw(net, &mut rng, &device).unwrap();
             let together = forward(&model, &model.generate(gammas.clone()).unwrap(), x.clone()).unwrap();
             for row in 0..3 {
                 let gamma = gammas.clone().narrow(0, row, 1).squeeze_dim::<1>(0);

@@ -37,6 +37,8 @@ struct Plan {
     learning_rates: &'static [f64],
     /// Learning rates of gradient descent, which is reported without a threshold.
     descent: &'static [f64],
+    /// Steps and seeds of that: many seeds, as whether a run diverges hangs on the draw.
+    descent_runs: (usize, u64),
     /// Steps and seeds of registration and of segmentation; none where they are left out.
     images: Option<(usize, u64)>,
 }
@@ -50,6 +52,7 @@ impl Plan {
                 seeds_between: 1,
                 learning_rates: &[1e-3],
                 descent: &[1e-2],
+                descent_runs: (60, 1),
                 images: Some((2, 1)),
             },
             Scale::Quick => {
@@ -60,7 +63,8 @@ impl Plan {
                 seeds: 5,
                 seeds_between: 5,
                 learning_rates: &[1e-3, 3e-4],
-                descent: &[1e-2, 3e-2, 1e-1],
+                descent: &[3e-3, 1e-2, 3e-2, 1e-1],
+                descent_runs: (500, 20),
                 images: Some((600, 3)),
             },
         }
@@ -330,26 +334,35 @@ fn report_descent(report: &mut Report, plan: &Plan, train: &Images, cx: &Context
     if plan.descent.is_empty() {
         return Ok(());
     }
+    let runs = plan.descent_runs;
     let mut table = Table::new(
-        "Gradient descent with momentum (no threshold)",
-        &["learning rate", "arm", "median steps to a loss of 0.8", "diverged"],
+        format!("Gradient descent with momentum, {} steps, {} seeds (no threshold)", runs.0, runs.1),
+        &[
+            "learning rate",
+            "arm",
+            "runs to a loss of 0.8",
+            "their median steps",
+            "diverged",
+            "never came back",
+        ],
     );
     for &lr in plan.descent {
         for parametrisation in ARMS {
-            let courses =
-                train_arm(parametrisation, (Optimiser::Sgd, lr), (plan.steps, plan.seeds), train, cx)?;
+            let courses = train_arm(parametrisation, (Optimiser::Sgd, lr), runs, train, cx)?;
             let steps: Vec<f64> = courses
                 .iter()
-                .map(|course| course.steps_to(TARGET).map_or(f64::INFINITY, |s| s as f64))
+                .filter_map(|course| course.steps_to(TARGET))
+                .map(|steps| steps as f64)
                 .collect();
-            let steps = median(&steps);
-            let diverged = courses.iter().filter(|course| course.diverged).count();
-            let steps = if steps.is_finite() { format!("{steps:.0}") } else { "never".into() };
+            let count =
+                |of: fn(&Course) -> bool| courses.iter().filter(|course| of(course)).count().to_string();
             table.row([
                 lr.to_string(),
                 name(parametrisation).into(),
-                steps,
-                format!("{diverged} of {}", plan.seeds),
+                steps.len().to_string(),
+                if steps.is_empty() { "-".into() } else { format!("{:.0}", median(&steps)) },
+                count(|course| course.diverged),
+                count(|course| course.losses.iter().any(|loss| !loss.is_finite())),
             ]);
         }
     }
@@ -382,10 +395,10 @@ fn train_unet<T: Task<MipHyper<UNet>>>(
     Ok(if last_loss(&second) < last_loss(&first) { second } else { first })
 }
 
-/// The last smoothed loss of a run; infinite for one that diverged.
+/// The last smoothed loss of a run; infinite for one that ended in no number.
 fn last_loss(course: &Course<UNet>) -> f64 {
     let last = course.smoothed().last().copied();
-    last.filter(|loss| loss.is_finite() && !course.diverged).unwrap_or(f64::INFINITY)
+    last.filter(|loss| loss.is_finite()).unwrap_or(f64::INFINITY)
 }
 
 /// Images to register: the digits, and Fashion-MNIST where the shared data are, with the pairs of a step.

@@ -87,3 +87,8 @@ impl System for Mip {
         Ok(Box::new(checkpoint::Plain::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -101,3 +101,8 @@ impl System for NeuMeta {
         Ok(Box::new(checkpoint::Captured::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

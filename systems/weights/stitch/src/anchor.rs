@@ -6,6 +6,7 @@ use std::ops::{Add, Range};
 use burn::module::Module;
 use burn::tensor::Tensor;
 use kiln_core::{Error, Result};
+use kiln_nn::BatchNorm;
 use serde::{Deserialize, Serialize};
 
 /// What passes from block to block.
@@ -283,6 +284,12 @@ pub trait Anchor: Module {
     /// Drops everything but these parts; the first block that stays is then block 0.
     #[must_use]
     fn keep(self, segment: &Segment) -> Self;
+
+    /// The batch norms in the order in which they run: every network of a space can have running statistics of its own
+    /// for them. Networks without any need not implement it.
+    fn batch_norms(&mut self) -> Vec<&mut BatchNorm> {
+        Vec::new()
+    }
 
     /// The logits `[batch, classes]` of the whole network.
     fn forward(&self, images: Tensor<4>) -> Tensor<2> {

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Scaling;
 use crate::family::{AnchorConfig, AnchorNet};
+use crate::norms::NORMS_FILE;
 use crate::snnet::{SnNet, Stitched};
 use crate::space::{Configuration, Cut, Joint, StitchSpace};
 
@@ -212,8 +213,36 @@ pub fn draw_anchor(network: &AnchorConfig, cx: &Context) -> AnchorNet {
 /// When a file cannot be written.
 pub fn save(folder: &ModelFolder, config: &SnConfig, net: &SnNet<AnchorNet>) -> Result<()> {
     folder.create()?;
+    take_norms(folder)?;
     folder.save_weights(&TensorFile::from_module(net))?;
-    folder.save_config(KIND, &Config::Stitchable(config.clone()))
+    folder.save_config(KIND, &Config::Stitchable(config.clone()))?;
+    save_norms(folder, net)
+}
+
+/// Writes the statistics of batch norms that networks have for themselves, where there are any.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn save_norms(folder: &ModelFolder, net: &SnNet<AnchorNet>) -> Result<()> {
+    let statistics = net.save_statistics();
+    match statistics.names().next() {
+        Some(_) => statistics.write(&folder.file(NORMS_FILE)),
+        None => Ok(()),
+    }
+}
+
+/// Takes the statistics of batch norms out of the folder, where there are any: they belong to weights that change.
+///
+/// # Errors
+/// When they cannot be read or removed.
+pub fn take_norms(folder: &ModelFolder) -> Result<Option<TensorFile>> {
+    let file = folder.file(NORMS_FILE);
+    if !file.exists() {
+        return Ok(None);
+    }
+    let norms = TensorFile::read(&file)?;
+    std::fs::remove_file(&file).map_err(Error::io("remove", &file))?;
+    Ok(Some(norms))
 }
 
 /// Writes a stitchable network's `config.json`.
@@ -245,7 +274,12 @@ pub fn open_untrained(path: &Path, cx: &Context) -> Result<(SnConfig, SnNet<Anch
 /// As [`open_untrained`], and when weights are missing or do not fit.
 pub fn open(path: &Path, cx: &Context) -> Result<(SnConfig, SnNet<AnchorNet>)> {
     let (config, net) = open_untrained(path, cx)?;
-    let net = ModelFolder::new(path).weights()?.into_module(net)?;
+    let folder = ModelFolder::new(path);
+    let mut net = folder.weights()?.into_module(net)?;
+    let norms = folder.file(NORMS_FILE);
+    if norms.exists() {
+        net.load_statistics(TensorFile::read(&norms)?, cx)?;
+    }
     Ok((config, net))
 }
 

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, Error, Result};
 use kiln_data::{Images, digits, shared_dir};
+use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
@@ -142,6 +143,14 @@ pub fn split(images: &Images, share: f64, cx: &Context) -> Result<(Images, Image
 /// The first images, or all where there are fewer.
 pub fn first(images: &Images, count: usize) -> Images {
     images.select(&(0..images.len().min(count)).collect::<Vec<_>>())
+}
+
+/// Some of the images, chosen at random, or all where there are fewer: files often list one class after another.
+pub fn sample(images: &Images, count: usize, rng: &mut impl Rng) -> Images {
+    let mut order: Vec<usize> = (0..images.len()).collect();
+    order.shuffle(rng);
+    order.truncate(count);
+    images.select(&order)
 }
 
 /// The embedded digits of 8 x 8 pixels: those that are trained on by custom, and the others.

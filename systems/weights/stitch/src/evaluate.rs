@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use burn::module::ModuleDisplay;
 use burn::tensor::{Tensor, activation};
-use kiln_core::{Context, Error, Plot, Result, write_atomic};
+use kiln_core::{Context, Error, Plot, Result, Table, write_atomic};
 use kiln_data::Images;
 use kiln_nn::likeliest;
 use serde::{Deserialize, Serialize};
@@ -244,6 +244,31 @@ pub struct Rival {
     pub flops: u64,
     /// Share of the test images that it classifies rightly.
     pub acc: f64,
+}
+
+/// Every network in a table; those whose ids are on the `front` are marked.
+pub fn listing(scores: &[Score], rivals: &[Rival], front: &[usize]) -> Table {
+    let columns =
+        ["config", "network", "MFLOPs", "parameters", "ms a batch", "accuracy, %", "on the Pareto front"];
+    let mut table = Table::new("Every network", &columns);
+    let (mega, percent) =
+        (|flops: u64| format!("{:.3}", flops as f64 / 1e6), |acc| format!("{:.2}", 100.0 * acc));
+    for Score { config, name, flops, params, latency_ms, acc } in scores {
+        table.row([
+            config.to_string(),
+            name.clone(),
+            mega(*flops),
+            params.to_string(),
+            latency_ms.map_or(String::new(), |ms| format!("{ms:.3}")),
+            percent(*acc),
+            if front.contains(config) { "yes" } else { "" }.into(),
+        ]);
+    }
+    for Rival { name, flops, acc } in rivals {
+        let none = String::new;
+        table.row([none(), name.clone(), mega(*flops), none(), none(), percent(*acc), none()]);
+    }
+    table
 }
 
 /// Accuracy over cost: anchors, stitches, and which of them nothing dominates.

@@ -11,8 +11,8 @@
 //!
 //! X is what the front gives and Y what block m takes in its own network, for a hundred images ([`least_squares`]). Which
 //! fronts are joined to which rears is the stitch space ([`space`]): fast to slow, neighbours in cost, blocks within a
-//! sliding window. All its networks share their weights ([`snnet`]), are trained together ([`training`]), and are
-//! chosen among by what they cost ([`pareto`]).
+//! sliding window. All its networks share their weights ([`snnet`]), are trained together ([`training`]), have batch
+//! norms' statistics of their own ([`norms`]), and are chosen among by what they cost ([`pareto`]).
 //!
 //! ```
 //! # use burn::tensor::{Device, Tensor};
@@ -38,8 +38,10 @@ mod experiment;
 pub mod family;
 pub mod golden;
 pub mod least_squares;
+pub mod norms;
 pub mod pareto;
 pub mod serve;
+pub mod similarity;
 pub mod snnet;
 pub mod space;
 pub mod stitch;
@@ -91,3 +93,8 @@ impl System for Stitch {
         Ok(Box::new(checkpoint::Plain::open(model, cx)?))
     }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -2,6 +2,9 @@
 
 use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::thread;
+use std::time::Duration;
 
 use kiln_core::{Context, Error, Result};
 use kiln_data::{ImageOptions, Images};
@@ -17,6 +20,8 @@ use crate::snnet::SnNet;
 
 /// A longer line is refused unread.
 const LONGEST_LINE: u64 = 1 << 20;
+/// How long the next request is waited for before looking whether the user wants to stop.
+const PATIENCE: Duration = Duration::from_millis(50);
 
 /// A line of the input.
 #[derive(Debug, Deserialize)]
@@ -63,18 +68,18 @@ impl Server<'_> {
     ///
     /// # Errors
     /// When requests cannot be read or answers not be written, or the user stops it.
-    pub fn run(&self, mut requests: impl BufRead, cx: &Context) -> Result<usize> {
+    pub fn run(&self, requests: impl BufRead + Send + 'static, cx: &Context) -> Result<usize> {
+        let lines = read_lines(requests);
         let mut count = 0;
-        let mut line = Vec::new();
         loop {
             if cx.interrupted() {
                 return Err(Error::interrupted(format!("stopped after {count} requests")));
             }
-            line.clear();
-            let read = requests.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line);
-            if read.map_err(Error::io("read", "the requests"))? == 0 {
-                return Ok(count);
-            }
+            let line = match lines.recv_timeout(PATIENCE) {
+                Ok(line) => line?,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Ok(count),
+            };
             if line.len() as u64 == LONGEST_LINE && !line.ends_with(b"\n") {
                 return Err(Error::input(
                     "the requests",
@@ -118,6 +123,26 @@ impl Server<'_> {
                 .collect::<serde_json::Map<_, _>>(),
         }))
     }
+}
+
+/// Reads lines on a thread of their own, one ahead: whoever waits for the next can stop waiting.
+fn read_lines(mut requests: impl BufRead + Send + 'static) -> Receiver<Result<Vec<u8>>> {
+    let (sender, lines) = sync_channel(0);
+    thread::spawn(move || {
+        loop {
+            let mut line = Vec::new();
+            let read = requests.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line);
+            let line = match read {
+                Ok(0) => return,
+                read => read.map(|_| line).map_err(Error::io("read", "the requests")),
+            };
+            let last = line.is_err();
+            if sender.send(line).is_err() || last {
+                return; // nobody waits for more
+            }
+        }
+    });
+    lines
 }
 
 /// The refusal of a budget that no network meets.

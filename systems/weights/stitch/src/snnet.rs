@@ -1,6 +1,6 @@
 //! The stitchable network: anchors, the stitching layers between them, and one network of the space at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, ModuleDisplay};
 use burn::tensor::{Device, Tensor};
@@ -11,6 +11,8 @@ use rand::Rng;
 
 use crate::anchor::{Anchor, Extent, Feature, Segment};
 use crate::least_squares::{LeastSquares, Solution};
+use crate::norms::Statistics;
+use crate::similarity::Centred;
 use crate::space::{Configuration, Cut, SpaceConfig, StitchSpace};
 use crate::stitch::StitchLayer;
 
@@ -85,6 +87,9 @@ pub struct SnNet<A: Module> {
     space: StitchSpace,
     #[module(skip)]
     current: usize,
+    /// By id, batch norms' running statistics that networks have for themselves.
+    #[module(skip)]
+    statistics: Vec<Option<Statistics>>,
 }
 
 /// What least squares found for one cut.
@@ -115,7 +120,7 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
             StitchLayer::init(inputs, outputs, rank, device)
         };
         let stitches = (0..space.layers().len()).map(layer).collect();
-        Ok(Self { anchors, stitches, space, current: 0 })
+        Ok(Self { anchors, stitches, space, current: 0, statistics: Vec::new() })
     }
 
     /// As [`over`](Self::over), with layers drawn from a random stream.
@@ -156,7 +161,7 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
 
     /// Logits `[batch, classes]` of images `[batch, channels, height, width]` by the chosen network.
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
-        self.run(&self.space.configurations()[self.current], images)
+        self.run(self.current, &self.space.configurations()[self.current], images)
     }
 
     /// The same by another network, for threads that share this one.
@@ -164,10 +169,13 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
     /// # Errors
     /// When there is none with this id.
     pub fn forward_with(&self, id: usize, images: Tensor<4>) -> Result<Tensor<2>> {
-        Ok(self.run(self.space.configuration(id)?, images))
+        Ok(self.run(id, self.space.configuration(id)?, images))
     }
 
-    fn run(&self, configuration: &Configuration, images: Tensor<4>) -> Tensor<2> {
+    fn run(&self, id: usize, configuration: &Configuration, images: Tensor<4>) -> Tensor<2> {
+        if let Some(statistics) = self.statistics_of(id) {
+            return statistics.put_into(self.take_out(configuration)).forward(images);
+        }
         let mut x: Option<Feature> = None;
         for (place, (anchor, blocks)) in self.legs(configuration).enumerate() {
             let net = &self.anchors[anchor];
@@ -198,14 +206,8 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
     /// # Errors
     /// When an activation is not finite.
     pub fn fit(&mut self, images: Tensor<4>, cx: &Context) -> Result<Vec<CutFit>> {
-        let activations =
-            self.anchors.iter().enumerate().map(|(index, anchor)| activations(index, anchor, images.clone()));
-        let activations = activations.collect::<Result<Vec<_>>>()?;
-        // Cuts after the same block have the same inputs, which are decomposed once.
-        let mut by_input: BTreeMap<(usize, usize), Vec<Cut>> = BTreeMap::new();
-        for cut in self.cuts() {
-            by_input.entry((self.space.layers()[cut.layer].front, cut.after)).or_default().push(cut);
-        }
+        let activations = self.activations(images)?;
+        let by_input = self.cuts_by_input();
         let bar = cx.progress(by_input.len() as u64, "least squares");
         let mut solutions: Vec<Vec<Solution>> = vec![Vec::new(); self.stitches.len()];
         let mut fits = Vec::new();
@@ -225,37 +227,69 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
         }
         let stitches = std::mem::take(&mut self.stitches).into_iter().zip(&solutions);
         self.stitches = stitches.map(|(layer, solutions)| layer.with_solution(&mean(solutions))).collect();
+        self.statistics.clear();
         Ok(fits)
     }
 
-    /// The cuts of all networks, each once.
-    fn cuts(&self) -> Vec<Cut> {
-        let mut cuts: Vec<Cut> = self.space.configurations().iter().flat_map(|c| c.cuts.clone()).collect();
-        cuts.sort_unstable();
-        cuts.dedup();
-        cuts
+    /// How alike what each cut's front gives and what its rear takes are: their linear centred kernel alignment.
+    ///
+    /// # Errors
+    /// When an activation is not finite, or the user stopped it.
+    pub fn alignments(&self, images: Tensor<4>, cx: &Context) -> Result<Vec<(Cut, f64)>> {
+        let activations = self.activations(images)?;
+        let by_input = self.cuts_by_input();
+        let bar = cx.progress(by_input.len() as u64, "alignment");
+        let mut alignments = Vec::new();
+        for ((front, after), cuts) in by_input {
+            let x = Centred::new(&rows(&activations[front][after + 1]));
+            for cut in cuts {
+                if cx.interrupted() {
+                    return Err(Error::interrupted("stopped while activations were compared"));
+                }
+                let rear = self.space.layers()[cut.layer].rear;
+                alignments.push((cut, x.alignment(&Centred::new(&rows(&activations[rear][cut.before])))));
+            }
+            bar.inc(1);
+        }
+        Ok(alignments)
     }
 
-    /// Keeps the anchors and at most `count` stitches that least squares found the likest to what they replace. So that
-    /// all costs stay within reach, the stitches are dealt into `count` classes of neighbouring cost, and the best of each
-    /// stays.
-    pub fn prune(mut self, count: usize, fits: &[CutFit]) -> Self {
-        // The worse of a network's cuts decides.
-        let residual = |configuration: &Configuration| {
-            let of =
-                |cut: &Cut| fits.iter().find(|fit| fit.cut == *cut).map_or(f64::INFINITY, |fit| fit.residual);
-            configuration.cuts.iter().map(of).fold(0.0, f64::max)
+    /// By anchor, what each block takes, and last what the head takes.
+    fn activations(&self, images: Tensor<4>) -> Result<Vec<Vec<Tensor<2>>>> {
+        let anchors = self.anchors.iter().enumerate();
+        anchors.map(|(index, anchor)| activations(index, anchor, images.clone())).collect()
+    }
+
+    /// The cuts of all networks, each once, by anchor and block that they come after: these have the same inputs.
+    fn cuts_by_input(&self) -> BTreeMap<(usize, usize), Vec<Cut>> {
+        let cuts: BTreeSet<Cut> = self.space.configurations().iter().flat_map(|c| c.cuts.clone()).collect();
+        let mut by_input: BTreeMap<(usize, usize), Vec<Cut>> = BTreeMap::new();
+        for cut in cuts {
+            by_input.entry((self.space.layers()[cut.layer].front, cut.after)).or_default().push(cut);
+        }
+        by_input
+    }
+
+    /// Keeps the anchors and at most `count` stitches, those whose cuts have the highest `merits`. So that all costs stay
+    /// within reach, the stitches are dealt into `count` classes of neighbouring cost, and the best of each stays.
+    pub fn prune(mut self, count: usize, merits: &[(Cut, f64)]) -> Self {
+        // The worst of a network's cuts decides.
+        let merit = |configuration: &Configuration| {
+            let of = |cut: &Cut| {
+                merits.iter().find(|(other, _)| other == cut).map_or(f64::NEG_INFINITY, |(_, merit)| *merit)
+            };
+            configuration.cuts.iter().map(of).fold(f64::INFINITY, f64::min)
         };
         let stitches = self.space.configurations().iter().enumerate().filter(|(_, c)| !c.is_anchor());
         let mut ranked: Vec<(u64, usize, f64)> =
-            stitches.map(|(id, c)| (self.space.cost(c).flops, id, residual(c))).collect();
+            stitches.map(|(id, c)| (self.space.cost(c).flops, id, merit(c))).collect();
         ranked.sort_by_key(|(flops, id, _)| (*flops, *id));
         let total = ranked.len();
         let kept: Vec<usize> = (0..count.min(total))
             .filter_map(|class| {
                 let members =
                     &ranked[class * total / count.min(total)..(class + 1) * total / count.min(total)];
-                members.iter().min_by(|a, b| a.2.total_cmp(&b.2)).map(|(_, id, _)| *id)
+                members.iter().max_by(|a, b| a.2.total_cmp(&b.2).then(b.1.cmp(&a.1))).map(|(_, id, _)| *id)
             })
             .collect();
         let layers = self.space.layers().to_vec();
@@ -264,7 +298,24 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
         let stitches = std::mem::take(&mut self.stitches).into_iter().enumerate();
         self.stitches = stitches.filter(|(index, _)| stays(index)).map(|(_, layer)| layer).collect();
         self.current = 0;
+        self.statistics.clear();
         self
+    }
+
+    /// All networks run with the anchors' running statistics, as they must while they are trained.
+    pub fn share_norms(mut self) -> Self {
+        self.statistics.clear();
+        self
+    }
+
+    /// The statistics that a network has for itself.
+    pub(crate) fn statistics_of(&self, id: usize) -> Option<&Statistics> {
+        self.statistics.get(id)?.as_ref()
+    }
+
+    pub(crate) fn set_statistics(&mut self, id: usize, statistics: Statistics) {
+        self.statistics.resize(self.space.len(), None);
+        self.statistics[id] = Some(statistics);
     }
 
     /// Leaves the anchors as they are in training, running means of batch norms included.
@@ -278,10 +329,18 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
     /// # Errors
     /// When there is none with this id.
     pub fn export(&self, id: usize) -> Result<Stitched<A>> {
-        let configuration = self.space.configuration(id)?;
+        let net = self.take_out(self.space.configuration(id)?);
+        Ok(match self.statistics_of(id) {
+            Some(statistics) => statistics.put_into(net),
+            None => net,
+        })
+    }
+
+    /// One of the networks with the anchors' running statistics.
+    pub(crate) fn take_out(&self, configuration: &Configuration) -> Stitched<A> {
         let segments = segments(configuration, &self.space);
         let parts = configuration.anchors.iter().zip(&segments);
-        Ok(Stitched {
+        Stitched {
             parts: parts.map(|(&anchor, segment)| self.anchors[anchor].clone().keep(segment)).collect(),
             stitches: configuration
                 .cuts
@@ -289,7 +348,7 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
                 .map(|cut| self.stitches[cut.layer].clone().merged())
                 .collect(),
             plan: Plan::of(configuration, &self.space),
-        })
+        }
     }
 }
 

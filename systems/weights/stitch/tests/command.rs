@@ -2,11 +2,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
-use std::io::Cursor;
-use std::sync::atomic::Ordering;
+use std::io::{BufReader, Cursor, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kiln_core::testing::Desk;
-use kiln_core::{System, TensorFile};
+use kiln_core::{HostTensor, System, TensorFile};
 use kiln_stitch::Stitch;
 use kiln_stitch::budget::Budgets;
 use kiln_stitch::checkpoint::open;
@@ -132,8 +133,10 @@ fn every_network_is_scored_and_the_best_within_a_budget_predicts() {
     let scores = found["scores"].as_array().unwrap();
     assert_eq!(scores.len(), 2 + 2);
     assert!(scores.iter().all(|score| score["latency_ms"].as_f64().unwrap() > 0.0));
-    let parts = ["scores.csv", "scores.svg", "scores.png"];
+    let parts = ["scores.csv", "scores.svg", "scores.png", "scores.html"];
     assert!(parts.iter().all(|part| desk.path("m").join(part).exists()));
+    let page = fs::read_to_string(desk.path("m/scores.html")).unwrap();
+    assert!(["s0&gt;s1@0&gt;1", "ms a batch", "<svg"].iter().all(|part| page.contains(part)));
     let table = fs::read_to_string(desk.path("m/scores.csv")).unwrap();
     assert!(table.starts_with("config,name,flops,params,latency_ms,acc\n0,s0,"), "{table}");
 
@@ -207,6 +210,62 @@ fn macs(operation: &Value) -> u64 {
 }
 
 #[test]
+fn batch_norms_are_calibrated_after_training_and_on_demand() {
+    let desk = desk();
+    let options = "--family resnet --depth 1,2,1 --steps 4 --batch 4 --lr 0.01 --data @data.csv";
+    desk.json(&format!("anchor --width 2 {options} --out @s"));
+    desk.json(&format!("anchor --width 4 {options} --out @l"));
+    let norms = |model: &str| TensorFile::read(&desk.path(model).join("norms.safetensors")).unwrap();
+    desk.json("init --anchors @s,@l --data @data.csv --to @i");
+    assert!(
+        !norms("i").names().any(|name| name.starts_with("0.") || name.starts_with("1.")),
+        "the anchors keep theirs"
+    );
+
+    let train = "train --anchors @s,@l --data @data.csv --steps 6 --warmup 1 --batch 4 --lr 0.01";
+    desk.json(&format!("{train} --out @m"));
+    let found = norms("m");
+    assert!((0..3).all(|id| found.get(&format!("{id}.0.running_mean")).is_some()));
+    desk.json("export --model @m --config 2 --to @e");
+    let single = TensorFile::read(&desk.path("e/model.safetensors")).unwrap();
+    assert_eq!(single.get("parts.0.bn1.running_mean"), found.get("2.0.running_mean"));
+    let accuracy = |desk: &Desk| desk.json("eval --model @m --data @data.csv")["scores"].clone();
+    let before = accuracy(&desk);
+    desk.json("calibrate --model @m --data @data.csv");
+    assert_ne!(
+        norms("m").get("2.0.running_mean"),
+        found.get("2.0.running_mean"),
+        "more images than training has"
+    );
+
+    // Statistics that belong to earlier weights are gone until training ends, but not where none begins.
+    desk.assert_refused("train --data @data.csv --limit 20 --resume @m --steps 8", "images");
+    assert!(desk.path("m/norms.safetensors").exists());
+    desk.cx.interrupt_flag().store(true, Ordering::Relaxed);
+    desk.refusal("train --data @data.csv --resume @m --steps 8");
+    assert!(!desk.path("m/norms.safetensors").exists());
+    desk.cx.interrupt_flag().store(false, Ordering::Relaxed);
+    assert_eq!(before.as_array().unwrap().len(), accuracy(&desk).as_array().unwrap().len());
+    desk.json("train --data @data.csv --resume @m --steps 8");
+
+    let whole = norms("m");
+    for (name, tensor, words) in [
+        ("2.0.running_var", HostTensor::float([2], vec![1.0, -1.0]), "\"2.0.running_var\" holds numbers"),
+        ("2.0.running_mean", HostTensor::float([2], vec![f32::NAN, 0.0]), "norms.safetensors"),
+        ("2.0.running_mean", HostTensor::float([3], vec![0.0; 3]), "\"2.0.running_mean\""),
+        ("99.0.running_mean", HostTensor::float([2], vec![0.0; 2]), "belongs to no batch norm"),
+        ("0.99.running_mean", HostTensor::float([2], vec![0.0; 2]), "belongs to no batch norm"),
+    ] {
+        let mut file = whole.clone();
+        file.insert(name, tensor);
+        file.write(&desk.path("m/norms.safetensors")).unwrap();
+        desk.assert_refused("predict --model @m --data @data.csv --config 2 --out @p.csv", words);
+    }
+    let transformers = desk_with_model();
+    transformers.assert_refused("calibrate --model @m --data @data.csv", "has no batch norms");
+}
+
+#[test]
 fn every_request_gets_an_answer_by_the_network_that_it_can_afford() {
     let desk = desk_with_model();
     image::GrayImage::from_fn(4, 4, |_, y| image::Luma([if y < 2 { 250 } else { 5 }]))
@@ -254,8 +313,23 @@ fn every_request_gets_an_answer_by_the_network_that_it_can_afford() {
     let strict = Server { strict: true, ..server };
     strict.run(Cursor::new(requests[0].clone()), &desk.cx).unwrap();
     assert!(desk.cx.take_printed().contains("even the cheapest"));
+    let error = strict.run(BufReader::new(Silent(desk.cx.interrupt_flag())), &desk.cx).unwrap_err();
+    assert!(error.to_string().contains("stopped after 0 requests"), "{error}");
+    desk.cx.interrupt_flag().store(false, Ordering::Relaxed);
     let long = vec![b'x'; (1 << 20) + 1];
     assert!(strict.run(Cursor::new(long), &desk.cx).unwrap_err().to_string().contains("longer than"));
+}
+
+/// Input that never comes; the user loses patience as soon as it is waited for.
+struct Silent(Arc<AtomicBool>);
+
+impl Read for Silent {
+    fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+        self.0.store(true, Ordering::Relaxed);
+        loop {
+            std::thread::park();
+        }
+    }
 }
 
 #[test]
@@ -264,8 +338,12 @@ fn training_takes_all_its_options_and_compares_with_distillation() {
     desk.json("anchor --width 6 --depth 2 --heads 2 --epochs 0 --data @data.csv --out @w");
     desk.json("anchor --width 6 --depth 2 --heads 2 --epochs 0 --weights @w/model.safetensors --data @data.csv --out @x");
     assert_eq!(weights(&desk, "w"), weights(&desk, "x"));
-    desk.json("init --anchors @s,@w,@l --prune-space 2 --data @data.csv --to @pruned");
-    assert_eq!(desk.json("space --model @pruned")["num_configs"], 3 + 2);
+    for likeness in ["", "--prune-by residual"] {
+        desk.json(&format!(
+            "init --anchors @s,@w,@l --prune-space 2 {likeness} --data @data.csv --to @pruned"
+        ));
+        assert_eq!(desk.json("space --model @pruned")["num_configs"], 3 + 2);
+    }
     let trained = desk.json(
         "train --anchors @s,@w,@l --data @data.csv --limit 30 --test @data.csv --steps 4 --batch 4 --init random \
          --distill hard --teacher @l --freeze-anchors --rank 2 --prune-space 3 --pairs all --out @m",

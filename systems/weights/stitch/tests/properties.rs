@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, HostTensor, TensorFile};
-use kiln_data::Matrix;
+use kiln_data::{Images, Matrix};
 use kiln_nn::{AdamW, initialise};
 use kiln_ops::cross_entropy;
 use kiln_stitch::anchor::{Anchor, Feature};
@@ -104,6 +104,8 @@ fn a_network_stitched_to_itself_gives_the_same_logits() {
         let fits = net.fit(images(40), &cx()).unwrap();
         assert!(fits.iter().all(|fit| fit.residual < 1e-9), "{fits:?}");
         let expected = values(anchor.forward(images(5)));
+        let merits = net.alignments(images(40), &cx()).unwrap();
+        assert!(merits.iter().all(|(_, merit)| (merit - 1.0).abs() < 1e-12), "{merits:?}");
         for id in 2..net.space().len() {
             let found = values(net.forward_with(id, images(5)).unwrap());
             assert!(distance(&found, &expected) < 1e-4, "{}", net.space().configurations()[id].name());
@@ -311,9 +313,11 @@ fn switching_is_by_id_and_refuses_what_is_not_there() {
 #[test]
 fn pruning_keeps_the_best_of_each_class_of_cost_and_the_layers_that_they_need() {
     let mut net = net(&[vit(4), vit(6), vit(8)], SpaceConfig::default());
-    let fits = net.fit(images(40), &cx()).unwrap();
+    net.fit(images(40), &cx()).unwrap();
+    let merits = net.alignments(images(40), &cx()).unwrap();
+    assert!(merits.iter().all(|(_, merit)| (0.0..=1.0).contains(merit)), "{merits:?}");
     let whole = net.clone();
-    let pruned = net.prune(3, &fits);
+    let pruned = net.prune(3, &merits);
     assert_eq!(pruned.space().len(), 3 + 3);
     assert_eq!(pruned.stitches.len(), pruned.space().layers().len());
     for (id, configuration) in pruned.space().configurations().iter().enumerate() {
@@ -322,8 +326,16 @@ fn pruning_keeps_the_best_of_each_class_of_cost_and_the_layers_that_they_need() 
         assert_eq!(values(pruned.forward_with(id, images(2)).unwrap()), expected);
     }
     // More than there are: all stay.
-    assert_eq!(whole.clone().prune(1000, &fits).space(), whole.space());
-    assert_eq!(whole.prune(0, &fits).space().len(), 3);
+    assert_eq!(whole.clone().prune(1000, &merits).space(), whole.space());
+    assert_eq!(whole.clone().prune(0, &merits).space().len(), 3);
+    // The stitch whose cut has all the merit is the one that stays.
+    for (wanted, _) in &merits {
+        let merits: Vec<_> =
+            merits.iter().map(|&(cut, _)| (cut, f64::from(u8::from(cut == *wanted)))).collect();
+        let pruned = whole.clone().prune(1, &merits);
+        let names: Vec<String> = whole.space().cuts_of(wanted.layer).map(|(c, _)| c.name()).collect();
+        assert!(names.contains(&pruned.space().configurations()[3].name()), "{names:?}");
+    }
 }
 
 #[test]
@@ -336,4 +348,67 @@ fn activations_that_are_not_finite_are_traced_to_their_block() {
     let mut net = SnNetConfig::new(vec![anchor, broken]).init(&Device::flex()).unwrap();
     let error = net.fit(images(8), &cx()).unwrap_err().to_string();
     assert!(error.contains("of anchor 1 gives numbers that are not finite"), "{error}");
+}
+
+/// Images whose brightness varies, with what scales them.
+fn labelled_images(count: usize) -> (Images, Scaling) {
+    let pixels = values(images(count)).iter().map(|x| 0.5 + 0.1 * x).collect();
+    let classes = ["a", "b", "c"].map(String::from).to_vec();
+    let labels = (0..count).map(|image| image % 3).collect();
+    let images = Images { shape: IMAGE, pixels, labels, classes, white: 1.0 };
+    (images.clone(), Scaling::of(&images))
+}
+
+#[test]
+fn calibrated_norms_hold_the_means_over_the_images_and_change_nothing_else() {
+    let mut net = net(&[resnet(2), resnet(4)], SpaceConfig::default());
+    let before: Vec<_> =
+        (0..net.space().len()).map(|id| values(net.forward_with(id, images(5)).unwrap())).collect();
+    // Two batches of 128 images.
+    let (all, scaling) = labelled_images(256);
+    let everything = 0..net.space().len();
+    net.calibrate(everything, &all, &scaling, &cx()).unwrap();
+    assert_eq!(net.calibrated(), net.space().len());
+
+    // The first norm of every network comes after the first convolution, of which the means are known.
+    let x = scaling.tensor(&all, &(0..256).collect::<Vec<_>>(), &Device::flex());
+    let AnchorNet::Resnet(first) = &net.anchors[0] else { unreachable!("a resnet was made") };
+    let seen = first.conv1.as_ref().unwrap().forward(x);
+    let means = values(seen.swap_dims(0, 1).flatten::<2>(1, 3).mean_dim(1));
+    let file = net.save_statistics();
+    let stitch = net.space().find("s0>s1@1>2").unwrap();
+    for id in [0, stitch] {
+        let found = file.get(&format!("{id}.0.running_mean")).unwrap().as_floats().unwrap();
+        assert!(distance(found, &means) < 1e-5, "{found:?} {means:?}");
+    }
+    // Two of the norms of the small anchor's last block are the stitch's no more.
+    assert_eq!(file.get(&format!("{stitch}.8.running_var")).unwrap().shape, [8 * 2]);
+
+    let after = |id| values(net.forward_with(id, images(5)).unwrap());
+    for (id, before) in before.iter().enumerate() {
+        assert!(distance(&after(id), before) > 1e-3, "{id} runs with statistics of its own");
+        assert_eq!(after(id), values(net.export(id).unwrap().forward(images(5))), "{id}");
+    }
+    let shared = net.clone().share_norms();
+    let unchanged = |(id, before): (usize, &Vec<f32>)| {
+        assert_eq!(*before, values(shared.forward_with(id, images(5)).unwrap()));
+    };
+    before.iter().enumerate().for_each(unchanged);
+
+    let mut loaded = shared;
+    loaded.load_statistics(file, &cx()).unwrap();
+    for id in 0..loaded.space().len() {
+        assert_eq!(after(id), values(loaded.forward_with(id, images(5)).unwrap()), "{id}");
+    }
+}
+
+#[test]
+fn networks_without_batch_norms_have_nothing_to_calibrate() {
+    let (images, scaling) = labelled_images(1);
+    let mut transformers = net(&[vit(4), vit(6)], SpaceConfig::default());
+    transformers.calibrate(0..2, &images, &scaling, &cx()).unwrap();
+    assert_eq!(transformers.calibrated(), 0);
+    let mut convolutions = net(&[resnet(2), resnet(4)], SpaceConfig::default());
+    let error = convolutions.calibrate(0..2, &images, &scaling, &cx()).unwrap_err();
+    assert!(error.to_string().contains("1 image has no variance"));
 }

@@ -72,6 +72,7 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         "rows": predicted.len(),
         "classes": classifier.classes(),
         "members": classifier.members(),
+        "calibration": classifier.calibration(),
         "seconds": seconds,
         "scores": scores,
         "notices": notices,

@@ -6,6 +6,7 @@ use clap::Args;
 use kiln_core::{Context, Error, Result, TensorFile};
 use kiln_data::{Column, Table, TableOptions, read_npz};
 
+use crate::calibration::Calibrate;
 use crate::classifier::ClassifierOptions;
 
 /// The target column of NPZ files.
@@ -143,6 +144,9 @@ pub(super) struct EnsembleArgs {
     /// Tell apart at most so many classes in one pass, and more by code words: slower, often better for many classes
     #[arg(long, value_name = "CLASSES")]
     groups: Option<usize>,
+    /// Calibrate probabilities on the labelled rows, which predict each other in three parts
+    #[arg(long, value_enum, default_value = "auto")]
+    calibrate: Calibrate,
 }
 
 impl EnsembleArgs {
@@ -162,6 +166,7 @@ impl EnsembleArgs {
             allow_large: self.allow_large,
             many_class: self.many_class,
             groups: self.groups,
+            calibrate: self.calibrate,
             cache: true,
         };
         options.check()?;

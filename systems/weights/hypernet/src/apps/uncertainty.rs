@@ -11,7 +11,7 @@ use kiln_data::{ImageOptions, Images, digits, shared_dir};
 
 use crate::apps::continual::entropy;
 use crate::apps::{Findings, Parts, Spread};
-use crate::conditioning::{Condition, Conditioning};
+use crate::conditioning::{Condition, Conditioning, NoiseLaw};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNetConfig, OutputScheme};
 use crate::target::{Layer, Target};
@@ -271,7 +271,7 @@ fn hyper(config: &Config, images: &Known, cx: &Context) -> Result<Predictions> {
     const BATCH: usize = 64;
     let target = images.target();
     let hyper_config = HyperNetConfig::new(target.spec()?)
-        .with_conditioning([Conditioning::Noise { dim: NOISE }])
+        .with_conditioning([Conditioning::Noise { dim: NOISE, law: NoiseLaw::Normal }])
         .with_scheme(OutputScheme::Heads { by_layer: true })
         .with_arch(Arch::Mlp(vec![32, 32]));
     let rows = images.parts.train.len() as f64;

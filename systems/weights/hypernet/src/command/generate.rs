@@ -9,7 +9,6 @@ use serde_json::json;
 
 use crate::conditioning::{Condition, Conditioning};
 use crate::model;
-use crate::training::normals;
 
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
@@ -60,8 +59,8 @@ pub(super) fn run(args: &GenerateArgs, cx: &Context) -> Result<()> {
                 let scaled = TensorData::new(scaled.collect::<Vec<f32>>(), [1, dim]);
                 condition.given = Some(Tensor::from_data(scaled, &cx.device));
             }
-            Conditioning::Noise { dim } => {
-                condition.noise = Some(normals(1, dim, &mut cx.rng("predict", 0), &cx.device));
+            Conditioning::Noise { dim, law } => {
+                condition.noise = Some(law.draw(1, dim, &mut cx.rng("predict", 0), &cx.device));
             }
             Conditioning::Data { .. } => {
                 return Err(Error::usage("the model's weights depend on each row")

@@ -10,7 +10,7 @@ use kiln_nn::{TrainConfig, TrainRun, TrainSummary};
 use serde::{Deserialize, Serialize};
 
 use super::predict::{Scores, score};
-use crate::conditioning::Conditioning;
+use crate::conditioning::{Conditioning, NoiseLaw};
 use crate::data::{Coding, Columns, Rows};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNetConfig, Init, OutputScheme};
@@ -94,6 +94,10 @@ struct Recipe {
     /// Column of the tasks, with --cond task
     #[arg(long, default_value = "task", conflicts_with = "resume")]
     task_col: String,
+    /// How noise is drawn, with --cond noise
+    #[arg(long, value_enum, default_value = "normal", conflicts_with = "resume")]
+    #[serde(default)]
+    noise: NoiseLaw,
     /// Columns of the descriptor, with --cond given
     #[arg(long, value_delimiter = ',', conflicts_with = "resume")]
     cond_cols: Vec<String>,
@@ -279,7 +283,7 @@ fn configure(recipe: &Recipe, coding: Coding) -> Result<Config> {
     let conditioning = |cond: &Cond| match cond {
         Cond::Task => Conditioning::Task { tasks: coding.tasks.len(), dim },
         Cond::Data => Conditioning::Data { inputs: coding.features.len(), dim },
-        Cond::Noise => Conditioning::Noise { dim },
+        Cond::Noise => Conditioning::Noise { dim, law: recipe.noise },
         Cond::Given => Conditioning::Given { dim: coding.columns.given.len() },
     };
     let width = recipe.hidden.last().copied().unwrap_or(0);

@@ -1,21 +1,25 @@
-//! `eval`, `predict`, `export` and `serve`.
+//! `calibrate`, `eval`, `predict`, `export` and `serve`.
 
+use std::io::BufReader;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use burn::module::Module;
 use clap::{Args, ValueEnum};
-use kiln_core::{Context, Error, Result, write_atomic};
+use kiln_core::{Context, Error, ModelFolder, Report, Result, Scale, System, html, write_atomic};
 use kiln_data::{ImageOptions, Images};
 use kiln_nn::{TrainConfig, likeliest, train};
 use serde_json::json;
 
 use super::DataArgs;
+use crate::Stitch;
 use crate::anchor::Anchor;
 use crate::budget::{Budgets, SCORES_FILE, Wanted};
 use crate::checkpoint::{self, SnConfig, draw_anchor};
 use crate::data::{Batches, split};
 use crate::evaluate::{self, Measure, Rival, Score, latencies, predict as classify, scores, write_scores};
 use crate::family::AnchorNet;
+use crate::norms::NORMS_FILE;
 use crate::serve::{Server, over_budget};
 use crate::snnet::SnNet;
 use crate::training::{Distill, SingleTask, Teacher};
@@ -25,6 +29,30 @@ use crate::training::{Distill, SingleTask, Teacher};
 enum Compare {
     /// The smallest anchor, trained anew with the largest as its teacher
     Distill,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CalibrateArgs {
+    /// Model folder
+    #[arg(long)]
+    model: PathBuf,
+    #[command(flatten)]
+    data: DataArgs,
+}
+
+pub(super) fn calibrate(args: &CalibrateArgs, cx: &Context) -> Result<()> {
+    let (config, mut net) = checkpoint::open(&args.model, cx)?;
+    let images = args.data.read_for(&config.interface, config.image(), true)?;
+    net.calibrate(0..net.space().len(), &images, &config.interface.scaling, cx)?;
+    let count = net.calibrated();
+    if count == 0 {
+        return Err(Error::usage(format!("{} has no batch norms to calibrate", args.model.display()))
+            .hint("networks of other families normalise every image by itself"));
+    }
+    checkpoint::save_norms(&ModelFolder::new(&args.model), &net)?;
+    cx.emit(&json!({ "model": args.model, "networks": count }), |_| {
+        format!("{count} networks have batch norms' statistics of their own, in {NORMS_FILE}\n")
+    })
 }
 
 #[derive(Debug, Args)]
@@ -55,12 +83,14 @@ pub(super) struct EvalArgs {
     /// Its learning rate
     #[arg(long, default_value_t = 1e-3, requires = "compare")]
     compare_lr: f64,
-    /// CSV file to write, with a plot beside it as .svg and .png [default: scores.csv in the model folder]
+    /// CSV file to write, with a plot beside it as .svg and .png and both in one page as .html [default: scores.csv in
+    /// the model folder]
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
 pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
+    let begun = Instant::now();
     let (config, net) = checkpoint::open(&args.model, cx)?;
     let images = args.data.read_for(&config.interface, config.image(), false)?;
     let scaling = &config.interface.scaling;
@@ -84,6 +114,22 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
     plot.save(&out.with_extension("png"))?;
     let front: Vec<usize> =
         evaluate::pareto(&found, Measure::MegaFlops)?.front().iter().map(|point| point.id).collect();
+    let mut report = Report::new(System::card(&Stitch), Scale::Full, cx.seed);
+    report.plots.push(plot);
+    if args.latency {
+        let title = "Accuracy over time";
+        report.plots.push(evaluate::plot(title, net.space(), &found, &[], Measure::Milliseconds)?);
+    }
+    report.tables.push(evaluate::listing(&found, &rivals, &front));
+    report.notes.push(format!(
+        "{} on {} images of {}.",
+        args.model.display(),
+        images.len(),
+        args.data.data.display()
+    ));
+    report.seconds = begun.elapsed().as_secs_f64();
+    let page = html::page("Networks of a stitched model", &[report])?;
+    write_atomic(&out.with_extension("html"), page.as_bytes())?;
     let result = json!({
         "images": images.len(), "out": out, "scores": found, "pareto": front, "rivals": rivals,
     });
@@ -99,7 +145,7 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         for Rival { name, flops, acc } in &rivals {
             text += &format!("   {name:<33} {:<32.3} {acc:.4}\n", *flops as f64 / 1e6);
         }
-        text + &format!("* on the Pareto front; table in {}, plot beside it\n", out.display())
+        text + &format!("* on the Pareto front; table in {}, plot and page beside it\n", out.display())
     })
 }
 
@@ -299,7 +345,7 @@ pub(super) fn serve(args: &ServeArgs, cx: &Context) -> Result<()> {
     let (config, net) = checkpoint::open(&args.model, cx)?;
     let budgets = args.budget.open(&args.model, &net, cx)?;
     let server = Server { config: &config, net: &net, budgets: &budgets, strict: args.budget.strict };
-    let count = server.run(std::io::stdin().lock(), cx)?;
+    let count = server.run(BufReader::new(std::io::stdin()), cx)?;
     cx.note(format!("{count} requests answered"));
     Ok(())
 }

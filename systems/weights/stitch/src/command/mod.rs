@@ -63,6 +63,11 @@ enum Verb {
   kiln stitch train --anchors s16/,s32/ --data photos/ --freeze-anchors --rank 4 --out m/
   kiln stitch train --data photos/ --resume m/      after Ctrl-C or a crash")]
     Train(train::TrainArgs),
+    /// Recompute what batch norms subtract and divide by, for every network of its own; training does it by itself
+    #[command(after_help = "Examples:
+  kiln stitch calibrate --model m/ --data photos/      after training was stopped, or for images of another camera
+Only networks with batch norms (resnet) have something to recompute.")]
+    Calibrate(apply::CalibrateArgs),
     /// Accuracy and cost of every network, as a table and a plot
     #[command(after_help = "Examples:
   kiln stitch eval --model m/ --data test/ --latency
@@ -252,6 +257,7 @@ impl Command {
             Verb::Space(args) => run_space(&args, cx),
             Verb::Init(args) => train::init(&args, cx),
             Verb::Train(args) => train::train(args, cx),
+            Verb::Calibrate(args) => apply::calibrate(&args, cx),
             Verb::Eval(args) => apply::eval(&args, cx),
             Verb::Predict(args) => apply::predict(&args, cx),
             Verb::Export(args) => apply::export(&args, cx),

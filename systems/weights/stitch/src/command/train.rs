@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::module::Module;
 use clap::{Args, ValueEnum};
-use kiln_core::{Context, Error, ModelFolder, Result, TensorFile};
+use kiln_core::{Context, Error, ErrorKind, ModelFolder, Result, TensorFile};
 use kiln_data::{ImageOptions, Images, read_tensors};
 use kiln_nn::{TrainConfig, TrainRun, TrainSummary};
 use serde::{Deserialize, Serialize};
@@ -14,11 +14,12 @@ use super::{DataArgs, read_anchors};
 use crate::anchor::Anchor;
 use crate::checkpoint::{
     Interface, SnConfig, anchor_config, draw_anchor, open, open_anchor, open_untrained, save,
-    save_anchor_config, save_config,
+    save_anchor_config, save_config, save_norms, take_norms,
 };
-use crate::data::{Batches, Scaling, first, split};
+use crate::data::{Batches, Scaling, sample, split};
 use crate::evaluate::{predict, scores};
 use crate::family::{AnchorConfig, AnchorNet, ResnetConfig, SwinConfig, VitConfig};
+use crate::norms::NORMS_FILE;
 use crate::snnet::{CutFit, SnNet, SnNetConfig};
 use crate::space::SpaceConfig;
 use crate::training::{Distill, JointTask, Sampling, SingleTask, Teacher};
@@ -373,9 +374,24 @@ struct BuildArgs {
     /// Train only a product of this rank beside each stitching layer
     #[arg(long)]
     rank: Option<usize>,
-    /// Keep only so many stitches, those that least squares finds the likest to what they replace in each class of cost
+    /// Keep only so many stitches, in each class of cost the one whose front gives what is likest to what its rear takes
     #[arg(long, value_name = "COUNT")]
     prune_space: Option<usize>,
+    /// What counts as like
+    #[arg(long, value_enum, default_value = "cka", requires = "prune_space")]
+    #[serde(default)]
+    prune_by: Likeness,
+}
+
+/// How alike what a front gives and what a rear takes are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Likeness {
+    /// Their centred kernel alignment
+    #[default]
+    Cka,
+    /// The share of the variance that least squares explains
+    Residual,
 }
 
 impl BuildArgs {
@@ -400,16 +416,21 @@ impl BuildArgs {
         let mut fits = Vec::new();
         if start == Start::Ls || self.prune_space.is_some() {
             let random = net.stitches.clone();
-            let chosen = first(&images, self.init_images);
+            let chosen = sample(&images, self.init_images, &mut cx.rng("init images", 0));
             let all: Vec<usize> = (0..chosen.len()).collect();
-            fits = net.fit(interface.scaling.tensor(&chosen, &all, &cx.device), cx)?;
+            let chosen = interface.scaling.tensor(&chosen, &all, &cx.device);
+            fits = net.fit(chosen.clone(), cx)?;
             warn_of_few_rows(&net, &fits, cx);
             if start == Start::Random {
                 net.stitches = random;
             }
-        }
-        if let Some(count) = self.prune_space {
-            net = net.prune(count, &fits);
+            if let Some(count) = self.prune_space {
+                let merits = match self.prune_by {
+                    Likeness::Cka => net.alignments(chosen, cx)?,
+                    Likeness::Residual => fits.iter().map(|fit| (fit.cut, -fit.residual)).collect(),
+                };
+                net = net.prune(count, &merits);
+            }
         }
         Ok((SnConfig::of(&net, networks, interface, self.rank), net, images, fits))
     }
@@ -444,7 +465,10 @@ pub(super) struct InitArgs {
 
 pub(super) fn init(args: &InitArgs, cx: &Context) -> Result<()> {
     let images = |interface: &Interface, shape| args.data.read_for(interface, shape, true);
-    let (config, net, _, fits) = args.build.build(&args.anchors, images, Start::Ls, cx)?;
+    let (config, mut net, images, fits) = args.build.build(&args.anchors, images, Start::Ls, cx)?;
+    // The anchors are as they were, and so are their statistics.
+    let stitches = net.anchors.len()..net.space().len();
+    net.calibrate(stitches, &images, &config.interface.scaling, cx)?;
     save(&ModelFolder::new(&args.to), &config, &net)?;
     let name = |fit: &CutFit| format!("{}>{}", fit.cut.after, fit.cut.before);
     let lines: Vec<_> = fits
@@ -474,7 +498,7 @@ pub(super) struct TrainArgs {
     /// Model folder that `kiln stitch init` wrote, instead of anchors
     #[arg(long, value_name = "DIR", conflicts_with_all = [
         "anchors", "kernel", "stride", "include_m0", "direction", "pairs", "max_anchors", "init", "init_images",
-        "rank", "prune_space",
+        "rank", "prune_space", "prune_by",
     ])]
     from: Option<PathBuf>,
     #[command(flatten)]
@@ -487,7 +511,7 @@ pub(super) struct TrainArgs {
     /// Continue the run in this folder
     #[arg(long, value_name = "DIR", conflicts_with_all = [
         "out", "anchors", "from", "kernel", "stride", "include_m0", "direction", "pairs", "max_anchors", "init",
-        "init_images", "rank", "prune_space", "sampling", "distill", "temperature", "teacher", "freeze_anchors", "lr",
+        "init_images", "rank", "prune_space", "prune_by", "sampling", "distill", "temperature", "teacher", "freeze_anchors", "lr",
         "batch", "min_lr_ratio", "warmup", "weight_decay", "clip", "val_fraction", "eval_every", "checkpoint_every",
     ])]
     resume: Option<PathBuf>,
@@ -581,7 +605,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         train.len(),
         valid.len()
     ));
-    let net = if recipe.freeze_anchors { net.freeze_anchors() } else { net };
+    let net = if recipe.freeze_anchors { net.freeze_anchors() } else { net }.share_norms();
     let scaling = &config.interface.scaling;
     let mut task = JointTask {
         batches: Batches::new(&train, scaling, recipe.training.batch, cx),
@@ -592,8 +616,19 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         teacher: teacher.map(|(teacher, _)| teacher),
         cx,
     };
-    let trained = run.train(net, &mut task, &training, &args.data.shown(), cx)?;
+    // Statistics of earlier weights must not outlive them, but they do where nothing is trained.
+    let norms = take_norms(&run.folder)?;
+    let trained = run.train(net, &mut task, &training, &args.data.shown(), cx);
+    if let (Err(error), Some(norms)) = (&trained, norms)
+        && error.kind() == ErrorKind::Usage
+    {
+        norms.write(&run.folder.file(NORMS_FILE))?;
+    }
+    let mut trained = trained?;
     let summary = run.finish(&trained, "nats per image")?;
+    let first = if recipe.freeze_anchors { trained.model.anchors.len() } else { 0 };
+    trained.model.calibrate(first..trained.model.space().len(), &train, scaling, cx)?;
+    save_norms(&run.folder, &trained.model)?;
     let mean = |images: &Images| mean_accuracy(&trained.model, images, scaling, cx);
     let result =
         TrainResult { summary, accuracy: mean(&valid)?, test_accuracy: test.as_ref().map(mean).transpose()? };

@@ -7,6 +7,7 @@ mod vit;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use kiln_core::{Error, Result};
+use kiln_nn::BatchNorm;
 use serde::{Deserialize, Serialize};
 
 use crate::anchor::{Anchor, Feature, Outline, Segment};
@@ -131,6 +132,14 @@ impl Anchor for AnchorNet {
             Self::Vit(net) => Self::Vit(net.keep(segment)),
             Self::Resnet(net) => Self::Resnet(net.keep(segment)),
             Self::Swin(net) => Self::Swin(net.keep(segment)),
+        }
+    }
+
+    fn batch_norms(&mut self) -> Vec<&mut BatchNorm> {
+        match self {
+            Self::Vit(net) => net.batch_norms(),
+            Self::Resnet(net) => net.batch_norms(),
+            Self::Swin(net) => net.batch_norms(),
         }
     }
 }

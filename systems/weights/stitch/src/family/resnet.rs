@@ -207,6 +207,11 @@ impl Anchor for Resnet {
             config: self.config,
         }
     }
+
+    fn batch_norms(&mut self) -> Vec<&mut BatchNorm> {
+        let blocks = self.blocks.iter_mut().flat_map(|block| [&mut block.bn1, &mut block.bn2]);
+        self.bn1.iter_mut().chain(blocks).collect()
+    }
 }
 
 impl ResnetBlock {
