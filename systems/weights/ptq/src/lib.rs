@@ -1,0 +1,6 @@
+//! ptq
+pub mod arrays;
+pub mod fold;
+pub mod mlp;
+pub mod quantiser;
+pub mod search;
