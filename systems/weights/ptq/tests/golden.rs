@@ -61,6 +61,9 @@ fn quantisers_give_the_reference_scales_and_exactly_its_whole_numbers() {
             assert_eq!(f64::from(asymmetric.zero), of("asym#_zero")[0], "{what}");
             let q: Vec<i32> = x.iter().map(|&x| asymmetric.quantise(x)).collect();
             assert_eq!(q, whole(of("asym#_q")), "{what}");
+            if tensor == "zeros" {
+                continue; // no cut is better than another
+            }
             let (clip, error) = best_clip(x, bits);
             assert_close(&what, clip, of("mse#_clip")[0], 1e-12);
             assert_close(&what, error, of("mse#_mse")[0], 1e-9);
@@ -157,7 +160,8 @@ fn sensitivities_of_the_perceptron_are_exact_and_the_estimate_is_near() {
     near("loss", &[mlp.loss(&mlp.flat_weights())], &[expected["loss"].as_f64().unwrap()], 1e-12);
     let traces = mlp.exact_traces();
     near("trace", &traces, &numbers(&expected["trace"]), 1e-6);
-    let estimate = mlp.estimated_traces(4096, &mut random_stream(0, "probe", 0));
+    // With 4096 probes the standard error of the smallest trace is 2 % itself: four times as many.
+    let estimate = mlp.estimated_traces(1 << 14, &mut random_stream(0, "probe", 0));
     for (estimate, trace) in estimate.iter().zip(&traces) {
         assert!((estimate / trace - 1.0).abs() < 0.03, "{estimate}, should be near {trace}");
     }
