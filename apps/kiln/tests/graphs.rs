@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use kiln::SYSTEMS;
 use kiln::compiler::loops::{Buffer, Elements, read_buffers, write_buffers};
-use kiln::compiler::{GraphPass, capture};
+use kiln::compiler::{Executor, GraphPass, capture};
 use kiln::core::testing::Desk;
 use kiln::core::{Port, PortKind, random_stream};
 
@@ -119,6 +119,13 @@ fn to_dispatch(port: &Port, data: &TensorData) -> DispatchTensor {
     by_rank!(1, 2, 3, 4)
 }
 
+fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (a, b) in found.iter().zip(expected) {
+        assert!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{what}: {a}, should be {b}");
+    }
+}
+
 fn floats(data: &TensorData) -> Vec<f32> {
     data.iter::<f32>().collect()
 }
@@ -157,13 +164,15 @@ fn every_network_and_its_graph_compute_the_same() {
             }
             let found = graph.run(&inputs).unwrap_or_else(|e| panic!("{slug}: {e}"));
             for (found, expected) in found.iter().map(floats).zip(&outputs) {
-                assert_eq!(found.len(), expected.len(), "{slug}");
-                for (a, b) in found.iter().zip(expected) {
-                    assert!(
-                        (a - b).abs() <= 2e-5 * (1.0 + b.abs()),
-                        "{slug} after {pass:?}: {a}, should be {b}"
-                    );
-                }
+                assert_close(&found, expected, &format!("{slug} after {pass:?}"));
+            }
+        }
+        let mut compiled = Executor::new(&graph).unwrap();
+        // The second time the memory is full of what the first left.
+        for time in ["first", "second"] {
+            let found = compiled.run(&inputs).unwrap_or_else(|e| panic!("{slug}: {e}"));
+            for (found, expected) in found.iter().map(floats).zip(&outputs) {
+                assert_close(&found, expected, &format!("{slug} compiled, the {time} time"));
             }
         }
     }

@@ -64,7 +64,7 @@ impl Graph {
         TensorIr { id, shape, dtype, status: TensorStatus::ReadOnly }
     }
 
-    fn check_inputs(&self, inputs: &[TensorData]) -> Result<()> {
+    pub(crate) fn check_inputs(&self, inputs: &[TensorData]) -> Result<()> {
         if inputs.len() != self.inputs.len() {
             let names: Vec<&str> = self.inputs.iter().map(|input| input.port.name.as_str()).collect();
             let found = format!("{} inputs for a graph of {}", inputs.len(), self.inputs.len());

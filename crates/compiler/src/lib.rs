@@ -7,6 +7,7 @@
 //! level below: programs of loops over buffers, with an interpreter that defines what they mean.
 
 mod capture;
+mod cpu;
 mod disk;
 mod draw;
 mod execute;
@@ -15,5 +16,6 @@ pub mod loops;
 mod rewrite;
 
 pub use capture::capture;
+pub use cpu::{Executor, Footprint};
 pub use graph::{Boundary, Graph};
 pub use rewrite::GraphPass;

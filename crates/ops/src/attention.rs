@@ -67,16 +67,53 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
     Tensor::from_dispatch(apply(&function, [q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), bias]))
 }
 
-/// The extents of queries, keys and values.
-#[derive(Debug, Clone, Copy)]
-struct Extents {
-    batch: usize,
-    heads: usize,
-    kv_heads: usize,
-    time: usize,
-    source: usize,
-    dim: usize,
-    value_dim: usize,
+/// The extents of queries `[batch, heads, time, dim]`, keys `[batch, kv_heads, source, dim]` and values
+/// `[batch, kv_heads, source, value_dim]`.
+#[allow(missing_docs, reason = "each is an extent")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionExtents {
+    pub batch: usize,
+    pub heads: usize,
+    /// A divisor of `heads`.
+    pub kv_heads: usize,
+    pub time: usize,
+    pub source: usize,
+    pub dim: usize,
+    pub value_dim: usize,
+}
+
+use AttentionExtents as Extents;
+
+/// What [`attend`] computes with, in slices.
+pub struct AttentionInputs<'a> {
+    /// `[batch, heads, time, dim]`
+    pub q: Heads<'a, f32>,
+    /// `[batch, kv_heads, source, dim]`
+    pub k: Heads<'a, f32>,
+    /// `[batch, kv_heads, source, value_dim]`
+    pub v: Heads<'a, f32>,
+    /// Added to the scores, `[batch, heads, time, source]`.
+    pub bias: Option<Heads<'a, f32>>,
+    /// Hides keys where it is not 0, `[batch, heads, time, source]`.
+    pub mask: Option<Heads<'a, u8>>,
+}
+
+use AttentionInputs as Inputs;
+
+/// [`attention`] over slices: the output is `[batch, time, heads, value_dim]`.
+///
+/// # Panics
+/// When a slice is too short for its extents.
+pub fn attend(
+    extents: AttentionExtents,
+    causal: bool,
+    scale: f32,
+    inputs: &AttentionInputs<'_>,
+    output: &mut [f32],
+) {
+    let mut log_sums = vec![0.0; extents.batch * extents.time * extents.heads];
+    let attention = Attention { shape: extents, causal, scale, mask: None };
+    attention.attend(inputs, &mut output[..log_sums.len() * extents.value_dim], &mut log_sums);
 }
 
 impl Extents {
@@ -146,7 +183,12 @@ impl Function<4> for Attention {
 
     fn forward(&self, inputs: [FlexTensor; 4]) -> (FlexTensor, Saved) {
         let inputs = inputs.map(with_whole_rows);
-        let (output, log_sums) = self.attend(&inputs);
+        let mask = self.mask.clone().map(with_whole_rows);
+        let Extents { batch, heads, time, value_dim, .. } = self.shape;
+        let mut output = vec![0.0; batch * time * heads * value_dim];
+        let mut log_sums = vec![0.0; batch * time * heads];
+        self.attend(&Inputs::of(&inputs, mask.as_ref()), &mut output, &mut log_sums);
+        let output = tensor(output, [batch, time, heads, value_dim]).transpose(1, 2);
         (output.clone(), Saved { inputs, output, log_sums })
     }
 
@@ -165,11 +207,13 @@ fn with_whole_rows(x: FlexTensor) -> FlexTensor {
 
 /// The matrices in the last two axes of a tensor with four, read where they lie.
 #[derive(Clone, Copy)]
-struct Heads<'a, T> {
-    data: &'a [T],
+pub struct Heads<'a, T> {
+    /// From the first element on.
+    pub data: &'a [T],
     /// Distances between batches, heads and rows.
-    strides: [usize; 3],
-    columns: usize,
+    pub strides: [usize; 3],
+    /// Elements of a row, which lie side by side.
+    pub columns: usize,
 }
 
 impl<'a, T> Heads<'a, T> {
@@ -202,17 +246,8 @@ impl<'a> Heads<'a, f32> {
     }
 }
 
-/// Everything that scores depend on.
-struct Inputs<'a> {
-    q: Heads<'a, f32>,
-    k: Heads<'a, f32>,
-    v: Heads<'a, f32>,
-    bias: Option<Heads<'a, f32>>,
-    mask: Option<Heads<'a, u8>>,
-}
-
 impl<'a> Inputs<'a> {
-    fn new([q, k, v, bias]: &'a [FlexTensor; 4], mask: Option<&'a FlexTensor>) -> Self {
+    fn of([q, k, v, bias]: &'a [FlexTensor; 4], mask: Option<&'a FlexTensor>) -> Self {
         Self {
             q: Heads::of(q),
             k: Heads::of(k),
@@ -247,26 +282,25 @@ impl Attention {
         if self.causal { (query + 1 + source).saturating_sub(time) } else { source }
     }
 
-    /// The output, and the logarithm of every query's sum of exponentials `[batch, time, heads]`.
-    fn attend(&self, inputs: &[FlexTensor; 4]) -> (FlexTensor, Vec<f32>) {
+    /// The output `[batch, time, heads, value_dim]`, and the logarithm of every query's sum of exponentials
+    /// `[batch, time, heads]`.
+    fn attend(&self, inputs: &Inputs<'_>, output: &mut [f32], log_sums: &mut [f32]) {
         let shape = self.shape;
         let Extents { batch, heads, time, source, value_dim, .. } = shape;
-        let mask = self.mask.clone().map(with_whole_rows);
-        let inputs = Inputs::new(inputs, mask.as_ref());
-        let mut output = vec![0.0; batch * time * heads * value_dim];
+        output.fill(0.0);
         // The sum of no exponentials is 0; +∞ in the place of its logarithm makes all probabilities 0.
-        let mut log_sums = vec![f32::INFINITY; batch * time * heads];
+        log_sums.fill(f32::INFINITY);
 
         if source > 0 && time == 1 {
             // One query of each head: a task has the queries that share keys and values.
             let heads = batch * shape.kv_heads;
-            let tasks = pieces(&mut output, heads).zip(pieces(&mut log_sums, heads)).enumerate();
+            let tasks = pieces(output, heads).zip(pieces(log_sums, heads)).enumerate();
             run(tasks.collect(), source * (shape.dim + value_dim), |(task, (output, log_sums))| {
-                self.attend_singly(&inputs, [task / shape.kv_heads, task % shape.kv_heads], output, log_sums);
+                self.attend_singly(inputs, [task / shape.kv_heads, task % shape.kv_heads], output, log_sums);
             });
         } else if source > 0 {
             // A task has a block of queries of all heads.
-            let blocks = pieces(&mut output, batch).zip(pieces(&mut log_sums, batch)).enumerate();
+            let blocks = pieces(output, batch).zip(pieces(log_sums, batch)).enumerate();
             let tasks = blocks.flat_map(|(b, (output, log_sums))| {
                 let rows = |width| QUERIES * heads * width;
                 let blocks = chunks(output, rows(value_dim)).zip(chunks(log_sums, rows(1))).enumerate();
@@ -274,10 +308,9 @@ impl Attention {
             });
             let work = QUERIES.min(time) * heads * source * (shape.dim + value_dim);
             run(tasks.collect(), work, |(b, first, (output, log_sums))| {
-                self.attend_block(&inputs, b, first, output, log_sums);
+                self.attend_block(inputs, b, first, output, log_sums);
             });
         }
-        (tensor(output, [batch, time, heads, value_dim]).transpose(1, 2), log_sums)
     }
 
     /// The queries of batch `b` from `first` on, for all heads: as many as there are `log_sums` `[rows, heads]`.
@@ -418,7 +451,7 @@ impl Attention {
         });
 
         let mask = self.mask.clone().map(with_whole_rows);
-        let inputs = Inputs::new(&saved.inputs, mask.as_ref());
+        let inputs = Inputs::of(&saved.inputs, mask.as_ref());
         let (output, upstream) = (Heads::of(&saved.output), Heads::of(upstream));
         let tasks = batch * kv_heads;
         if source > 0 && time > 0 {

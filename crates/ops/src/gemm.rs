@@ -50,10 +50,35 @@ const WORTH_SHARING: usize = 3 << 20;
 /// # Panics
 /// When the shapes do not fit.
 pub fn gemm_parallel(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>) {
+    multiply(out, stride, mode, a, b, worthwhile_pieces(a, b));
+}
+
+/// As [`gemm_parallel`] with [`Out::Set`] into rows that follow one another; every finished part of a row is handed
+/// to `finish`, with the place of its first element in `out`, while it is in a cache.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn gemm_finished(out: &mut [f32], a: Mat<'_>, b: Mat<'_>, finish: &(impl Fn(usize, &mut [f32]) + Sync)) {
+    let (rows, columns) = (a.0.nrows(), b.0.ncols());
+    assert_eq!(a.0.ncols(), b.0.nrows(), "inner extents of a matrix product must agree");
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    let last =
+        |mut part: MatMut<'_, f32>, [row, column]: [usize; 2], a: MatRef<'_, f32>, b: MatRef<'_, f32>| {
+            matmul(part.as_mut(), Accum::Replace, a, b, 1.0, Par::Seq);
+            for (i, row_values) in part.row_iter_mut().enumerate() {
+                let values = row_values.try_as_row_major_mut().expect("rows of the output lie side by side");
+                finish((row + i) * columns + column, values.as_slice_mut());
+            }
+        };
+    divide(whole(out, rows, columns, columns), [0, 0], a.0, b.0, worthwhile_pieces(a, b), &last);
+}
+
+/// Into how many pieces to divide a product: twice as many as threads, for a thread that is slower than the others.
+fn worthwhile_pieces(a: Mat<'_>, b: Mat<'_>) -> usize {
     let work = a.0.nrows() * a.0.ncols() * b.0.ncols();
-    // Twice as many pieces as threads, for a thread that is slower than the others.
-    let pieces = (2 * work / WORTH_SHARING).min(2 * rayon::current_num_threads());
-    multiply(out, stride, mode, a, b, pieces);
+    (2 * work / WORTH_SHARING).min(2 * rayon::current_num_threads())
 }
 
 fn multiply(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>, pieces: usize) {
@@ -62,35 +87,51 @@ fn multiply(out: &mut [f32], stride: usize, mode: Out, a: Mat<'_>, b: Mat<'_>, p
     if rows == 0 || columns == 0 {
         return;
     }
-    let out = &mut out[..(rows - 1) * stride + columns];
-    // faer 0.24 swaps the strides in its row-major constructor with a stride; the transpose of a column-major view is the same matrix.
-    let out = MatMut::from_column_major_slice_with_stride_mut(out, columns, rows, stride).transpose_mut();
     let accumulate = match mode {
         Out::Set => Accum::Replace,
         Out::Add => Accum::Add,
     };
-    divide(out, accumulate, a.0, b.0, pieces);
+    divide(whole(out, rows, columns, stride), [0, 0], a.0, b.0, pieces, &|out, _, a, b| {
+        matmul(out, accumulate, a, b, 1.0, Par::Seq);
+    });
 }
 
-/// Halves the longer side of the product until there are enough pieces, and computes each on one thread.
-fn divide(out: MatMut<'_, f32>, accumulate: Accum, a: MatRef<'_, f32>, b: MatRef<'_, f32>, pieces: usize) {
+/// A matrix with rows `stride` elements apart.
+fn whole(out: &mut [f32], rows: usize, columns: usize, stride: usize) -> MatMut<'_, f32> {
+    let out = &mut out[..(rows - 1) * stride + columns];
+    // faer 0.24 swaps the strides in its row-major constructor with a stride; the transpose of a column-major view is the same matrix.
+    MatMut::from_column_major_slice_with_stride_mut(out, columns, rows, stride).transpose_mut()
+}
+
+/// Halves the longer side of the product until there are enough pieces, and hands each to `compute` on one thread, with the
+/// row and column where it starts.
+fn divide<F>(
+    out: MatMut<'_, f32>,
+    start @ [row, column]: [usize; 2],
+    a: MatRef<'_, f32>,
+    b: MatRef<'_, f32>,
+    pieces: usize,
+    compute: &F,
+) where
+    F: Fn(MatMut<'_, f32>, [usize; 2], MatRef<'_, f32>, MatRef<'_, f32>) + Sync,
+{
     if pieces < 2 {
-        return matmul(out, accumulate, a, b, 1.0, Par::Seq);
+        return compute(out, start, a, b);
     }
     let (rows, columns) = (out.nrows(), out.ncols());
     if rows >= columns {
         let (top, bottom) = out.split_at_row_mut(rows / 2);
         let (a_top, a_bottom) = a.split_at_row(rows / 2);
         rayon::join(
-            || divide(top, accumulate, a_top, b, pieces / 2),
-            || divide(bottom, accumulate, a_bottom, b, pieces / 2),
+            || divide(top, start, a_top, b, pieces / 2, compute),
+            || divide(bottom, [row + rows / 2, column], a_bottom, b, pieces / 2, compute),
         );
     } else {
         let (left, right) = out.split_at_col_mut(columns / 2);
         let (b_left, b_right) = b.split_at_col(columns / 2);
         rayon::join(
-            || divide(left, accumulate, a, b_left, pieces / 2),
-            || divide(right, accumulate, a, b_right, pieces / 2),
+            || divide(left, start, a, b_left, pieces / 2, compute),
+            || divide(right, [row, column + columns / 2], a, b_right, pieces / 2, compute),
         );
     }
 }
@@ -127,6 +168,21 @@ mod tests {
             gemm_parallel(&mut shared, n, Out::Add, Mat::new(&a, m, k), Mat::new(&b, k, n));
             // All terms are multiples of a quarter, so that every order of summation is exact.
             assert_eq!(alone, shared);
+        }
+    }
+
+    #[test]
+    fn every_element_is_finished_once_at_its_place() {
+        for (m, k, n) in [(300, 130, 200), (7, 400, 2500), (3, 2, 1)] {
+            let a: Vec<f32> = (0..m * k).map(|i| (i % 13) as f32 * 0.25 - 1.0).collect();
+            let b: Vec<f32> = (0..k * n).map(|i| (i % 7) as f32 - 3.0).collect();
+            let [mut plain, mut finished] = [vec![0.0; m * n], vec![0.0; m * n]];
+            gemm(&mut plain, n, Out::Set, Mat::new(&a, m, k), Mat::new(&b, k, n));
+            gemm_finished(&mut finished, Mat::new(&a, m, k), Mat::new(&b, k, n), &|at, values| {
+                values.iter_mut().zip(at..).for_each(|(value, at)| *value += at as f32);
+            });
+            let expected: Vec<f32> = plain.iter().zip(0..).map(|(value, at)| value + at as f32).collect();
+            assert_eq!(finished, expected);
         }
     }
 

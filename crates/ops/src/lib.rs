@@ -64,6 +64,15 @@ pub use short_conv::short_conv;
 pub use simd::{LEVEL_VARIABLE, simd};
 pub use softmax::{log_softmax, softmax};
 
+/// Kernels over slices, for programs that plan their memory themselves.
+pub mod kernels {
+    pub use crate::attention::{AttentionExtents, AttentionInputs, Heads, attend};
+    pub use crate::conv::{Finish, FixedConv};
+    pub use crate::norm::{layer_norm_rows, rms_norm_rows};
+    pub use crate::pool::{FixedPool, PoolOptions};
+    pub use crate::softmax::{log_softmax_rows, softmax_rows};
+}
+
 /// The README's example compiles and runs.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

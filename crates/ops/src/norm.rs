@@ -81,16 +81,7 @@ impl Function<3> for Norm {
             "the weight of a norm must have as many elements as the input's last axis"
         );
         let (scales, shifts) = (floats(&weight), floats(&bias));
-        let (output, _) = changed(&floats(&x), width, |_, rows| {
-            simd(
-                #[inline(always)]
-                || {
-                    for row in rows.chunks_exact_mut(width) {
-                        normalise(row, self.statistics(row), &scales, &shifts);
-                    }
-                },
-            );
-        });
+        let (output, _) = changed(&floats(&x), width, |_, rows| self.normalise_rows(rows, &scales, &shifts));
         let bias = !shifts.is_empty();
         drop((scales, shifts));
         (tensor(output, shape), Saved { x, weight, bias })
@@ -142,7 +133,29 @@ impl Function<3> for Norm {
     }
 }
 
+/// Replaces rows by their layer norm, `(x - mean) / √(variance + ε) · weight + bias`; the rows are as long as the weight, and
+/// no `bias` is none.
+pub fn layer_norm_rows(rows: &mut [f32], weight: &[f32], bias: &[f32], epsilon: f32) {
+    Norm { centred: true, epsilon }.normalise_rows(rows, weight, bias);
+}
+
+/// Replaces rows by their RMS norm, `x / √(mean of x² + ε) · weight`; the rows are as long as the weight.
+pub fn rms_norm_rows(rows: &mut [f32], weight: &[f32], epsilon: f32) {
+    Norm { centred: false, epsilon }.normalise_rows(rows, weight, &[]);
+}
+
 impl Norm {
+    fn normalise_rows(&self, rows: &mut [f32], weight: &[f32], bias: &[f32]) {
+        simd(
+            #[inline(always)]
+            || {
+                for row in rows.chunks_exact_mut(weight.len()) {
+                    normalise(row, self.statistics(row), weight, bias);
+                }
+            },
+        );
+    }
+
     #[inline(always)]
     fn statistics(&self, x: &[f32]) -> Statistics {
         let count = x.len() as f32;

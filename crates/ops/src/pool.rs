@@ -247,6 +247,72 @@ impl Windows {
     }
 }
 
+/// Windows over the planes of one shape, pooled from slice to slice.
+pub struct FixedPool(Pooling);
+
+enum Pooling {
+    Max(Windows),
+    Mean(MeanPool),
+}
+
+impl FixedPool {
+    /// Maxima; `dilation` is the distance of neighbouring positions in a window.
+    ///
+    /// # Panics
+    /// When the padded plane is smaller than the kernel.
+    pub fn max(extents: [usize; 2], dilation: [usize; 2], options: &PoolOptions) -> Self {
+        Self(Pooling::Max(options.windows(extents, dilation)))
+    }
+
+    /// Means, of windows with or without their padding.
+    ///
+    /// # Panics
+    /// When the padded plane is smaller than the kernel.
+    pub fn mean(extents: [usize; 2], padding_counts: bool, options: &PoolOptions) -> Self {
+        Self(Pooling::Mean(MeanPool { windows: options.windows(extents, [1; 2]), padding_counts }))
+    }
+
+    /// Means over windows that cover the plane evenly.
+    ///
+    /// # Panics
+    /// When the plane is empty.
+    pub fn even([height, width]: [usize; 2], [rows, columns]: [usize; 2]) -> Self {
+        let windows = Windows { rows: Axis::even(height, rows), columns: Axis::even(width, columns) };
+        Self(Pooling::Mean(MeanPool { windows, padding_counts: false }))
+    }
+
+    /// Pools all planes of `x`.
+    pub fn run(&self, x: &[f32], output: &mut [f32]) {
+        match &self.0 {
+            Pooling::Max(windows) => windows.maxima(x, output),
+            Pooling::Mean(mean) => mean.average(x, output),
+        }
+    }
+}
+
+/// The windows of a plane.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolOptions {
+    /// Height and width of a window.
+    pub kernel: [usize; 2],
+    /// Distance of windows along both axes.
+    pub stride: [usize; 2],
+    /// Padding on either side of both axes.
+    pub padding: [usize; 2],
+    /// Whether windows may reach beyond the padding.
+    pub ceil_mode: bool,
+}
+
+impl PoolOptions {
+    fn windows(&self, extents: [usize; 2], dilation: [usize; 2]) -> Windows {
+        let [rows, columns] = [0, 1].map(|i| {
+            let padding = (self.padding[i], self.padding[i]);
+            axis(extents[i], self.kernel[i], self.stride[i], padding, dilation[i], self.ceil_mode)
+        });
+        Windows { rows, columns }
+    }
+}
+
 /// Elements below which a plane does not make a task of its own.
 const TASK: usize = 1 << 13;
 
@@ -313,6 +379,35 @@ impl Function<1> for MaxPool {
 }
 
 impl Windows {
+    /// The maxima over the windows of all planes.
+    fn maxima(&self, x: &[f32], output: &mut [f32]) {
+        if output.is_empty() || x.is_empty() {
+            return;
+        }
+        let (width, outputs) = (self.columns.extent, self.columns.outputs());
+        let (input_plane, output_plane) = (self.input_plane(), self.output_plane());
+        let work = |best: &mut Vec<f32>, (x, output): (&[f32], &mut [f32])| {
+            for (window, output) in self.rows.windows.iter().zip(output.chunks_mut(outputs)) {
+                best.fill(f32::NEG_INFINITY);
+                for row in self.rows.of(window) {
+                    let x = &x[row * width..][..width];
+                    simd(
+                        #[inline(always)]
+                        || best.iter_mut().zip(x).for_each(|(best, &x)| *best = greater(*best, x)),
+                    );
+                }
+                for (window, output) in self.columns.windows.iter().zip(output) {
+                    *output =
+                        self.columns.of(window).fold(f32::NEG_INFINITY, |most, at| greater(most, best[at]));
+                }
+            }
+        };
+        x.par_chunks(input_plane)
+            .zip(output.par_chunks_mut(output_plane))
+            .with_min_len(planes(input_plane))
+            .for_each_init(|| vec![0.0; width], work);
+    }
+
     /// The maxima of one plane and where they are, given room for one row: of equal elements the first.
     fn max(&self, x: &[f32], best: &mut [f32], rows: &mut [u32], output: &mut [f32], origins: &mut [u32]) {
         let (width, outputs) = (self.columns.extent, self.columns.outputs());
@@ -360,6 +455,33 @@ struct MeanPool {
 }
 
 impl MeanPool {
+    /// The means over the windows of all planes.
+    fn average(&self, x: &[f32], output: &mut [f32]) {
+        if output.is_empty() || x.is_empty() {
+            return;
+        }
+        let Windows { rows, columns } = &self.windows;
+        let (width, outputs) = (columns.extent, columns.outputs());
+        let (input_plane, output_plane) = (self.windows.input_plane(), self.windows.output_plane());
+        let work = |sums: &mut Vec<f32>, (x, output): (&[f32], &mut [f32])| {
+            for (window, output) in rows.windows.iter().zip(output.chunks_mut(outputs)) {
+                sums.fill(0.0);
+                for row in rows.of(window) {
+                    add(1.0, &x[row * width..][..width], sums);
+                }
+                let share = self.share(window);
+                for (window, output) in columns.windows.iter().zip(output) {
+                    let sum: f32 = columns.of(window).map(|at| sums[at]).sum();
+                    *output = sum * share * self.share(window);
+                }
+            }
+        };
+        x.par_chunks(input_plane)
+            .zip(output.par_chunks_mut(output_plane))
+            .with_min_len(planes(input_plane))
+            .for_each_init(|| vec![0.0; width], work);
+    }
+
     /// The share of one element in the mean over a window of one axis.
     fn share(&self, window: &Window) -> f32 {
         let count = if self.padding_counts { window.padded } else { window.len };
@@ -372,32 +494,11 @@ impl Function<1> for MeanPool {
     type Saved = Vec<usize>;
 
     fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, Vec<usize>) {
-        let Windows { rows, columns } = &self.windows;
-        let (width, outputs) = (columns.extent, columns.outputs());
         let shape = x.layout().shape().to_vec();
         let output_shape = self.windows.output_shape(&shape);
         let x = floats(&x);
         let mut output = vec![0.0; output_shape.iter().product()];
-        if !output.is_empty() && !x.is_empty() {
-            let (input_plane, output_plane) = (self.windows.input_plane(), self.windows.output_plane());
-            let work = |sums: &mut Vec<f32>, (x, output): (&[f32], &mut [f32])| {
-                for (window, output) in rows.windows.iter().zip(output.chunks_mut(outputs)) {
-                    sums.fill(0.0);
-                    for row in rows.of(window) {
-                        add(1.0, &x[row * width..][..width], sums);
-                    }
-                    let share = self.share(window);
-                    for (window, output) in columns.windows.iter().zip(output) {
-                        let sum: f32 = columns.of(window).map(|at| sums[at]).sum();
-                        *output = sum * share * self.share(window);
-                    }
-                }
-            };
-            x.par_chunks(input_plane)
-                .zip(output.par_chunks_mut(output_plane))
-                .with_min_len(planes(input_plane))
-                .for_each_init(|| vec![0.0; width], work);
-        }
+        self.average(&x, &mut output);
         (tensor(output, output_shape), shape)
     }
 
@@ -427,6 +528,12 @@ impl Function<1> for MeanPool {
         }
         [Some(tensor(d_x, shape))]
     }
+}
+
+/// The greater of two numbers; not a number where one is not.
+#[inline(always)]
+fn greater(a: f32, b: f32) -> f32 {
+    if b > a || b.is_nan() { b } else { a }
 }
 
 /// `y += a x`.

@@ -48,6 +48,16 @@ fn normalise<const D: usize>(x: Tensor<D>, dim: usize, form: Form) -> Tensor<D> 
     Tensor::from_dispatch(apply(&Softmax(form), [x.into_dispatch()]))
 }
 
+/// Replaces rows of `width` numbers by their softmax.
+pub fn softmax_rows(rows: &mut [f32], width: usize) {
+    Form::Probabilities.forward(rows, width);
+}
+
+/// Replaces rows of `width` numbers by the logarithm of their softmax.
+pub fn log_softmax_rows(rows: &mut [f32], width: usize) {
+    Form::Logarithms.forward(rows, width);
+}
+
 /// What a row of numbers is turned into.
 #[derive(Debug, Clone, Copy)]
 enum Form {

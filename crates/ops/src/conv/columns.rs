@@ -5,6 +5,7 @@
 
 use rayon::prelude::*;
 
+use super::Finish;
 use super::geometry::{Block, Blocks, Geometry, Run};
 use crate::gemm::{Mat, Out, gemm};
 use crate::simd;
@@ -24,15 +25,21 @@ fn blocks(geometry: &Geometry) -> Blocks {
 }
 
 /// `y = w ∗ x + b`.
-pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+pub(super) fn forward(
+    geometry: &Geometry,
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    y: &mut [f32],
+    finish: &impl Finish,
+) {
     let (outputs, depth) = (geometry.outputs, geometry.depth());
     let channels = geometry.groups * outputs;
-    let mut y = vec![0.0; geometry.batch * channels * geometry.output_plane()];
     if y.is_empty() {
-        return y;
+        return;
     }
     let blocks = blocks(geometry);
-    let pieces = blocks.split(&mut y, channels);
+    let pieces = blocks.split(y, channels);
     let work = |scratch: &mut Scratch, (block, mut pieces): (Block, Vec<&mut [f32]>)| {
         let columns = block.columns();
         for group in 0..geometry.groups {
@@ -52,12 +59,12 @@ pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f3
                         Some(bias) => piece.iter_mut().zip(row).for_each(|(y, row)| *y = row + bias),
                         None => piece.copy_from_slice(row),
                     }
+                    finish.call(geometry.output_at(block.images.start + image, channel, &block), piece);
                 }
             }
         }
     };
     blocks.list().into_par_iter().zip(pieces).for_each_init(Scratch::default, work);
-    y
 }
 
 /// The gradient of the input.

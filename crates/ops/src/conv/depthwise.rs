@@ -4,27 +4,32 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::Finish;
 use super::geometry::{Geometry, Run};
 use crate::simd;
 use crate::vector::{axpy, dot, fma};
 
 /// `y = w ∗ x + b`.
-pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+pub(super) fn forward(
+    geometry: &Geometry,
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    y: &mut [f32],
+    finish: &impl Finish,
+) {
     let (plane, taps) = (geometry.output_plane(), geometry.taps());
     let channels = geometry.groups * geometry.outputs;
-    let mut y = vec![0.0; geometry.batch * channels * plane];
     let runs = geometry.runs(&(0..plane));
     y.par_chunks_mut(plane.max(1)).enumerate().for_each(|(row, y)| {
         let (channel, x) = (row % channels, plane_of(geometry, x, row));
         let weight = &weight[channel * taps..][..taps];
-        if let Some(&bias) = bias.get(channel) {
-            y.fill(bias);
-        }
+        y.fill(bias.get(channel).copied().unwrap_or(0.0));
         each_seen(&runs, geometry.stride[2], |tap, outputs, inputs| {
             add(weight[tap], &x[inputs], geometry.stride[2], &mut y[outputs]);
         });
+        finish.call(row * plane, y);
     });
-    y
 }
 
 /// The gradient of the input.

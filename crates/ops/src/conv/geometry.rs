@@ -126,6 +126,16 @@ impl Geometry {
         start..start + len
     }
 
+    /// Elements of the output.
+    pub fn output_len(&self) -> usize {
+        self.batch * self.groups * self.outputs * self.output_plane()
+    }
+
+    /// Where in the output an image's channel has the first position of a block.
+    pub fn output_at(&self, image: usize, channel: usize, block: &Block) -> usize {
+        (image * self.groups * self.outputs + channel) * self.output_plane() + block.positions.start
+    }
+
     /// Whether every output sees one input position, its own.
     pub fn is_pointwise(&self) -> bool {
         self.kernel == [1; 3] && self.stride == [1; 3] && self.before == [0; 3] && self.input == self.output

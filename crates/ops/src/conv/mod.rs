@@ -13,6 +13,8 @@ mod depthwise;
 mod geometry;
 mod winograd;
 
+use std::borrow::Cow;
+
 use burn::tensor::ops::{ConvOptions, ConvTransposeOptions};
 use burn::tensor::{Tensor, module};
 use burn_flex::FlexTensor;
@@ -295,13 +297,101 @@ impl Way {
             Self::Columns
         }
     }
+
+    /// The weight as [`forward`](Self::forward) takes it.
+    fn prepared<'a>(&self, geometry: &Geometry, weight: Cow<'a, [f32]>) -> Cow<'a, [f32]> {
+        match self {
+            Self::Winograd => Cow::Owned(winograd::transformed(geometry, &weight)),
+            Self::Depthwise | Self::Columns => weight,
+        }
+    }
+
+    fn forward(
+        &self,
+        geometry: &Geometry,
+        x: &[f32],
+        weight: &[f32],
+        bias: &[f32],
+        y: &mut [f32],
+        finish: &impl Finish,
+    ) {
+        match self {
+            Self::Depthwise => depthwise::forward(geometry, x, weight, bias, y, finish),
+            Self::Winograd => winograd::forward(geometry, x, weight, bias, y, finish),
+            Self::Columns => columns::forward(geometry, x, weight, bias, y, finish),
+        }
+    }
 }
 
 fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
-    match Way::of(geometry) {
-        Way::Depthwise => depthwise::forward(geometry, x, weight, bias),
-        Way::Winograd => winograd::forward(geometry, x, weight, bias),
-        Way::Columns => columns::forward(geometry, x, weight, bias),
+    let mut y = vec![0.0; geometry.output_len()];
+    let way = Way::of(geometry);
+    let weight = way.prepared(geometry, Cow::Borrowed(weight));
+    way.forward(geometry, x, &weight, bias, &mut y, &());
+    y
+}
+
+/// What happens to outputs as soon as they are there: it is given the place of the first in the output, and some that
+/// follow one another.
+pub trait Finish: Sync {
+    /// Changes some outputs.
+    fn call(&self, at: usize, outputs: &mut [f32]);
+}
+
+/// Nothing happens to them.
+impl Finish for () {
+    fn call(&self, _: usize, _: &mut [f32]) {}
+}
+
+impl<F: Fn(usize, &mut [f32]) + Sync> Finish for F {
+    fn call(&self, at: usize, outputs: &mut [f32]) {
+        self(at, outputs);
+    }
+}
+
+/// A convolution over three axes whose weight stays the same: what depends on the weight alone is computed once.
+pub struct FixedConv {
+    geometry: Geometry,
+    way: Way,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl FixedConv {
+    /// For inputs `[batch, inputs, depth, height, width]` and a weight `[outputs, inputs / groups, kernel depth, kernel height,
+    /// kernel width]`; no `bias` is none.
+    ///
+    /// # Panics
+    /// When the weight does not fit the input, or the kernel exceeds the padded input.
+    pub fn new(
+        x: [usize; 5],
+        shape: [usize; 5],
+        weight: Vec<f32>,
+        bias: Vec<f32>,
+        options: &ConvOptions<3>,
+    ) -> Self {
+        let geometry = Geometry::of_conv(x, shape, options);
+        assert_eq!(
+            weight.len(),
+            shape.iter().product::<usize>(),
+            "a convolution's weight must fill its shape {shape:?}"
+        );
+        assert!(
+            bias.is_empty() || bias.len() == shape[0],
+            "a bias must have an element for each output channel"
+        );
+        let way = Way::of(&geometry);
+        let weight = way.prepared(&geometry, Cow::Owned(weight)).into_owned();
+        Self { geometry, way, weight, bias }
+    }
+
+    /// Convolves `x` into `y`, whose elements are finished as they come.
+    ///
+    /// # Panics
+    /// When input or output are too short.
+    pub fn run(&self, x: &[f32], y: &mut [f32], finish: &impl Finish) {
+        let y = &mut y[..self.geometry.output_len()];
+        self.way.forward(&self.geometry, x, &self.weight, &self.bias, y, finish);
     }
 }
 

@@ -8,6 +8,7 @@
 
 use rayon::prelude::*;
 
+use super::Finish;
 use super::columns::total_of;
 use super::geometry::{Block, Blocks, Geometry};
 use crate::gemm::{Mat, Out, gemm};
@@ -51,39 +52,26 @@ pub(super) fn pays(geometry: &Geometry) -> bool {
         && tiles * POINTS * 2 <= height * width * TAPS * TAPS
 }
 
-/// `y = w ∗ x + b`.
-pub(super) fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+/// The weight as [`forward`] takes it.
+pub(super) fn transformed(geometry: &Geometry, weight: &[f32]) -> Vec<f32> {
     let inputs = geometry.inputs;
-    let weight = transformed_weight(geometry.outputs, inputs, |output, input, row, column| {
+    transformed_weight(geometry.outputs, inputs, |output, input, row, column| {
         weight[((output * inputs + input) * TAPS + row) * TAPS + column]
-    });
-    convolve(geometry, x, &weight, bias)
+    })
 }
 
-/// The gradient of the input.
-pub(super) fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
+/// `y = w ∗ x + b`, given `w` [`transformed`].
+pub(super) fn forward(
+    geometry: &Geometry,
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+    y: &mut [f32],
+    finish: &impl Finish,
+) {
     let (inputs, outputs) = (geometry.inputs, geometry.outputs);
-    let weight = transformed_weight(inputs, outputs, |input, output, row, column| {
-        weight[((output * inputs + input) * TAPS + TAPS - 1 - row) * TAPS + TAPS - 1 - column]
-    });
-    let [_, top, left] = geometry.before;
-    let adjoint = Geometry {
-        inputs: outputs,
-        outputs: inputs,
-        input: geometry.output,
-        output: geometry.input,
-        before: [0, TAPS - 1 - top, TAPS - 1 - left],
-        ..*geometry
-    };
-    convolve(&adjoint, d_output, &weight, &[])
-}
-
-/// The convolution with a transformed weight.
-fn convolve(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
-    let (inputs, outputs) = (geometry.inputs, geometry.outputs);
-    let mut y = vec![0.0; geometry.batch * outputs * geometry.output_plane()];
     let blocks = blocks(geometry);
-    let pieces = blocks.split(&mut y, outputs);
+    let pieces = blocks.split(y, outputs);
     let work = |(patches, products): &mut (Vec<f32>, Vec<f32>), (block, pieces): (Block, Vec<&mut [f32]>)| {
         let tiles = Tiles::of(geometry, &block);
         let len = tiles.len();
@@ -116,10 +104,32 @@ fn convolve(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec
                 );
                 tiles.put(group, &tile, bias, &mut planes);
             }
+            for (image, plane) in block.images.clone().zip(&mut planes) {
+                finish.call(geometry.output_at(image, output, &block), plane);
+            }
         });
     };
     blocks.list().into_par_iter().zip(pieces).for_each_init(Default::default, work);
-    y
+}
+
+/// The gradient of the input.
+pub(super) fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
+    let (inputs, outputs) = (geometry.inputs, geometry.outputs);
+    let weight = transformed_weight(inputs, outputs, |input, output, row, column| {
+        weight[((output * inputs + input) * TAPS + TAPS - 1 - row) * TAPS + TAPS - 1 - column]
+    });
+    let [_, top, left] = geometry.before;
+    let adjoint = Geometry {
+        inputs: outputs,
+        outputs: inputs,
+        input: geometry.output,
+        output: geometry.input,
+        before: [0, TAPS - 1 - top, TAPS - 1 - left],
+        ..*geometry
+    };
+    let mut d_input = vec![0.0; adjoint.output_len()];
+    forward(&adjoint, d_output, &weight, &[], &mut d_input, &());
+    d_input
 }
 
 /// The gradient of the weight.

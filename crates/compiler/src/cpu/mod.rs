@@ -1,0 +1,202 @@
+//! Graphs compiled for the CPU.
+//!
+//! A graph becomes a list of steps over one planned memory: [`lower`] turns tensors into expressions over views of
+//! buffers, so that moving elements costs nothing and element-wise chains end up inside of the steps around them;
+//! [`plan`] gives results places that are used again; the kernels beneath are those of `kiln-ops`.
+
+mod expression;
+mod kernel;
+mod lower;
+mod memory;
+mod plan;
+mod view;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use burn::tensor::{BoolStore, DType, TensorData};
+use kiln_core::{Error, Result};
+
+use crate::graph::name_and_attributes;
+use crate::{Graph, GraphPass};
+use expression::Code;
+use kernel::{Kernel, run_burn};
+use memory::{Arenas, Buffer, Elements, ElementsMut, Kind, Place, Values};
+use view::{BufferId, View};
+
+/// A graph compiled for the CPU, with the memory that it runs in.
+pub struct Executor {
+    graph: Graph,
+    steps: Vec<CompiledStep>,
+    buffers: Vec<Buffer>,
+    arenas: Arenas,
+    /// Where the outputs lie.
+    outputs: Vec<View>,
+}
+
+struct CompiledStep {
+    name: &'static str,
+    kernel: Kernel,
+    epilogue: Option<Code>,
+    reads: Vec<BufferId>,
+    outputs: Vec<BufferId>,
+}
+
+/// What a compiled graph takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Footprint {
+    /// Steps by kind, and how often each occurs.
+    pub steps: Vec<(String, usize)>,
+    /// Bytes of intermediate results at most.
+    pub arena_bytes: usize,
+    /// Bytes of constants.
+    pub constant_bytes: usize,
+}
+
+impl Executor {
+    /// Compiles a graph.
+    ///
+    /// # Errors
+    /// When it computes with floats of another width than 32 bits, or an operation does not fit its operands.
+    pub fn new(graph: &Graph) -> Result<Self> {
+        let mut small = graph.clone();
+        for pass in GraphPass::ALL {
+            pass.apply(&mut small)?;
+        }
+        // A graph from a file may claim shapes that its operands do not have.
+        let compiled = catch_unwind(AssertUnwindSafe(|| Self::compile(small)));
+        compiled.unwrap_or_else(|_| Err(misfit(graph)))
+    }
+
+    fn compile(graph: Graph) -> Result<Self> {
+        let (lowering, outputs) = lower::lower(&graph)?;
+        let steps = plan::drop_unused(lowering.steps, &outputs);
+        let plan = plan::place(&lowering.drafts, &steps, &outputs);
+        let is_float = |buffer: BufferId| plan.buffers[buffer].kind == Kind::Float;
+        let mut buffers = plan.buffers.clone();
+        let mut compiled = Vec::with_capacity(steps.len());
+        for (number, step) in steps.into_iter().enumerate() {
+            let destination = plan.in_place.get(&number).copied();
+            let mut reads = step.reads();
+            reads.retain(|buffer| Some(*buffer) != destination);
+            let epilogue =
+                step.epilogue.as_ref().map(|epilogue| Code::new(epilogue, Some(step.outputs[0]), &is_float));
+            let kernel = Kernel::new(step.work, destination, &is_float);
+            compiled.push(CompiledStep { name: step.name, kernel, epilogue, reads, outputs: step.outputs });
+        }
+        forget_unread(&mut buffers, &compiled, &outputs);
+        let extent = |kind: Kind| plan.arenas.get(&kind).copied().unwrap_or(0);
+        let arenas = Arenas {
+            floats: vec![0.0; extent(Kind::Float)],
+            ints: vec![0; extent(Kind::Int)],
+            bools: vec![0; extent(Kind::Bool)],
+        };
+        // The operations have become steps, and the constants buffers.
+        let graph = Graph { operations: Vec::new(), constants: Default::default(), ..graph };
+        Ok(Self { graph, steps: compiled, buffers, arenas, outputs })
+    }
+
+    /// Computes the outputs from inputs, both in the order of the graph's.
+    ///
+    /// # Errors
+    /// When an input does not fit its port, or an index is out of bounds.
+    pub fn run(&mut self, inputs: &[TensorData]) -> Result<Vec<TensorData>> {
+        self.graph.check_inputs(inputs)?;
+        let inputs: Vec<Values> = inputs.iter().filter_map(Values::of).collect();
+        for number in 0..self.steps.len() {
+            self.run_step(number, &inputs)?;
+        }
+        let read: Vec<BufferId> = self.outputs.iter().map(|view| view.buffer).collect();
+        let (memory, _) = self.arenas.borrow(&self.buffers, &inputs, &read, None);
+        let output = |view: &View| {
+            let dtype = match memory.elements(view.buffer) {
+                Elements::Floats(_) => DType::F32,
+                Elements::Ints(_) => DType::I64,
+                Elements::Bools(_) => DType::Bool(BoolStore::Native),
+            };
+            memory.to_data(view, dtype)
+        };
+        Ok(self.outputs.iter().map(output).collect())
+    }
+
+    fn run_step(&mut self, number: usize, inputs: &[Values]) -> Result<()> {
+        let step = &self.steps[number];
+        let Kernel::Burn { operation, inputs: operands } = &step.kernel else {
+            let (memory, out) =
+                self.arenas.borrow(&self.buffers, inputs, &step.reads, step.outputs.first().copied());
+            return step.kernel.run(&memory, step.epilogue.as_ref(), out).map_err(|found| {
+                Error::work(format!("in step {number} ({}) of the graph, {found}", step.name))
+            });
+        };
+        let (memory, _) = self.arenas.borrow(&self.buffers, inputs, &step.reads, None);
+        let results = catch_unwind(AssertUnwindSafe(|| run_burn(operation, operands, &memory)))
+            .map_err(|_| misfit(&self.graph))?;
+        for (&output, data) in step.outputs.iter().zip(results) {
+            let (_, out) = self.arenas.borrow(&self.buffers, inputs, &[], Some(output));
+            match out {
+                ElementsMut::Floats(out) => {
+                    out.iter_mut().zip(data.iter::<f32>()).for_each(|(out, x)| *out = x)
+                }
+                ElementsMut::Ints(out) => {
+                    out.iter_mut().zip(data.iter::<i64>()).for_each(|(out, x)| *out = x)
+                }
+                ElementsMut::Bools(out) => {
+                    out.iter_mut().zip(data.iter::<bool>()).for_each(|(out, x)| *out = u8::from(x));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the compiled graph takes.
+    pub fn footprint(&self) -> Footprint {
+        let mut steps: BTreeMap<String, usize> = BTreeMap::new();
+        for step in &self.steps {
+            *steps.entry(step.to_string()).or_default() += 1;
+        }
+        let constant_bytes = self.buffers.iter().map(|buffer| match &buffer.place {
+            Place::Constant(values) => values.bytes(),
+            _ => 0,
+        });
+        let Arenas { floats, ints, bools } = &self.arenas;
+        Footprint {
+            steps: steps.into_iter().collect(),
+            arena_bytes: size_of_val(&floats[..]) + size_of_val(&ints[..]) + size_of_val(&bools[..]),
+            constant_bytes: constant_bytes.sum(),
+        }
+    }
+}
+
+/// The step's kind: an operation, with what it left to Burn or took in.
+impl fmt::Display for CompiledStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.kernel {
+            Kernel::Burn { operation, .. } => {
+                let name = name_and_attributes(operation).map_or_else(|_| "?".into(), |(name, _)| name);
+                write!(f, "{name} (by Burn)")
+            }
+            _ if self.epilogue.is_some() => write!(f, "{} and what follows", self.name),
+            _ => f.write_str(self.name),
+        }
+    }
+}
+
+fn misfit(graph: &Graph) -> Error {
+    Error::work(format!("an operation of the {} graph does not fit its operands", graph.kind))
+        .hint("export the model again")
+}
+
+/// Lets go of constants that no step reads any more.
+fn forget_unread(buffers: &mut [Buffer], steps: &[CompiledStep], outputs: &[View]) {
+    let read: HashSet<BufferId> = steps
+        .iter()
+        .flat_map(|step| step.reads.iter().copied())
+        .chain(outputs.iter().map(|view| view.buffer))
+        .collect();
+    for (id, buffer) in buffers.iter_mut().enumerate() {
+        if matches!(buffer.place, Place::Constant(_)) && !read.contains(&id) {
+            buffer.place = Place::Arena(0);
+        }
+    }
+}
