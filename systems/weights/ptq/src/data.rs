@@ -6,12 +6,12 @@ use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Error, PortKind, Result, Values};
-use kiln_data::{ImageOptions, Images, Table, TableOptions, Tokenizer, read_npz};
-use tokenizers::AddedToken;
+use kiln_data::{ImageOptions, Images, Table, TableOptions, read_npz};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainerBuilder};
 use tokenizers::normalizers::bert::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
+use tokenizers::{AddedToken, Tokenizer};
 
 use crate::arch::{Arch, Batch, Input, PAD};
 
@@ -186,8 +186,10 @@ impl Texts {
     ) -> Result<Examples> {
         let mut ids = Vec::with_capacity(self.texts.len() * length);
         for text in &self.texts {
-            let tokens = tokenizer.encode(text.as_bytes())?;
-            let tokens = std::iter::once(START).chain(tokens.iter().map(|&id| i64::from(id)));
+            let tokens = tokenizer
+                .encode(text.as_str(), false)
+                .map_err(|e| Error::work("the tokenizer failed on a text").caused_by(e))?;
+            let tokens = std::iter::once(START).chain(tokens.get_ids().iter().map(|&id| i64::from(id)));
             ids.extend(tokens.chain(std::iter::repeat(PAD)).take(length));
         }
         let number = |(row, label): (usize, &String)| {
@@ -204,10 +206,10 @@ impl Texts {
     ///
     /// # Errors
     /// When that fails.
-    pub fn learn_vocabulary(&self, size: usize) -> Result<String> {
+    pub fn learn_vocabulary(&self, size: usize) -> Result<Tokenizer> {
         let failed = |e: tokenizers::Error| Error::work("cannot learn a vocabulary").caused_by(e);
         let model = WordPiece::builder().unk_token("[UNK]".into()).build().map_err(failed)?;
-        let mut tokenizer = tokenizers::Tokenizer::new(model);
+        let mut tokenizer = Tokenizer::new(model);
         tokenizer.with_normalizer(Some(BertNormalizer::default()));
         tokenizer.with_pre_tokenizer(Some(BertPreTokenizer));
         let special = SPECIAL.iter().map(|token| AddedToken::from(*token, true)).collect();
@@ -219,8 +221,24 @@ impl Texts {
             .build();
         let mut trainer = TrainerWrapper::from(trainer);
         tokenizer.train(&mut trainer, self.texts.iter().map(String::as_str)).map_err(failed)?;
-        tokenizer.to_string(false).map_err(failed)
+        Ok(tokenizer)
     }
+}
+
+/// A tokenizer as it is kept in a model folder.
+///
+/// # Errors
+/// When it has no such form.
+pub fn to_json(tokenizer: &Tokenizer) -> Result<String> {
+    tokenizer.to_string(false).map_err(|e| Error::work("cannot write the vocabulary").caused_by(e))
+}
+
+/// Reads a tokenizer.
+///
+/// # Errors
+/// When the file is missing or is none.
+pub fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
+    Tokenizer::from_file(path).map_err(|e| Error::input(path.display(), "is not a tokenizer").caused_by(e))
 }
 
 /// Reads examples that a network with this input and these classes can classify.
@@ -303,7 +321,10 @@ pub fn read_for_port(path: &Path, shape: &[usize], kind: PortKind, labelled: boo
                 labels.iter().map(|&label| label as usize).collect()
             }
             _ => {
-                return Err(Error::input(path.display(), "\"y\" must hold the numbers of classes, from 0 on"));
+                return Err(Error::input(
+                    path.display(),
+                    "\"y\" must hold the numbers of classes, from 0 on",
+                ));
             }
         },
         Ok(y) => {

@@ -12,7 +12,7 @@ use burn::tensor::{DType, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 use burn_router::TensorInterpreter;
 use kiln_compiler::{Boundary, Graph, GraphPass};
-use kiln_core::{Error, PortKind, Result};
+use kiln_core::{Error, Port, PortKind, Result};
 use kiln_ops::quantised::Ends;
 use kiln_ops::{Activation, activate, adaptive_avg_pool2d, layer_norm, softmax};
 
@@ -106,6 +106,79 @@ impl Program {
         program.constants = graph.constants.into_iter().filter(|(id, _)| read.contains(id)).collect();
         program.plan();
         Ok(program)
+    }
+
+    /// The operations between units as a graph, with what units make as further inputs and what they read as further
+    /// outputs; and for every step the unit that runs, or nothing for the next operation.
+    pub fn skeleton(&self) -> (Graph, Vec<Option<usize>>) {
+        let operations = self.steps.iter().filter_map(|step| match step {
+            Step::Plain(operation) => Some((**operation).clone()),
+            Step::Unit(_) => None,
+        });
+        let port = |name: String, tensor: TensorId| Boundary {
+            port: Port { name, kind: PortKind::Float, shape: Vec::new() },
+            tensor,
+        };
+        let made = self.units.iter().map(|unit| port(unit.name.clone(), unit.output));
+        let read = self.units.iter().flat_map(|unit| {
+            [Some(unit.input), unit.second].into_iter().flatten().map(move |id| port(unit.name.clone(), id))
+        });
+        let graph = Graph {
+            kind: self.kind.clone(),
+            inputs: self.inputs.iter().cloned().chain(made).collect(),
+            outputs: self.outputs.iter().cloned().chain(read).collect(),
+            operations: operations.collect(),
+            constants: self.constants.clone(),
+        };
+        let order = self.steps.iter().map(|step| match step {
+            Step::Unit(unit) => Some(*unit),
+            Step::Plain(_) => None,
+        });
+        (graph, order.collect())
+    }
+
+    /// The program whose [`skeleton`](Self::skeleton) a graph is; `None` where it does not fit the units.
+    pub fn assemble(graph: Graph, units: Vec<Unit>, order: &[Option<usize>]) -> Option<Self> {
+        let mut operations = graph.operations.into_iter();
+        let mut steps = Vec::with_capacity(order.len());
+        for place in order {
+            steps.push(match place {
+                Some(unit) if *unit < units.len() => Step::Unit(*unit),
+                Some(_) => return None,
+                None => Step::Plain(Box::new(operations.next()?)),
+            });
+        }
+        let inputs: Vec<Boundary> = graph.inputs.into_iter().rev().skip(units.len()).collect();
+        let read = units.iter().map(|unit| 1 + usize::from(unit.second.is_some())).sum();
+        let outputs: Vec<Boundary> = graph.outputs.into_iter().rev().skip(read).collect();
+        let mut program = Self {
+            inputs: inputs.into_iter().rev().collect(),
+            outputs: outputs.into_iter().rev().collect(),
+            kind: graph.kind,
+            constants: graph.constants,
+            done: Vec::new(),
+            tensors: 0,
+            batch: 1,
+            units,
+            steps,
+        };
+        // Everything must be there before it is read, and numbers stay small.
+        let mut there: BTreeSet<TensorId> = program.constants.keys().copied().collect();
+        there.extend(program.inputs.iter().map(|input| input.tensor));
+        for at in 0..program.steps.len() {
+            if program.reads(at).any(|id| !there.contains(&id)) {
+                return None;
+            }
+            there.extend(program.writes(at));
+        }
+        const MOST_TENSORS: u64 = 1 << 24;
+        let sound = operations.next().is_none()
+            && !program.outputs.is_empty()
+            && program.outputs.iter().all(|output| there.contains(&output.tensor))
+            && there.iter().all(|id| id.value() < MOST_TENSORS);
+        program.tensors = there.iter().map(|id| id.value() as usize + 1).max()?;
+        program.plan();
+        sound.then_some(program)
     }
 
     /// Examples at once.
