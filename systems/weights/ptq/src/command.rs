@@ -1043,13 +1043,23 @@ fn run_profile(args: &ProfileArgs, cx: &Context) -> Result<()> {
     let profile = Profile::measure();
     write_json(&args.out, &profile)?;
     cx.emit(&profile, |profile| {
-        let [sixteen, eight, four] = profile.throughput.map(|rate| rate / 1e9);
-        let [o16, o8, o4] = profile.overhead.map(|seconds| 1e6 * seconds);
-        format!(
-            "multiplications a second: {sixteen:.1} billion at 16 bits, {eight:.1} at 8, {four:.1} at 4\n\
-             memory: {:.1} GB/s; a unit besides: {o16:.1}, {o8:.1} and {o4:.1} µs\n",
-            profile.bandwidth / 1e9
-        )
+        let mut text = String::from(
+            "kind         billion multiplications a second      µs besides      (at 16, 8, 4 bits)\n",
+        );
+        let kinds = [
+            ("conv", profile.conv),
+            ("by channel", profile.by_channel),
+            ("linear", profile.linear),
+            ("product", profile.product),
+        ];
+        for (kind, rates) in kinds {
+            let [t16, t8, t4] = rates.throughput.map(|rate| rate / 1e9);
+            let [o16, o8, o4] = rates.overhead.map(|seconds| 1e6 * seconds);
+            text += &format!(
+                "{kind:<12} {t16:>8.1} {t8:>8.1} {t4:>8.1}         {o16:>8.1} {o8:>8.1} {o4:>8.1}\n"
+            );
+        }
+        text + &format!("memory: {:.1} GB/s\n", profile.bandwidth / 1e9)
     })
 }
 

@@ -52,7 +52,7 @@ impl Task<Classifier> for ClassifyTask<'_> {
         };
         let logits = model.forward(batch);
         let targets = Tensor::from_inner(labels(self.train, chosen, self.cx));
-        Ok((cross_entropy(logits, targets, &CrossEntropyOptions::default()), chosen.len()))
+        Ok((cross_entropy(logits, targets, &CrossEntropyOptions::default()).mean(), chosen.len()))
     }
 
     fn validate(&mut self, model: &Classifier) -> Result<f64> {
@@ -62,7 +62,7 @@ impl Task<Classifier> for ClassifyTask<'_> {
             let logits = model.forward(self.valid.tensors(&chosen, &self.cx.device));
             let loss =
                 cross_entropy(logits, labels(self.valid, &chosen, self.cx), &CrossEntropyOptions::default());
-            sum += f64::from(loss.into_scalar::<f32>()) * chosen.len() as f64;
+            sum += f64::from(loss.sum().into_scalar::<f32>());
         }
         Ok(sum / self.valid.len() as f64)
     }

@@ -221,6 +221,8 @@ pub enum Ready {
         scales: Vec<f32>,
         /// Bias in units of the scales.
         bias: Vec<i32>,
+        /// Whether the bias is too large for that, and is added in floats.
+        late_bias: bool,
         /// How the second operand of a product is rounded.
         second: Option<Symmetric>,
     },
@@ -272,7 +274,9 @@ impl Ready {
         let at = usize::from(weights.bits == 4);
         let input = ranges.input[at].affine();
         let scales: Vec<f32> = weights.scales.iter().map(|scale| scale * input.scale).collect();
-        let bias = unit.bias.iter().zip(&scales).map(|(b, s)| (b / s).round_ties_even() as i32).collect();
+        let steps: Vec<f32> = unit.bias.iter().zip(&scales).map(|(b, s)| (b / s).round_ties_even()).collect();
+        let late_bias = steps.iter().any(|steps| steps.abs() > MOST_BIAS);
+        let bias = steps.iter().map(|&steps| if late_bias { 0 } else { steps as i32 }).collect();
         let whole = match unit.work {
             Work::Linear => {
                 let panels = Panels::from_rows(&weights.q, unit.shape[0], unit.shape[1]);
@@ -284,7 +288,8 @@ impl Ready {
             Work::Table => WholeWeights::Table(weights.clone()),
             Work::Product => WholeWeights::None,
         };
-        Self::Whole { weights: whole, input, scales, bias, second: ranges.second.map(|second| second[at]) }
+        let second = ranges.second.map(|second| second[at]);
+        Self::Whole { weights: whole, input, scales, bias, late_bias, second }
     }
 
     /// The unit's result.
@@ -304,7 +309,19 @@ impl Ready {
                 };
                 weights.compute(unit, x, second)
             }
-            Self::Whole { weights, input, scales, bias, second: how } => match weights {
+            Self::Whole { weights, input, scales, bias, late_bias: true, second: how } => {
+                let open = Unit { ends: Ends::OPEN, weight: Vec::new(), ..unit.clone() };
+                let whole = Self::Whole {
+                    weights: weights.clone(),
+                    input: *input,
+                    scales: scales.clone(),
+                    bias: bias.clone(),
+                    late_bias: false,
+                    second: *how,
+                };
+                cut_off(with_bias(unit, &whole.compute(&open, x, second)), unit.ends)
+            }
+            Self::Whole { weights, input, scales, bias, second: how, .. } => match weights {
                 WholeWeights::Panels(panels) => {
                     let mut shape = x.layout().shape().to_vec();
                     let bytes = Bytes::quantise(&flex::floats(&x), panels.inner(), input);
@@ -330,6 +347,21 @@ impl Ready {
             },
         }
     }
+}
+
+/// Half of what 32 bits hold: the other half is for the products.
+const MOST_BIAS: f32 = (1 << 30) as f32;
+
+/// The result of a unit, of rows or of images, with its bias.
+fn with_bias(unit: &Unit, y: &FlexTensor) -> FlexTensor {
+    let shape = y.layout().shape().to_vec();
+    let width = if matches!(unit.work, Work::Conv(_)) { shape[2] * shape[3] } else { 1 };
+    let mut values = flex::floats(y).into_owned();
+    for (at, part) in values.chunks_mut(width.max(1)).enumerate() {
+        let bias = unit.bias[at % unit.bias.len()];
+        part.iter_mut().for_each(|x| *x += bias);
+    }
+    flex::tensor(values, shape)
 }
 
 /// A number as it is after rounding.
