@@ -50,12 +50,12 @@ impl Plan {
                 runs: 3,
             },
             Scale::Quick => Self {
-                epochs: 12.0,
+                epochs: 10.0,
                 targets: &[0.999, MAIN_TARGET, 0.97],
-                random: 3,
+                random: 2,
                 hessian: true,
                 calibration: 128,
-                sensitivity: (64, 2),
+                sensitivity: (48, 2),
                 runs: 50,
             },
             Scale::Full => Self {
