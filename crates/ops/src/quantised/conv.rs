@@ -185,28 +185,53 @@ impl Conv {
     ) {
         let shape = &self.shape;
         let ([height, width], plane) = (shape.output(), shape.image[0] * shape.image[1]);
-        let (taps, stride) = (shape.taps(), shape.inner().next_multiple_of(GROUP));
-        let zero = i16::from(zero);
-        let at_once = (WORTH_SHARING / (height * width * taps)).max(1);
-        out.par_chunks_mut(height * width)
-            .zip(x.par_chunks(plane))
-            .enumerate()
-            .with_min_len(at_once)
-            .for_each(|(at, (out, x))| {
-                let channel = at % shape.channels;
-                let weights = &self.rows[channel * stride..][..taps];
-                let mut sums = vec![0i32; height * width];
-                for (row, sums) in sums.chunks_mut(width).enumerate() {
+        let at_once = (WORTH_SHARING / (height * width * shape.taps())).max(1);
+        let planes = out.par_chunks_mut(height * width).zip(x.par_chunks(plane)).enumerate();
+        planes.with_min_len(at_once).for_each_init(Scratch::default, |scratch, (at, (out, x))| {
+            let channel = at % shape.channels;
+            self.sum_of_shifts(channel, x, zero, scratch);
+            write(channel, &scratch.sums, out);
+        });
+    }
+
+    /// The sums of one channel. The plane is laid out with its padding, so that a tap sees all of it at one distance.
+    fn sum_of_shifts(&self, channel: usize, x: &[u8], zero: u8, scratch: &mut Scratch) {
+        let shape = &self.shape;
+        let ([height, width], [stride_y, stride_x]) = (shape.output(), shape.stride);
+        let padded = shape.image[1] + 2 * shape.padding[1];
+        let Scratch { plane, line, sums } = scratch;
+        plane.clear();
+        plane.resize(padded * (shape.image[0] + 2 * shape.padding[0]), 0);
+        for (row, x) in x.chunks(shape.image[1]).enumerate() {
+            let to = &mut plane[(row + shape.padding[0]) * padded + shape.padding[1]..][..x.len()];
+            to.iter_mut().zip(x).for_each(|(to, &x)| *to = i16::from(x) - i16::from(zero));
+        }
+        // All rows in one line where they follow each other, else a line a row.
+        let rows_of_line = if shape.stride == [1, 1] { height } else { 1 };
+        let span = (rows_of_line - 1) * padded + (width - 1) * stride_x + 1;
+        let weights = &self.rows[channel * shape.inner().next_multiple_of(GROUP)..][..shape.taps()];
+        sums.clear();
+        for first in (0..height).step_by(rows_of_line) {
+            line.clear();
+            line.resize(span, 0);
+            simd(
+                #[inline(always)]
+                || {
                     for (tap, &weight) in weights.iter().enumerate() {
-                        let weight = i16::from(weight as i8);
-                        if let Some((from, end, first)) = shape.seen(row, tap) {
-                            let sums = &mut sums[from..end];
-                            add(weight, zero, &x[first..], shape.stride[1], sums);
-                        }
+                        let (tap_y, tap_x) = (tap / shape.kernel[1], tap % shape.kernel[1]);
+                        let row = first * stride_y + tap_y * shape.dilation[0];
+                        let x = &plane[row * padded + tap_x * shape.dilation[1]..][..span];
+                        add(i16::from(weight as i8), x, line);
                     }
+                },
+            );
+            for row in line.chunks(padded) {
+                match stride_x {
+                    1 => sums.extend_from_slice(&row[..width]),
+                    _ => sums.extend(row.iter().step_by(stride_x).take(width)),
                 }
-                write(channel, &sums, out);
-            });
+            }
+        }
     }
 
     /// As a product of weights and gathered pixels, some pixels at a time.
@@ -318,21 +343,20 @@ impl Conv {
 /// Multiplications that outweigh handing a task to another thread.
 const WORTH_SHARING: usize = 1 << 18;
 
-/// `sums += weight (x - zero)`, with every `stride`-th element of `x`.
-fn add(weight: i16, zero: i16, x: &[u8], stride: usize, sums: &mut [i32]) {
-    simd(
-        #[inline(always)]
-        || match stride {
-            1 => sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += term(weight, zero, x)),
-            _ => sums.iter_mut().zip(x.chunks(stride)).for_each(|(sum, x)| *sum += term(weight, zero, x[0])),
-        },
-    );
+/// Memory of a task.
+#[derive(Default)]
+struct Scratch {
+    /// A plane with its padding, without its zero.
+    plane: Vec<i16>,
+    /// Sums of a line, with what lies between its rows.
+    line: Vec<i32>,
+    sums: Vec<i32>,
 }
 
-/// `weight (x - zero)`: a weight of eight bits times a difference of nine fits sixteen.
+/// `sums += weight x`: a weight of eight bits times a difference of nine fits sixteen.
 #[inline(always)]
-fn term(weight: i16, zero: i16, x: u8) -> i32 {
-    i32::from((i16::from(x) - zero).wrapping_mul(weight))
+fn add(weight: i16, x: &[i16], sums: &mut [i32]) {
+    sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += i32::from(x.wrapping_mul(weight)));
 }
 
 /// A slice that tasks write parts of, each its own.

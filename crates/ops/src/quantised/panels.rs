@@ -20,7 +20,17 @@ impl Panels {
     /// When the weights do not fill the shape.
     pub fn from_rows(weights: &[i8], columns: usize, inner: usize) -> Self {
         assert_eq!(weights.len(), columns * inner, "weights must fill their shape");
-        Self::pack(columns, inner, |column, k| weights[column * inner + k])
+        let mut panels = Self::empty(columns, inner);
+        let groups = inner.div_ceil(GROUP);
+        for (column, row) in weights.chunks(inner.max(1)).enumerate() {
+            panels.sums[column] = row.iter().map(|&w| i32::from(w)).sum();
+            for (group, quad) in row.chunks(GROUP).enumerate() {
+                let at = (column / PANEL * groups + group) * PANEL + column % PANEL;
+                let to = &mut panels.bytes[at * GROUP..][..quad.len()];
+                to.iter_mut().zip(quad).for_each(|(to, &w)| *to = w as u8);
+            }
+        }
+        panels
     }
 
     /// From weights `[inner, columns]`, as the second operand of a matrix product has them.
@@ -29,25 +39,23 @@ impl Panels {
     /// When the weights do not fill the shape.
     pub fn from_columns(weights: &[i8], inner: usize, columns: usize) -> Self {
         assert_eq!(weights.len(), columns * inner, "weights must fill their shape");
-        Self::pack(columns, inner, |column, k| weights[k * columns + column])
-    }
-
-    fn pack(columns: usize, inner: usize, weight: impl Fn(usize, usize) -> i8) -> Self {
-        let (groups, panels) = (inner.div_ceil(GROUP), columns.div_ceil(PANEL));
-        let mut bytes = vec![0; panels * groups * PANEL * GROUP];
-        let mut sums = vec![0; columns];
-        for (at, quad) in bytes.chunks_mut(GROUP).enumerate() {
-            let (panel, group) = (at / PANEL / groups, at / PANEL % groups);
-            let column = panel * PANEL + at % PANEL;
-            if column < columns {
-                for (byte, k) in quad.iter_mut().zip(group * GROUP..inner) {
-                    let weight = weight(column, k);
-                    sums[column] += i32::from(weight);
-                    *byte = weight as u8;
+        let mut panels = Self::empty(columns, inner);
+        let groups = inner.div_ceil(GROUP);
+        for (k, row) in weights.chunks(columns.max(1)).enumerate() {
+            for (panel, part) in row.chunks(PANEL).enumerate() {
+                let to = &mut panels.bytes[(panel * groups + k / GROUP) * PANEL * GROUP..][..PANEL * GROUP];
+                for (quad, &w) in to.chunks_exact_mut(GROUP).zip(part) {
+                    quad[k % GROUP] = w as u8;
                 }
             }
+            panels.sums.iter_mut().zip(row).for_each(|(sum, &w)| *sum += i32::from(w));
         }
-        Self { kind: Kind::SignedPanels, bytes, columns, inner, sums }
+        panels
+    }
+
+    fn empty(columns: usize, inner: usize) -> Self {
+        let bytes = vec![0; columns.div_ceil(PANEL) * inner.div_ceil(GROUP) * PANEL * GROUP];
+        Self { kind: Kind::SignedPanels, bytes, columns, inner, sums: vec![0; columns] }
     }
 
     /// The same in half the memory, for weights between -8 and 7; the kernels unpack them in their registers.
