@@ -24,7 +24,7 @@ use crate::program::Program;
 use crate::quantise::{
     self, Metric, Quantiser, SearchPlan, Sensitivities, check_labels, logits, sample, score,
 };
-use crate::quantiser::{Asymmetric, Calibrator, Rows, Symmetric, largest_size, weight_range};
+use crate::quantiser::{Asymmetric, Calibrator, Rows, largest_size, weight_range};
 use crate::search::{Augment, Bits, Order, Trials, Tried, pareto};
 use crate::store::{self, Quantised};
 use crate::training::ClassifyTask;
@@ -1095,7 +1095,7 @@ fn run_compare(args: &CompareArgs, cx: &Context) -> Result<()> {
             sums.2 = sums.2.max(difference.abs());
         }
     };
-    for (_, inputs, _) in quantise::batches(&examples, 1) {
+    for (inputs, _) in quantise::batches(&examples, 1) {
         let mut seen: Vec<Vec<f32>> = vec![Vec::new(); program.units.len()];
         let mut values = program.begin(std::slice::from_ref(&inputs))?;
         program.run_from(0, &mut values, &ready, false, &mut |unit, x, _| {
@@ -1159,11 +1159,6 @@ fn run_quant_array(args: &QuantArrayArgs, cx: &Context) -> Result<()> {
             (vec![quantiser.scale], quantiser.zero, q, values)
         }
     };
-    debug_assert!(
-        scale.len() > 1
-            || args.scheme == Scheme::Asym
-            || Symmetric { scale: scale[0], bits: args.bits }.scale > 0.0
-    );
     let error = x.iter().zip(&values).map(|(x, y)| (x - y).powi(2)).sum::<f64>() / x.len() as f64;
     let scale_shape = if scale.len() == 1 { Vec::new() } else { vec![scale.len()] };
     arrays::write(

@@ -205,7 +205,7 @@ pub struct Timing {
 /// # Errors
 /// When the examples do not fit.
 pub fn measure(program: &Program, ready: &[Ready], examples: &Examples, runs: usize) -> Result<Timing> {
-    let (_, inputs, _) = batches(examples, program.batch())
+    let (inputs, _) = batches(examples, program.batch())
         .next()
         .ok_or_else(|| Error::usage("there are no examples to run"))?;
     let inputs = [inputs];

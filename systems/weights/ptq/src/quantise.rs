@@ -79,7 +79,7 @@ impl Quantiser {
         let batched = program.with_batch(BATCH, &floats).unwrap_or_else(|| program.clone());
         let mut observers: Vec<[Observer; 2]> = vec![Default::default(); program.units.len()];
         let bar = cx.progress(examples.len() as u64, "calibrating");
-        for (_, inputs, _) in batches(examples, batched.batch()) {
+        for (inputs, _) in batches(examples, batched.batch()) {
             let mut values = batched.begin(&[inputs])?;
             let mut wrong = None;
             batched.run_from(0, &mut values, &floats, false, &mut |unit, x, second| {
@@ -195,8 +195,7 @@ impl Quantiser {
         let mut single = vec![vec![0.0; units]; 2];
         let mut paired = vec![vec![0.0; chosen.len()]; 2];
         let mut curvature = vec![vec![0.0; probes]; units];
-        for (number, inputs, labels) in batches(examples, program.batch()) {
-            let _ = number;
+        for (inputs, labels) in batches(examples, program.batch()) {
             let mut base = program.begin(&[inputs])?;
             program.run_from(0, &mut base, &self.floats, true, &mut |_, _, _| {});
             let loss_of = |values: &mut crate::program::Values| -> f64 {
@@ -481,15 +480,12 @@ fn symmetric(units: usize, pairs: &[((usize, usize), f64)]) -> Vec<Vec<f64>> {
 }
 
 /// Batches of exactly `size` examples, the last filled up with the first example; the labels are only the real ones.
-pub fn batches(
-    examples: &Examples,
-    size: usize,
-) -> impl Iterator<Item = (usize, TensorData, Vec<usize>)> + '_ {
-    (0..examples.len()).step_by(size).enumerate().map(move |(number, first)| {
+pub fn batches(examples: &Examples, size: usize) -> impl Iterator<Item = (TensorData, Vec<usize>)> + '_ {
+    (0..examples.len()).step_by(size).map(move |first| {
         let real: Vec<usize> = (first..(first + size).min(examples.len())).collect();
         let labels = real.iter().filter_map(|&i| examples.labels.get(i).copied()).collect();
         let filled: Vec<usize> = real.iter().copied().chain(std::iter::repeat(0)).take(size).collect();
-        (number, examples.batch(&filled), labels)
+        (examples.batch(&filled), labels)
     })
 }
 
@@ -504,7 +500,7 @@ fn rows(logits: &TensorData, batch: usize) -> Vec<Vec<f32>> {
 /// When the examples do not fit.
 pub fn logits(program: &Program, ready: &[Ready], examples: &Examples) -> Result<Vec<Vec<f32>>> {
     let mut all = Vec::new();
-    for (_, inputs, _) in batches(examples, program.batch()) {
+    for (inputs, _) in batches(examples, program.batch()) {
         let outputs = program.run(&[inputs], ready)?;
         all.extend(rows(&outputs[0], program.batch()));
     }

@@ -309,42 +309,33 @@ impl Ready {
                 };
                 weights.compute(unit, x, second)
             }
-            Self::Whole { weights, input, scales, bias, late_bias: true, second: how } => {
-                let open = Unit { ends: Ends::OPEN, weight: Vec::new(), ..unit.clone() };
-                let whole = Self::Whole {
-                    weights: weights.clone(),
-                    input: *input,
-                    scales: scales.clone(),
-                    bias: bias.clone(),
-                    late_bias: false,
-                    second: *how,
-                };
-                cut_off(with_bias(unit, &whole.compute(&open, x, second)), unit.ends)
-            }
-            Self::Whole { weights, input, scales, bias, second: how, .. } => match weights {
-                WholeWeights::Panels(panels) => {
-                    let mut shape = x.layout().shape().to_vec();
-                    let bytes = Bytes::quantise(&flex::floats(&x), panels.inner(), input);
-                    let requantise = Requantise { scales, bias, ends: unit.ends };
-                    let y = Product::new(&bytes, panels).floats(&requantise);
-                    if let Some(last) = shape.last_mut() {
-                        *last = panels.columns();
+            Self::Whole { weights, input, scales, bias, late_bias, second: how } => {
+                let ends = if *late_bias { Ends::OPEN } else { unit.ends };
+                let requantise = Requantise { scales, bias, ends };
+                let y = match weights {
+                    WholeWeights::Panels(panels) => {
+                        let mut shape = x.layout().shape().to_vec();
+                        let bytes = Bytes::quantise(&flex::floats(&x), panels.inner(), input);
+                        let y = Product::new(&bytes, panels).floats(&requantise);
+                        if let Some(last) = shape.last_mut() {
+                            *last = panels.columns();
+                        }
+                        flex::tensor(y, shape)
                     }
-                    flex::tensor(y, shape)
-                }
-                WholeWeights::Conv(conv) => {
-                    let batch = x.layout().shape().to_vec()[0];
-                    let requantise = Requantise { scales, bias, ends: unit.ends };
-                    let y = conv.floats(&quantise(&flex::floats(&x), input), input.zero, &requantise);
-                    let [height, width] = conv.shape().output();
-                    flex::tensor(y, [batch, unit.shape[0], height, width])
-                }
-                WholeWeights::Table(rows) => look_up(rows, unit.shape[1], &x),
-                WholeWeights::None => {
-                    let (second, how) = second.zip(*how).expect("a product has two operands with ranges");
-                    whole_product(unit, &x, &second, input, &how)
-                }
-            },
+                    WholeWeights::Conv(conv) => {
+                        let batch = x.layout().shape().to_vec()[0];
+                        let y = conv.floats(&quantise(&flex::floats(&x), input), input.zero, &requantise);
+                        let [height, width] = conv.shape().output();
+                        flex::tensor(y, [batch, unit.shape[0], height, width])
+                    }
+                    WholeWeights::Table(rows) => look_up(rows, unit.shape[1], &x),
+                    WholeWeights::None => {
+                        let (second, how) = second.zip(*how).expect("a product has two operands with ranges");
+                        whole_product(unit, &x, &second, input, &how)
+                    }
+                };
+                if *late_bias { cut_off(with_bias(unit, &y), unit.ends) } else { y }
+            }
         }
     }
 }
