@@ -11,6 +11,7 @@ pub use kiln_mip as mip;
 pub use kiln_neumeta as neumeta;
 pub use kiln_nn as nn;
 pub use kiln_ops as ops;
+pub use kiln_ptq as ptq;
 pub use kiln_stitch as stitch;
 pub use kiln_tabpfn as tabpfn;
 pub use kiln_tcnca as tcnca;
@@ -27,4 +28,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_mip::Mip,
     &kiln_neumeta::NeuMeta,
     &kiln_stitch::Stitch,
+    &kiln_ptq::Ptq,
 ];

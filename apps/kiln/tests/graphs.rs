@@ -84,6 +84,16 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             desk.json("anchor --width 4 --depth 2 --heads 2 --patch 2 --batch 4 --data @data.csv --steps 2 --out @m");
             2
         }
+        "ptq" => {
+            let pixels = |i: usize| (0..16).map(|p| format!("{},", (i * p) % 10)).collect::<String>();
+            let row = |i: usize| format!("{}{}\n", pixels(i), ["up", "down"][i % 2]);
+            let names: String = (0..16).map(|p| format!("p{p},")).collect();
+            desk.write("data.csv", format!("{names}label\n{}", (0..40).map(row).collect::<String>()));
+            desk.json(
+                "train --arch mobilenetv2-s --width 0.125 --batch 4 --data @data.csv --steps 2 --out @m",
+            );
+            2
+        }
         other => panic!("say here how to make a model of {other}"),
     };
     (desk.path("m"), below)

@@ -70,6 +70,18 @@ def gemm():
     return infer(torch.mm, torch.randn(1024, 1024), torch.randn(1024, 1024))
 
 
+def products(rows, inner, columns, of_bytes=False):
+    if not of_bytes:
+        return lambda: infer(torch.mm, torch.randn(rows, inner), torch.randn(inner, columns))
+    weights = torch.randint(-127, 128, (inner, columns), dtype=torch.int8)
+
+    def f(x):
+        q = (x / 0.03).round_().clamp_(-128, 127).to(torch.int8)
+        return torch._int_mm(q, weights).float().mul_(1e-3)
+
+    return lambda: infer(f, torch.randn(rows, inner))
+
+
 def elementwise(run, f):
     return lambda: run(f, leaf(4096, 1024))
 
@@ -242,6 +254,10 @@ def resnet_inference():
 
 WORKLOADS = {
     "gemm 1024": gemm,
+    "gemm 512": products(512, 512, 512),
+    "gemm 128x768x3072": products(128, 768, 3072),
+    "gemm 512 of bytes": products(512, 512, 512, of_bytes=True),
+    "gemm 128x768x3072 of bytes": products(128, 768, 3072, of_bytes=True),
     "gelu 4096x1024 fwd": elementwise(infer, F.gelu),
     "gelu 4096x1024 fwd+bwd": elementwise(pull_back, F.gelu),
     "softmax 4096x1024 fwd": elementwise(infer, lambda x: F.softmax(x, -1)),

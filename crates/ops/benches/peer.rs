@@ -14,6 +14,7 @@ use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use burn_flex::FlexTensor;
 use kiln_core::MemoryGauge;
+use kiln_ops::quantised::{Affine, Bytes, Ends, Panels, Product, Requantise};
 use kiln_ops::{
     Activation, AdamWStep, AttentionOptions, CrossEntropyOptions, Function, Parameter, Pooling, SgdStep,
     activate, apply, attention, conv1d, cross_entropy, embedding_bag, flex, keep_freed_memory, layer_norm,
@@ -34,6 +35,10 @@ type Workload = (&'static str, fn() -> Work);
 
 const WORKLOADS: &[Workload] = &[
     ("gemm 1024", gemm),
+    ("gemm 512", || products([512, 512, 512], false)),
+    ("gemm 128x768x3072", || products([128, 768, 3072], false)),
+    ("gemm 512 of bytes", || products([512, 512, 512], true)),
+    ("gemm 128x768x3072 of bytes", || products([128, 768, 3072], true)),
     ("gelu 4096x1024 fwd", || infer(|x| activate(x, Activation::Gelu))),
     ("gelu 4096x1024 fwd+bwd", || train(|x| activate(x, Activation::Gelu))),
     ("layer norm 4096x1024 fwd+bwd", layer_norms),
@@ -82,6 +87,26 @@ fn gemm() -> Work {
     let (a, b) = (normal([1024, 1024]), normal([1024, 1024]));
     Box::new(move || {
         black_box(kiln_ops::matmul(a.clone(), b.clone()));
+    })
+}
+
+/// `[rows, inner] x [inner, columns]`; of bytes, the rows are quantised and the result is floats, as in a linear layer.
+fn products([rows, inner, columns]: [usize; 3], of_bytes: bool) -> Work {
+    let (a, b) = (normal([rows, inner]), normal([inner, columns]));
+    if !of_bytes {
+        return Box::new(move || {
+            black_box(kiln_ops::matmul(a.clone(), b.clone()));
+        });
+    }
+    let floats = |x: Tensor<2>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
+    let weights: Vec<i8> = floats(b).iter().map(|w| (w * 30.0) as i8).collect();
+    let panels = Panels::from_columns(&weights, inner, columns);
+    let (a, affine) = (floats(a), Affine { scale: 0.03, zero: 128, most: 255 });
+    let (scales, bias) = (vec![1e-3; columns], vec![0; columns]);
+    Box::new(move || {
+        let bytes = Bytes::quantise(&a, inner, &affine);
+        let requantise = Requantise { scales: &scales, bias: &bias, ends: Ends::OPEN };
+        black_box(Product::new(&bytes, &panels).floats(&requantise));
     })
 }
 

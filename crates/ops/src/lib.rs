@@ -33,6 +33,7 @@ mod memory;
 mod norm;
 mod optimiser;
 mod pool;
+pub mod quantised;
 mod rows;
 mod segment;
 mod short_conv;

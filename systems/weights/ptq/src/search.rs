@@ -1,0 +1,301 @@
+//! How many bits each unit gets: scores order the units, and bisection finds how many of the least sensitive can do with
+//! eight bits, and then with four, within the accuracy that the user asks for (paper, §3).
+
+use std::collections::BTreeMap;
+
+use clap::ValueEnum;
+use kiln_core::Result;
+use rand::Rng;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+/// By what units are ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// Curvature and what units do to each other: the paper's
+    #[default]
+    Augmented,
+    /// Curvature alone
+    Hessian,
+    /// The loss with one unit quantised
+    Single,
+    /// The size of the rounding errors
+    Noise,
+    /// At random
+    Random,
+    /// The first layers first
+    Depth,
+}
+
+/// Which part of the dependencies augments the score.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+pub enum Augment {
+    /// The loss with one unit quantised
+    #[value(name = "single")]
+    #[serde(rename = "single")]
+    Single,
+    /// What pairs of units do beyond that
+    #[value(name = "pair")]
+    #[serde(rename = "pair")]
+    Pair,
+    /// Both
+    #[default]
+    #[value(name = "pair+single")]
+    #[serde(rename = "pair+single")]
+    Both,
+}
+
+/// What was measured of all units at one precision.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Mean curvature times squared error: `Ω = Tr(H) / n ‖δ‖²`
+    pub hessian: Vec<f64>,
+    /// `‖δ‖²`
+    pub noise: Vec<f64>,
+    /// `Δ_i = L(only i quantised) - L`
+    pub single: Vec<f64>,
+    /// `D_ij = L(i and j quantised) - L - Δ_i - Δ_j`, symmetric; empty where it was not measured
+    pub pair: Vec<Vec<f64>>,
+}
+
+impl Measured {
+    /// `I_l = max(0, Δ_l) + ½ Σ_{j ≠ l} max(0, D_lj)`
+    pub fn dependency(&self, augment: Augment) -> Vec<f64> {
+        let pairs = |l: usize| -> f64 {
+            let others = self.pair.get(l).into_iter().flatten().enumerate().filter(|(j, _)| *j != l);
+            0.5 * others.map(|(_, d)| d.max(0.0)).sum::<f64>()
+        };
+        let single = |l: usize| self.single[l].max(0.0);
+        let value = |l: usize| match augment {
+            Augment::Single => single(l),
+            Augment::Pair => pairs(l),
+            Augment::Both => single(l) + pairs(l),
+        };
+        (0..self.single.len()).map(value).collect()
+    }
+
+    /// The scores: `Ω / ΣΩ + λ I / ΣI` for [`Order::Augmented`]; the larger, the more sensitive.
+    pub fn scores(&self, order: Order, lambda: f64, augment: Augment, rng: &mut impl Rng) -> Vec<f64> {
+        let units = self.noise.len();
+        match order {
+            Order::Augmented => {
+                let (curvature, dependency) = (shares(&self.hessian), shares(&self.dependency(augment)));
+                curvature.iter().zip(&dependency).map(|(h, i)| h + lambda * i).collect()
+            }
+            Order::Hessian => self.hessian.clone(),
+            Order::Single => self.single.clone(),
+            Order::Noise => self.noise.clone(),
+            Order::Depth => (0..units).map(|l| -(l as f64)).collect(),
+            Order::Random => {
+                let mut places: Vec<usize> = (0..units).collect();
+                places.shuffle(rng);
+                places.into_iter().map(|place| place as f64).collect()
+            }
+        }
+    }
+}
+
+fn shares(values: &[f64]) -> Vec<f64> {
+    let sum: f64 = values.iter().sum();
+    values.iter().map(|value| if sum > 0.0 { value / sum } else { 0.0 }).collect()
+}
+
+/// Units from the least sensitive on; of equals the earlier first.
+pub fn least_first(scores: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    order
+}
+
+/// The largest `k` up to `most` that bisection accepts: `lo = mid` where `accepts(mid)`, else `hi = mid - 1`, with
+/// `mid = ⌈(lo + hi) / 2⌉`. 0 is accepted without asking.
+///
+/// # Errors
+/// Those of `accepts`.
+pub fn bisect(most: usize, mut accepts: impl FnMut(usize) -> Result<bool>) -> Result<usize> {
+    let (mut lo, mut hi) = (0, most);
+    while lo < hi {
+        let mid = (lo + hi).div_ceil(2);
+        if accepts(mid)? { lo = mid } else { hi = mid - 1 }
+    }
+    Ok(lo)
+}
+
+/// Bits of every unit: 16, 8 or 4.
+pub type Bits = Vec<u8>;
+
+/// A configuration that was tried.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Tried {
+    /// Bits of every unit.
+    pub bits: Bits,
+    /// The metric on the validation set.
+    pub metric: f64,
+}
+
+/// Every configuration that was tried, in order, so that none is evaluated twice.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Trials {
+    /// In the order of evaluation.
+    pub tried: Vec<Tried>,
+    known: BTreeMap<Bits, f64>,
+}
+
+impl Trials {
+    /// With those of an earlier, interrupted search.
+    pub fn resumed(tried: Vec<Tried>) -> Self {
+        let known = tried.iter().map(|trial| (trial.bits.clone(), trial.metric)).collect();
+        Self { tried, known }
+    }
+
+    /// The metric of a configuration, from `evaluate` where it is not known yet.
+    ///
+    /// # Errors
+    /// Those of `evaluate`.
+    pub fn metric(&mut self, bits: &Bits, evaluate: &mut impl FnMut(&Bits) -> Result<f64>) -> Result<f64> {
+        if let Some(&metric) = self.known.get(bits) {
+            return Ok(metric);
+        }
+        let metric = evaluate(bits)?;
+        self.known.insert(bits.clone(), metric);
+        self.tried.push(Tried { bits: bits.clone(), metric });
+        Ok(metric)
+    }
+}
+
+/// What the search may use and must reach.
+#[derive(Debug, Clone)]
+pub struct Goal<'a> {
+    /// The least metric that is accepted.
+    pub target: f64,
+    /// Units from the least sensitive on, when eight bits are tried; empty leaves that phase out.
+    pub order8: &'a [usize],
+    /// The same for four bits.
+    pub order4: &'a [usize],
+    /// Bits that a unit must have.
+    pub pinned: &'a BTreeMap<usize, u8>,
+    /// Whether units that bisection refused are tried one by one afterwards.
+    pub refine: bool,
+}
+
+/// Finds bits for every unit: bisection over the number of leading units at eight bits, then over those of them at four.
+///
+/// The metric need not fall evenly: what is returned was evaluated itself, or is the baseline.
+///
+/// # Errors
+/// Those of `evaluate`.
+pub fn search(
+    units: usize,
+    goal: &Goal<'_>,
+    trials: &mut Trials,
+    mut evaluate: impl FnMut(&Bits) -> Result<f64>,
+) -> Result<Bits> {
+    let mut chosen: Bits = vec![16; units];
+    goal.pinned.iter().for_each(|(&unit, &bits)| chosen[unit] = bits);
+    for (precision, order) in [(8, goal.order8), (4, goal.order4)] {
+        let free: Vec<usize> = order
+            .iter()
+            .copied()
+            .filter(|unit| !goal.pinned.contains_key(unit))
+            // Four bits are tried where eight were accepted, if eight were tried at all.
+            .filter(|&unit| precision == 8 || goal.order8.is_empty() || chosen[unit] == 8)
+            .collect();
+        let base = chosen.clone();
+        let with = |leading: &[usize]| {
+            let mut bits = base.clone();
+            leading.iter().for_each(|&unit| bits[unit] = precision);
+            bits
+        };
+        let k = bisect(free.len(), |k| Ok(trials.metric(&with(&free[..k]), &mut evaluate)? >= goal.target))?;
+        chosen = with(&free[..k]);
+        if goal.refine {
+            for &unit in &free[k..] {
+                let mut bits = chosen.clone();
+                bits[unit] = precision;
+                if trials.metric(&bits, &mut evaluate)? >= goal.target {
+                    chosen = bits;
+                }
+            }
+        }
+    }
+    Ok(chosen)
+}
+
+/// The points that no other beats in both: the lowest cost for each metric, by falling metric.
+pub fn pareto(points: &[(f64, f64)]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..points.len()).collect();
+    order.sort_by(|&a, &b| points[b].0.total_cmp(&points[a].0).then(points[a].1.total_cmp(&points[b].1)));
+    let mut cheapest = f64::INFINITY;
+    order.retain(|&at| {
+        let better = points[at].1 < cheapest;
+        cheapest = cheapest.min(points[at].1);
+        better
+    });
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_search_evaluates_logarithmically_and_returns_what_it_evaluated() {
+        let sensitive = [2, 5];
+        let metric = |bits: &Bits| {
+            let lost: f64 = bits
+                .iter()
+                .enumerate()
+                .map(|(unit, &b)| match (b, sensitive.contains(&unit)) {
+                    (16, _) => 0.0,
+                    (_, true) => 0.1,
+                    (8, _) => 0.001,
+                    _ => 0.004,
+                })
+                .sum();
+            Ok(0.9 - lost)
+        };
+        let order = [0, 1, 3, 4, 6, 7, 2, 5];
+        let (pinned, mut trials) = (BTreeMap::new(), Trials::default());
+        let goal = Goal { target: 0.886, order8: &order, order4: &order, pinned: &pinned, refine: false };
+        let bits = search(8, &goal, &mut trials, metric).unwrap();
+        assert_eq!(bits, [4, 4, 16, 8, 8, 16, 8, 8]);
+        assert!(
+            trials.tried.len() <= 2 * (4 + 1)
+                && trials.tried.iter().any(|t| t.bits == bits && t.metric >= 0.886)
+        );
+
+        let pinned = BTreeMap::from([(0, 16)]);
+        let goal = Goal { pinned: &pinned, refine: true, ..goal };
+        let mut again = Trials::resumed(trials.tried.clone());
+        let mut fresh = 0;
+        let bits = search(8, &goal, &mut again, |bits| {
+            fresh += 1;
+            metric(bits)
+        })
+        .unwrap();
+        assert!(bits[0] == 16 && metric(&bits).unwrap() >= 0.886 && fresh > 0);
+        // A search that is repeated knows everything already.
+        search(8, &goal, &mut again, |_| panic!("everything is known")).unwrap();
+    }
+
+    #[test]
+    fn only_unbeaten_points_are_on_the_front() {
+        let points = [(0.9, 5.0), (0.8, 6.0), (0.85, 4.0), (0.9, 4.5), (0.7, 1.0)];
+        assert_eq!(pareto(&points), [3, 2, 4]);
+    }
+
+    #[test]
+    fn negative_dependencies_count_as_none() {
+        let measured = Measured {
+            hessian: vec![1.0, 3.0],
+            noise: vec![1.0, 1.0],
+            single: vec![-1.0, 0.5],
+            pair: vec![vec![9.0, -0.2], vec![-0.2, 9.0]],
+        };
+        assert_eq!(measured.dependency(Augment::Both), [0.0, 0.5]);
+        let mut rng = kiln_core::random_stream(0, "order", 0);
+        assert_eq!(measured.scores(Order::Augmented, 1.0, Augment::Both, &mut rng), [0.25, 1.75]);
+        assert_eq!(measured.scores(Order::Augmented, 0.0, Augment::Both, &mut rng), [0.25, 0.75]);
+    }
+}

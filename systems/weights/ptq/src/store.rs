@@ -1,0 +1,358 @@
+//! Quantised networks on disk: `config.json`, the operations between units as a graph, and the units with their weights of
+//! 16, 8 or 4 bits.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use burn::backend::ir::TensorId;
+use kiln_compiler::Graph;
+use kiln_core::{Error, HostTensor, ModelFolder, Result, TensorFile, Values, write_atomic};
+use kiln_ops::quantised::Ends;
+use safetensors::{Dtype, View};
+use serde::{Deserialize, Serialize};
+
+use crate::arch::Input;
+use crate::checkpoint::KIND;
+use crate::program::Program;
+use crate::quantise::{Found, Quantiser, SearchPlan};
+use crate::quantiser::Calibrator;
+use crate::search::Bits;
+use crate::unit::{Ranges, Ready, Unit, Weights, Window, Work, half_precision};
+
+const GRAPH: &str = "graph";
+const UNITS: &str = "units.json";
+const WEIGHTS: &str = "model.safetensors";
+
+/// What `config.json` holds of a quantised network.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// What it reads, where Kiln trained it; a bare tensor otherwise.
+    pub input: Option<Input>,
+    /// What the classes are called.
+    pub classes: Vec<String>,
+    /// The value of white in tables of pixels.
+    pub white: f64,
+    /// Names of the units and their bits.
+    pub bits: Vec<(String, u8)>,
+    /// How ranges were chosen.
+    pub calibrator: Calibrator,
+    /// How the search was done.
+    pub search: SearchPlan,
+    /// The metric of the network as it was, on the validation set.
+    pub baseline: f64,
+    /// What had to be reached.
+    pub target: f64,
+    /// The quantised network's metric, computed in whole numbers.
+    pub metric: f64,
+}
+
+/// A unit without its weights.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    name: String,
+    work: String,
+    window: Option<[[usize; 2]; 5]>,
+    groups: usize,
+    input: u64,
+    second: Option<u64>,
+    output: u64,
+    shape: Vec<usize>,
+    least: Option<f32>,
+    most: Option<f32>,
+    multiplications: usize,
+    elements: usize,
+    bits: u8,
+    ranges: Ranges,
+}
+
+/// What `units.json` holds.
+#[derive(Serialize, Deserialize)]
+struct Document {
+    units: Vec<Kept>,
+    /// For every step the unit that runs, or nothing for the next operation of the graph.
+    steps: Vec<Option<usize>>,
+}
+
+/// A tensor as it is written.
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl View for Stored {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+impl Stored {
+    fn floats(values: &[f32]) -> Self {
+        let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        Self { dtype: Dtype::F32, shape: vec![values.len()], bytes }
+    }
+
+    fn halves(values: &[f32], shape: &[usize]) -> Self {
+        // Of a number that sixteen bits hold exactly, these are the upper bits of the float, moved.
+        let bytes =
+            half_precision(values).iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+        Self { dtype: Dtype::F16, shape: shape.to_vec(), bytes }
+    }
+}
+
+/// Writes a quantised network.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn save(folder: &ModelFolder, quantiser: &Quantiser, bits: &Bits, config: &Config) -> Result<()> {
+    folder.create()?;
+    let (graph, steps) = quantiser.program.skeleton();
+    graph.save(&folder.file(GRAPH))?;
+    let mut tensors: Vec<(String, Stored)> = Vec::new();
+    let mut units = Vec::new();
+    for (at, (unit, &bits)) in quantiser.program.units.iter().zip(bits).enumerate() {
+        let name = &unit.name;
+        if !unit.weight.is_empty() {
+            if bits == 16 {
+                tensors.push((format!("{name}.weight"), Stored::halves(&unit.weight, &unit.shape)));
+            } else {
+                let weights = &quantiser.weights[at][usize::from(bits == 4)];
+                let (dtype, bytes) = (if bits == 4 { Dtype::U8 } else { Dtype::I8 }, weights.stored());
+                let shape = vec![unit.shape[0], bytes.len() / unit.shape[0].max(1)];
+                tensors.push((format!("{name}.q"), Stored { dtype, shape, bytes }));
+                tensors.push((format!("{name}.scale"), Stored::floats(&weights.scales)));
+            }
+        }
+        if !unit.bias.is_empty() && !unit.weight.is_empty() {
+            tensors.push((format!("{name}.bias"), Stored::floats(&unit.bias)));
+        }
+        units.push(Kept::of(unit, bits, &quantiser.ranges[at]));
+    }
+    let bytes = safetensors::serialize(tensors, None)
+        .map_err(|e| Error::work("cannot lay out the quantised weights").caused_by(e))?;
+    write_atomic(&folder.file(WEIGHTS), &bytes)?;
+    let json = serde_json::to_vec_pretty(&Document { units, steps })
+        .map_err(|e| Error::work("cannot write the units as JSON").caused_by(e))?;
+    write_atomic(&folder.file(UNITS), &json)?;
+    folder.save_config(KIND, config)
+}
+
+/// Bytes of the weights' file.
+pub fn weight_bytes(folder: &ModelFolder) -> u64 {
+    [folder.file(WEIGHTS), folder.file(GRAPH).join("constants.safetensors")]
+        .iter()
+        .filter_map(|path| std::fs::metadata(path).ok())
+        .map(|metadata| metadata.len())
+        .sum()
+}
+
+/// A quantised network, ready to run.
+#[derive(Debug, Clone)]
+pub struct Quantised {
+    /// What it is.
+    pub config: Config,
+    /// Its units and operations.
+    pub program: Program,
+    /// Bits of every unit.
+    pub bits: Bits,
+    /// Its weights.
+    pub ready: Vec<Ready>,
+}
+
+/// Whether a folder holds a quantised network.
+pub fn is_quantised(path: &Path) -> bool {
+    path.join(UNITS).exists()
+}
+
+impl Quantised {
+    /// Reads a folder that [`save`] wrote.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged; names what is wrong.
+    pub fn open(path: &Path) -> Result<Self> {
+        let folder = ModelFolder::new(path);
+        let config: Config = folder.config(KIND)?;
+        let file = folder.file(UNITS);
+        let text = std::fs::read(&file)
+            .map_err(|e| Error::io("read", &file)(e).hint("`kiln ptq quantize` writes such a folder"))?;
+        let document: Document = serde_json::from_slice(&text).map_err(|e| {
+            Error::input(file.display(), "does not describe the units of a network").caused_by(e)
+        })?;
+        let graph = Graph::load(&folder.file(GRAPH))?;
+        let mut tensors = TensorFile::read(&folder.file(WEIGHTS))?;
+        let wrong =
+            |name: &str, found: &str| Error::input(file.display(), format!("unit \"{name}\" {found}"));
+        let (mut units, mut ready, mut bits) = (Vec::new(), Vec::new(), Vec::new());
+        for kept in document.units {
+            let (name, of) = (kept.name.clone(), kept.bits);
+            if !matches!(of, 16 | 8 | 4) {
+                return Err(wrong(&name, &format!("has {of} bits, must have 16, 8 or 4")));
+            }
+            let ranges = kept.ranges.clone();
+            let second = kept.second.is_some();
+            if (of != 16 && kept.work == "product" && ranges.second.is_none())
+                || (kept.work == "product") != second
+            {
+                return Err(wrong(&name, "lacks the range of its second operand"));
+            }
+            let mut unit =
+                kept.into_unit().ok_or_else(|| wrong(&name, "is of a kind that Kiln does not know"))?;
+            let (rows, numbers) = (unit.shape[0], unit.shape.iter().product::<usize>());
+            let mut weights = Weights { bits: of, q: Vec::new(), scales: Vec::new() };
+            if unit.work != Work::Product {
+                if of == 16 {
+                    unit.weight = floats(&mut tensors, &format!("{name}.weight"), numbers)?;
+                } else {
+                    let scales = floats(&mut tensors, &format!("{name}.scale"), rows)?;
+                    let q = tensors.take(&format!("{name}.q"))?;
+                    let Values::Int(q) = q.values else {
+                        return Err(wrong(&name, "has weights that are floats"));
+                    };
+                    let bytes: Vec<u8> = q.iter().map(|&q| q as u8).collect();
+                    weights = Weights::from_stored(of, &bytes, scales, numbers / rows)
+                        .ok_or_else(|| wrong(&name, "has another number of weights than its shape says"))?;
+                    unit.weight = weights.values();
+                }
+                if unit.work != Work::Table {
+                    unit.bias = floats(&mut tensors, &format!("{name}.bias"), rows)?;
+                }
+            }
+            ready.push(if of == 16 { Ready::float(&unit) } else { Ready::whole(&unit, &weights, &ranges) });
+            bits.push(of);
+            units.push(unit);
+        }
+        let program = Program::assemble(graph, units, &document.steps)
+            .ok_or_else(|| Error::input(file.display(), "its steps do not fit the units and the graph"))?;
+        Ok(Self { config, program, bits, ready })
+    }
+
+    /// As many examples at once as the network allows, up to `most`.
+    pub fn batched(&self, most: usize) -> Program {
+        self.program.with_batch(most.max(1), &self.ready).unwrap_or_else(|| self.program.clone())
+    }
+}
+
+fn floats(tensors: &mut TensorFile, name: &str, count: usize) -> Result<Vec<f32>> {
+    let source = tensors.source().display().to_string();
+    let HostTensor { values, .. } = tensors.take(name)?;
+    match values {
+        Values::Float(values) if values.len() == count && values.iter().all(|x| x.is_finite()) => Ok(values),
+        Values::Float(values) if values.len() == count => {
+            Err(Error::input(source, format!("\"{name}\" has a number that is not finite")))
+        }
+        Values::Float(values) => {
+            Err(Error::input(source, format!("\"{name}\" has {} numbers, must have {count}", values.len())))
+        }
+        Values::Int(_) => {
+            Err(Error::input(source, format!("\"{name}\" holds whole numbers, must hold floats")))
+        }
+    }
+}
+
+impl Kept {
+    fn of(unit: &Unit, bits: u8, ranges: &Ranges) -> Self {
+        let (work, window) = match unit.work {
+            Work::Conv(window) => ("conv", Some(window)),
+            Work::Linear => ("linear", None),
+            Work::Product => ("product", None),
+            Work::Table => ("table", None),
+        };
+        Self {
+            name: unit.name.clone(),
+            work: work.into(),
+            groups: window.map_or(1, |window| window.groups),
+            window: window.map(|w| [w.kernel, w.stride, w.padding, w.dilation, w.image]),
+            input: unit.input.value(),
+            second: unit.second.map(|id| id.value()),
+            output: unit.output.value(),
+            shape: unit.shape.clone(),
+            least: Some(unit.ends.least).filter(|x| x.is_finite()),
+            most: Some(unit.ends.most).filter(|x| x.is_finite()),
+            multiplications: unit.multiplications,
+            elements: unit.elements,
+            bits,
+            ranges: ranges.clone(),
+        }
+    }
+
+    /// The unit, still without weights; `None` where the numbers make no sense.
+    fn into_unit(self) -> Option<Unit> {
+        const MOST: usize = 1 << 31;
+        let numbers = self.shape.iter().try_fold(1usize, |n, &m| n.checked_mul(m).filter(|&n| n <= MOST))?;
+        if numbers == 0 {
+            return None;
+        }
+        let scales = self.ranges.input.iter().map(|q| q.scale);
+        let scales = scales.chain(self.ranges.second.iter().flatten().map(|q| q.scale));
+        if scales.into_iter().any(|scale| !(scale.is_finite() && scale > 0.0)) {
+            return None;
+        }
+        let work = match (&self.work[..], self.window, self.shape.len()) {
+            ("linear", None, 2) => Work::Linear,
+            ("product", None, 2) => Work::Product,
+            ("table", None, 2) => Work::Table,
+            ("conv", Some([kernel, stride, padding, dilation, image]), 4) => {
+                let positive = [kernel, stride, dilation, image].concat().iter().all(|&n| n > 0 && n < MOST);
+                let fits = kernel == [self.shape[2], self.shape[3]]
+                    && padding.iter().all(|&side| side < 1 << 16)
+                    && self.groups > 0
+                    && self.shape[0].is_multiple_of(self.groups);
+                if !positive || !fits {
+                    return None;
+                }
+                Work::Conv(Window { kernel, stride, padding, dilation, groups: self.groups, image })
+            }
+            _ => return None,
+        };
+        Some(Unit {
+            name: self.name,
+            work,
+            input: TensorId::new(self.input),
+            second: self.second.map(TensorId::new),
+            output: TensorId::new(self.output),
+            shape: self.shape,
+            weight: Vec::new(),
+            bias: Vec::new(),
+            ends: Ends {
+                least: self.least.unwrap_or(f32::NEG_INFINITY),
+                most: self.most.unwrap_or(f32::INFINITY),
+            },
+            multiplications: self.multiplications,
+            elements: self.elements,
+        })
+    }
+}
+
+/// The configuration of a network that a search has quantised.
+pub fn config(
+    quantiser: &Quantiser,
+    found: &Found,
+    plan: &SearchPlan,
+    metric: f64,
+    (input, classes, white): (Option<Input>, Vec<String>, f64),
+) -> Config {
+    let names = quantiser.program.units.iter().map(|unit| unit.name.clone());
+    Config {
+        input,
+        classes,
+        white,
+        bits: names.zip(found.bits.iter().copied()).collect(),
+        calibrator: quantiser.calibrator(),
+        search: plan.clone(),
+        baseline: found.baseline,
+        target: found.target,
+        metric,
+    }
+}

@@ -1,0 +1,184 @@
+//! The verbs of `kiln ptq`, with good and bad input.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::fs;
+
+use kiln_core::testing::Desk;
+use kiln_ptq::Ptq;
+use kiln_ptq::arrays;
+
+/// A network that trains in a second.
+const TINY: &str = "--arch mobilenetv2-s --width 0.125 --batch 8 --eval-every 30";
+
+/// What makes a search short.
+const SHORT: &str = "--calib @data.csv --calib-count 16 --examples 16 --probes 1";
+
+/// A desk with images of 6 x 6 pixels in two classes: bright above or below.
+fn desk() -> Desk {
+    let desk = Desk::new(&Ptq);
+    let names: String = (0..36).map(|p| format!("p{p},")).collect();
+    let pixel = |i: usize, p: usize| {
+        let bright = (p < 18) == (i % 2 == 0);
+        (if bright { 200 } else { 20 }) + (i * 7 + p * 13) % 50
+    };
+    let row = |i: usize| {
+        let pixels: String = (0..36).map(|p| format!("{},", pixel(i, p))).collect();
+        format!("{pixels}{}\n", ["up", "down"][i % 2])
+    };
+    desk.write("data.csv", format!("{names}label\n{}", (0..60).map(row).collect::<String>()));
+    desk
+}
+
+fn trained() -> Desk {
+    let desk = desk();
+    let result = desk.json(&format!("train --data @data.csv {TINY} --steps 90 --out @m"));
+    assert!(result["accuracy"].as_f64().unwrap() > 0.8, "{result}");
+    desk
+}
+
+#[test]
+fn a_network_is_quantised_run_compared_and_evaluated() {
+    let desk = trained();
+    let line = format!("quantize --model @m {SHORT} --valid @data.csv --target 0.95 --out @q");
+    let result = desk.json(&line);
+    assert!(result["at_8_bits"].as_u64().unwrap() + result["at_4_bits"].as_u64().unwrap() > 0, "{result}");
+    assert!(result["bytes"][1].as_u64() < result["bytes"][0].as_u64(), "{result}");
+    for file in [
+        "config.json",
+        "units.json",
+        "sensitivity.json",
+        "pareto.csv",
+        "pareto.svg",
+        "search.csv",
+        "pairs.svg",
+    ] {
+        assert!(desk.path("q").join(file).exists(), "{file}");
+    }
+    // The folder computes what the search measured.
+    let eval = desk.json("eval --model @q --data @data.csv");
+    assert_eq!(eval["accuracy"], result["metric"]);
+    assert!(desk.json("eval --model @m --data @data.csv")["accuracy"].as_f64().unwrap() > 0.8);
+    // Predicting needs no labels, and gives the same as npz and as csv.
+    desk.json("predict --model @q --input @data.csv --out @p.csv");
+    desk.json("predict --model @q --input @data.csv --out @p.npz");
+    let logits = &arrays::read(&desk.path("p.npz")).unwrap()["y"];
+    let table = fs::read_to_string(desk.path("p.csv")).unwrap();
+    assert!(logits.shape == [60, 2] && table.starts_with("row,pred,p_down,p_up\n"), "{table}");
+    for (row, line) in logits.values.chunks(2).zip(table.lines().skip(1)) {
+        assert_eq!(line.split(',').nth(1), Some(["down", "up"][usize::from(row[1] > row[0])]));
+    }
+    let compared = desk.json("compare @m/ @q/ --data @data.csv --count 8");
+    assert!(compared["output_snr_db"].as_f64().unwrap() > 3.0, "{compared}");
+    let same = desk.json("compare @q/ @q/ --data @data.csv --count 2");
+    assert_eq!(same["output_max"], 0.0);
+    assert!(desk.json("bench --model @q --data @data.csv --runs 2 --batch 4")["bytes"].as_u64().unwrap() > 0);
+
+    // The same command knows every configuration already; another is refused.
+    let again = desk.json(&line);
+    assert_eq!((&again["metric"], &again["evaluations"]), (&result["metric"], &result["evaluations"]));
+    desk.assert_refused(&line.replace("0.95", "0.9"), "a search with other settings");
+    desk.assert_refused(
+        "quantize --model @q --calib @data.csv --valid @data.csv --out @x",
+        "quantised already",
+    );
+}
+
+#[test]
+fn damaged_folders_are_refused_with_the_place() {
+    let desk = trained();
+    desk.json(&format!("quantize --model @m {SHORT} --no-pairs --valid @data.csv --target 0.9 --out @q"));
+    let path = desk.path("q/units.json");
+    let text = fs::read_to_string(&path).unwrap();
+    for (from, to, words) in [
+        ("\"groups\": 1,", "\"groups\": 0,", "of a kind that Kiln does not know"),
+        ("\"work\": \"conv\"", "\"work\": \"fold\"", "of a kind that Kiln does not know"),
+        ("\"steps\": [", "\"steps\": [ 99,", "do not fit"),
+        ("\"units\"", "\"unit\"", "does not describe the units"),
+    ] {
+        fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        desk.assert_refused("eval --model @q --data @data.csv", words);
+    }
+    fs::write(&path, &text).unwrap();
+    let weights = desk.path("q/model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    desk.assert_refused("eval --model @q --data @data.csv", "model.safetensors");
+}
+
+#[test]
+fn what_cannot_be_quantised_is_refused() {
+    let desk = trained();
+    let line = format!("quantize --model @m {SHORT} --valid @data.csv --out @q");
+    desk.assert_refused(&format!("{line} --target 1.5"), "not above 0 and at most 1");
+    desk.assert_refused(&format!("{line} --bits 16,5"), "not one of 16, 8 and 4");
+    desk.assert_refused(&format!("{line} --pin conv99=8"), "there are: conv0");
+    desk.assert_refused(&format!("{line} --max-drop 300%"), "must be a share");
+    desk.assert_refused(&line.replace("@m ", "@none "), "none");
+    let (names, row): (String, String) = ((0..9).map(|p| format!("p{p},")).collect(), "1,".repeat(9));
+    desk.write("small.csv", format!("{names}label\n{row}up\n{row}down\n"));
+    desk.assert_refused(
+        &line.replace("--valid @data.csv", "--valid @small.csv"),
+        "the model was made for [1, 6, 6]",
+    );
+    let text = fs::read_to_string(desk.path("data.csv")).unwrap();
+    desk.write("other.csv", text.replace("down", "sideways"));
+    desk.assert_refused(&line.replace("--valid @data.csv", "--valid @other.csv"), "the model knows down, up");
+    assert!(!desk.path("q").exists());
+    // Pinned units keep their bits, and a target that nothing reaches leaves the network as it is.
+    let result = desk.json(&format!("{line} --no-pairs --target 0.9 --bits 16,8 --pin conv0=16"));
+    assert_eq!(result["at_4_bits"], 0);
+    let config = fs::read_to_string(desk.path("q/config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["bits"][0], serde_json::json!(["conv0", 16]));
+}
+
+#[test]
+fn texts_are_learnt_and_quantised() {
+    let desk = Desk::new(&Ptq);
+    let row = |i: usize| {
+        let word = ["splendid", "dreadful"][i % 2];
+        format!("{},\"a {word} film , number {i} of its kind\"\n", ["good", "bad"][i % 2])
+    };
+    desk.write("texts.csv", format!("label,text\n{}", (0..40).map(row).collect::<String>()));
+    desk.json(
+        "train --arch bert-s --width 0.125 --length 10 --batch 8 --lr 0.005 --data @texts.csv --steps 60 --out @m",
+    );
+    desk.json(
+        "quantize --model @m --calib @texts.csv --valid @texts.csv --calib-count 8 --examples 8 --probes 1 --no-pairs \
+         --target 0.9 --out @q",
+    );
+    let eval = desk.json("eval --model @q --data @texts.csv");
+    assert!(eval["accuracy"].as_f64().unwrap() > 0.6, "{eval}");
+    desk.json("predict --model @q --input @texts.csv --out @p.csv");
+    desk.assert_refused("train --arch resnet-s --data @texts.csv --out @x", "holds words");
+    desk.write("empty.csv", "label,text\ngood,\n");
+    desk.assert_refused("predict --model @q --input @empty.csv --out @e.csv", "row 1 has no text");
+    assert!(!desk.path("e.csv").exists());
+}
+
+#[test]
+fn arrays_and_perceptrons_give_the_reference_values() {
+    let desk = Desk::new(&Ptq);
+    let reference = arrays::read("tests/data/quantizers.npz".as_ref()).unwrap();
+    let column =
+        |name: &str| arrays::Column::F64(reference[name].shape.clone(), reference[name].values.clone());
+    arrays::write(&desk.path("w.npz"), &[("w", column("w/x"))]).unwrap();
+    desk.json("quant-array --input @w.npz --bits 4 --axis 0 --out @q.npz");
+    let found = arrays::read(&desk.path("q.npz")).unwrap();
+    assert_eq!(found["q"].values, reference["w/perch4_q"].values);
+    desk.json("quant-array --input @w.npz --bits 8 --scheme asym --out @q.npz");
+    let found = arrays::read(&desk.path("q.npz")).unwrap();
+    assert_eq!(found["q"].values, reference["w/asym8_q"].values);
+    arrays::write(&desk.path("bad.npz"), &[("w", arrays::Column::F64(vec![2], vec![1.0, f64::NAN]))])
+        .unwrap();
+    desk.assert_refused("quant-array --input @bad.npz --out @x.npz", "element 1 is NaN");
+    let result = desk.json("sensitivity-mlp --input %sensitivity_mlp.json --bits 8 --exact-trace");
+    let text = fs::read_to_string("tests/data/sensitivity_mlp.json").unwrap();
+    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let near = |a: &serde_json::Value, b: &serde_json::Value| {
+        (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-6
+    };
+    assert!((0..4).all(|l| near(&result["trace"][l], &expected["trace"][l])), "{result}");
+    desk.write("bad.json", text.replacen("\"Y\": [", "\"Y\": [7, ", 1));
+    desk.assert_refused("sensitivity-mlp --input @bad.json", "inputs X and");
+}

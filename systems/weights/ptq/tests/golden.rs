@@ -1,0 +1,196 @@
+//! Against values computed independently in double precision; see `tests/data/README.md`.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use kiln_core::random_stream;
+use kiln_ops::quantised::{
+    Affine, Bytes, Conv, ConvShape, Ends, Level, Panels, Product, Requantise, pack_nibbles, unpack_nibbles,
+};
+use kiln_ptq::fold::{BatchNorm, fold};
+use kiln_ptq::mlp::Mlp;
+use kiln_ptq::quantiser::{
+    Asymmetric, Calibrator, PERCENTILE, Rows, Symmetric, best_clip, largest_size, size_quantile,
+};
+use kiln_ptq::search::bisect;
+
+fn data(name: &str) -> PathBuf {
+    Path::new("tests/data").join(name)
+}
+
+/// Arrays of any type as doubles, which hold all of them exactly.
+fn arrays(name: &str) -> BTreeMap<String, Vec<f64>> {
+    kiln_ptq::arrays::read(&data(name))
+        .unwrap()
+        .into_iter()
+        .map(|(name, array)| (name, array.values))
+        .collect()
+}
+
+fn assert_close(what: &str, found: f64, expected: f64, tolerance: f64) {
+    assert!(
+        (found - expected).abs() <= tolerance * expected.abs().max(1e-300),
+        "{what}: {found}, should be {expected}"
+    );
+}
+
+fn whole(values: &[f64]) -> Vec<i32> {
+    values.iter().map(|&x| x as i32).collect()
+}
+
+#[test]
+fn quantisers_give_the_reference_scales_and_exactly_its_whole_numbers() {
+    let file = arrays("quantizers.npz");
+    for tensor in ["w", "act", "heavy", "one", "zeros"] {
+        let x = &file[&format!("{tensor}/x")];
+        for bits in [4, 8, 16] {
+            let of = |name: &str| &file[&format!("{tensor}/{}", name.replace('#', &bits.to_string()))];
+            let what = format!("{tensor} at {bits} bits");
+            let symmetric = Symmetric::of_range(largest_size(x), bits);
+            assert_close(&what, symmetric.scale, of("sym#_scale")[0], 1e-12);
+            let q: Vec<i32> = x.iter().map(|&x| symmetric.quantise(x)).collect();
+            assert_eq!(q, whole(of("sym#_q")), "{what}");
+            for (&q, &value) in q.iter().zip(of("sym#_deq")) {
+                assert_close(&what, symmetric.value(q), value, 1e-12);
+            }
+            let low = x.iter().copied().fold(0.0, f64::min);
+            let high = x.iter().copied().fold(0.0, f64::max);
+            let asymmetric = Asymmetric::of_range(low, high, bits);
+            assert_close(&what, asymmetric.scale, of("asym#_scale")[0], 1e-12);
+            assert_eq!(f64::from(asymmetric.zero), of("asym#_zero")[0], "{what}");
+            let q: Vec<i32> = x.iter().map(|&x| asymmetric.quantise(x)).collect();
+            assert_eq!(q, whole(of("asym#_q")), "{what}");
+            if tensor == "zeros" {
+                continue; // no cut is better than another
+            }
+            let (clip, error) = best_clip(x, bits);
+            assert_close(&what, clip, of("mse#_clip")[0], 1e-12);
+            assert_close(&what, error, of("mse#_mse")[0], 1e-9);
+        }
+    }
+    for bits in [4, 8] {
+        let rows = Rows::of(&file["w/x"], 5, bits, Calibrator::Minmax);
+        assert_eq!(rows.q, whole(&file[&format!("w/perch{bits}_q")]));
+        for (&found, &expected) in rows.scales.iter().zip(&file[&format!("w/perch{bits}_scale")]) {
+            assert_close("a row's scale", found, expected, 1e-12);
+        }
+    }
+    assert_close(
+        "quantile",
+        size_quantile(&file["heavy/x"], PERCENTILE),
+        file["heavy/pct99.9_clip"][0],
+        1e-12,
+    );
+}
+
+#[test]
+fn integer_convolution_and_product_match_bit_for_bit() {
+    let file = arrays("integer_ops.npz");
+    let number = |name: &str| file[name][0];
+    let shape = ConvShape {
+        channels: 3,
+        image: [7, 6],
+        outputs: 4,
+        kernel: [3, 3],
+        stride: [2, 2],
+        padding: [1, 1],
+        dilation: [1, 1],
+        groups: 1,
+    };
+    let x: Vec<u8> = file["conv_x"].iter().map(|&x| x as u8).collect();
+    let w: Vec<i8> = file["conv_w"].iter().map(|&w| w as i8).collect();
+    let (bias, zero) = (whole(&file["conv_bias"]), number("conv_zx") as u8);
+    let scales: Vec<f32> = file["conv_sw"].iter().map(|sw| (number("conv_sx") * sw) as f32).collect();
+    let to = Affine { scale: number("conv_sy") as f32, zero: number("conv_zy") as u8, most: 255 };
+    for level in Level::available() {
+        let conv = Conv::new(shape, &w).with_level(level);
+        let sums = conv.sums(&x, zero);
+        let with_bias: Vec<i32> = sums.iter().enumerate().map(|(at, sum)| sum + bias[at / 12 % 4]).collect();
+        assert_eq!(with_bias, whole(&file["conv_acc"]), "{level:?}");
+        let requantise = Requantise { scales: &scales, bias: &bias, ends: Ends::OPEN };
+        let y: Vec<i32> = conv.bytes(&x, zero, &requantise, &to).iter().map(|&y| y.into()).collect();
+        assert_eq!(y, whole(&file["conv_y"]), "{level:?}");
+    }
+
+    let [a, b] = ["i4_a", "i4_b"].map(|name| file[name].iter().map(|&x| x as i8).collect::<Vec<_>>());
+    let packed = pack_nibbles(&b, 19);
+    assert_eq!(packed.iter().map(|&byte| f64::from(byte)).collect::<Vec<_>>(), file["i4_b_packed"]);
+    assert_eq!(unpack_nibbles(&packed, 19), b);
+    let panels = Panels::from_rows(&b, 6, 19).with_nibbles();
+    for level in Level::available() {
+        let sums = Product::new(&Bytes::signed(&a, 19), &panels).with_level(level).sums();
+        assert_eq!(sums, whole(&file["i4_acc"]), "{level:?}");
+    }
+}
+
+#[test]
+fn a_folded_batch_norm_is_the_reference() {
+    let file = arrays("bn_fold.npz");
+    let (mut w, mut b) = (file["w"].clone(), file["b"].clone());
+    let norm = BatchNorm {
+        gamma: &file["gamma"],
+        beta: &file["beta"],
+        mean: &file["mean"],
+        variance: &file["var"],
+        epsilon: file["eps"][0],
+    };
+    let (factors, terms) = norm.affine();
+    fold(&mut w, &mut b, &factors, &terms);
+    for (found, expected) in w.iter().chain(&b).zip(file["w_fold"].iter().chain(&file["b_fold"])) {
+        assert!((found - expected).abs() <= 1e-12 * expected.abs().max(1.0), "{found}, should be {expected}");
+    }
+}
+
+#[test]
+fn sensitivities_of_the_perceptron_are_exact_and_the_estimate_is_near() {
+    let text = std::fs::read_to_string(data("sensitivity_mlp.json")).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let mlp: Mlp = serde_json::from_str(&text).unwrap();
+    mlp.check("the perceptron").unwrap();
+    let numbers = |value: &serde_json::Value| -> Vec<f64> {
+        value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    };
+    let near = |what: &str, found: &[f64], expected: &[f64], tolerance: f64| {
+        assert_eq!(found.len(), expected.len());
+        for (f, e) in found.iter().zip(expected) {
+            assert!((f - e).abs() <= tolerance * e.abs().max(1.0), "{what}: {f}, should be {e}");
+        }
+    };
+    near("loss", &[mlp.loss(&mlp.flat_weights())], &[expected["loss"].as_f64().unwrap()], 1e-12);
+    let traces = mlp.exact_traces();
+    near("trace", &traces, &numbers(&expected["trace"]), 1e-6);
+    // With 4096 probes the standard error of the smallest trace is 2 % itself: four times as many.
+    let estimate = mlp.estimated_traces(1 << 14, &mut random_stream(0, "probe", 0));
+    for (estimate, trace) in estimate.iter().zip(&traces) {
+        assert!((estimate / trace - 1.0).abs() < 0.03, "{estimate}, should be near {trace}");
+    }
+    for bits in [4, 8] {
+        let expected = &expected["bits"][bits.to_string()];
+        let (noise, single, pairs) = mlp.perturbations(bits);
+        near("noise", &noise, &numbers(&expected["err2"]), 1e-9);
+        near("single", &single, &numbers(&expected["single"]), 1e-9);
+        for (i, row) in pairs.iter().enumerate() {
+            near("pair", row, &numbers(&expected["pair"][i]), 1e-9);
+        }
+        let weights = mlp.flat_weights();
+        let score = |l: usize| traces[l] / weights[l].len() as f64 * noise[l];
+        near("hessian", &(0..4).map(score).collect::<Vec<_>>(), &numbers(&expected["hess"]), 1e-6);
+    }
+}
+
+#[test]
+fn bisection_looks_where_the_reference_looks() {
+    let text = std::fs::read_to_string(data("bisection.json")).unwrap();
+    let cases: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for case in cases.as_array().unwrap() {
+        let metric = case["metric_by_k"].as_array().unwrap();
+        let mut looked = Vec::new();
+        let k = bisect(metric.len() - 1, |k| {
+            looked.push(k);
+            Ok(metric[k].as_f64().unwrap() >= case["target"].as_f64().unwrap())
+        });
+        assert_eq!(k.unwrap(), case["k"].as_u64().unwrap() as usize);
+        assert_eq!(serde_json::json!(looked), case["evaluated"]);
+    }
+}
