@@ -1207,7 +1207,7 @@ fn run_mlp(args: &MlpArgs, cx: &Context) -> Result<()> {
 
 /// Seconds of the same network in floats, compiled: what a user would run otherwise.
 pub(crate) fn compiled_seconds(graph: &Graph, examples: &Examples, runs: usize) -> Result<f64> {
-    let mut executor = Executor::new(graph)?;
+    let mut executor = Executor::new(graph.clone())?;
     let inputs = [examples.batch(&[0])];
     Ok(timing(runs, || executor.run(&inputs).map(|_| ()))?.median)
 }
