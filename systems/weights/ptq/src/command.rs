@@ -1113,7 +1113,8 @@ fn run_compare(args: &CompareArgs, cx: &Context) -> Result<()> {
         let found: Vec<f32> = second.program.read_outputs(&mut values)[0].iter::<f32>().collect();
         compare(&mut outputs, &expected, &found);
     }
-    let decibels = |sums: &(f64, f64, f64)| 10.0 * (sums.0 / sums.1.max(1e-300)).log10();
+    // What is exactly the same counts as 200 dB.
+    let decibels = |sums: &(f64, f64, f64)| (10.0 * (sums.0 / sums.1.max(1e-300)).log10()).min(200.0);
     let rows: Vec<serde_json::Value> = program
         .units
         .iter()

@@ -55,7 +55,7 @@ impl Plan {
                 random: 2,
                 hessian: true,
                 calibration: 128,
-                sensitivity: (48, 2),
+                sensitivity: (32, 2),
                 runs: 50,
             },
             Scale::Full => Self {
