@@ -27,7 +27,7 @@ impl Graph {
         // panics then.
         let at = Cell::new(0);
         let wanted = self.outputs.iter().map(|output| output.tensor);
-        quiet::catch(|| self.interpret_from(&at, provided, wanted)).map_err(|found| {
+        quiet::catch_panic(|| self.interpret_from(&at, provided, wanted)).map_err(|found| {
             let operation =
                 self.operations.get(at.get()).and_then(|operation| name_and_attributes(operation).ok());
             let name = operation.map_or("the end".into(), |(name, _)| name);

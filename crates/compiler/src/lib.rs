@@ -24,4 +24,5 @@ pub use capture::capture;
 pub use cpu::{Executor, Footprint, StepKind};
 pub use graph::{Boundary, Graph};
 pub use onnx::{OnnxOptions, onnx_operators};
+pub use quiet::catch_panic;
 pub use rewrite::GraphPass;

@@ -13,7 +13,10 @@ thread_local! {
 ///
 /// The panic hook belongs to the whole process. It is wrapped once, and lets everything through but the panics of
 /// threads that are in this function, so other threads' faults are told as ever.
-pub(crate) fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+///
+/// # Errors
+/// What the panic said.
+pub fn catch_panic<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static WRAPPED: Once = Once::new();
     WRAPPED.call_once(|| {
         let usual = panic::take_hook();

@@ -81,7 +81,7 @@ impl Executor {
         }
         let kind = graph.kind.clone();
         // A graph from a file may claim shapes that its operands do not have.
-        quiet::catch(|| Self::compile(graph)).unwrap_or_else(|found| Err(misfit(&kind, &found)))
+        quiet::catch_panic(|| Self::compile(graph)).unwrap_or_else(|found| Err(misfit(&kind, &found)))
     }
 
     fn compile(mut graph: Graph) -> Result<Self> {
@@ -126,7 +126,7 @@ impl Executor {
         self.graph.check_inputs(inputs)?;
         let inputs: Vec<Values> = inputs.iter().cloned().filter_map(Values::of).collect();
         let kind = self.graph.kind.clone();
-        quiet::catch(|| {
+        quiet::catch_panic(|| {
             (0..self.steps.len()).try_for_each(|number| {
                 let begun = Instant::now();
                 self.run_step(number, &inputs)?;

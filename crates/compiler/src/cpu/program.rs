@@ -29,7 +29,7 @@ impl Graph {
         for pass in GraphPass::ALL {
             pass.apply(&mut self)?;
         }
-        quiet::catch(|| write_program(self)).unwrap_or_else(|found| {
+        quiet::catch_panic(|| write_program(self)).unwrap_or_else(|found| {
             Err(Error::work(format!("an operation of the graph does not fit its operands: {found}"))
                 .hint("the graph is damaged: export the model again"))
         })

@@ -46,7 +46,7 @@ impl Graph {
         let (quantised, replaced) = quantised::find(self);
         for (at, operation) in self.operations.iter().enumerate().filter(|(at, _)| !replaced.contains(at)) {
             // A damaged graph may have operands that no operation takes.
-            let written = quiet::catch(|| match quantised.get(&at) {
+            let written = quiet::catch_panic(|| match quantised.get(&at) {
                 Some(quantised) => writer.quantised(quantised, operation),
                 None => writer.write(operation),
             });

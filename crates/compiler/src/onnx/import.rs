@@ -72,7 +72,7 @@ fn import(bytes: &[u8], folder: Option<&Path>, options: &OnnxOptions, file: &str
     for at in order(&proto).map_err(wrong)? {
         let node = &proto.node[at];
         let called = called(node, at);
-        let results = quiet::catch(|| rules[at](&mut importer, node)).and_then(|results| results);
+        let results = quiet::catch_panic(|| rules[at](&mut importer, node)).and_then(|results| results);
         let results = results.map_err(|found| {
             let shapes = importer.shapes(node);
             wrong(format!("{called}: {found}")).hint(format!("its inputs are {shapes}"))

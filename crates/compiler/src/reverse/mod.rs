@@ -147,7 +147,7 @@ fn propagate(
         let fits =
             |e: String| Error::work(format!("operation {at} ({name}) of the {} graph: {e}", graph.kind));
         // A damaged graph may have operands that no operation takes.
-        let parts = quiet::catch(|| rules::gradients(builder, operation, &gradient)).map_err(&fits)?;
+        let parts = quiet::catch_panic(|| rules::gradients(builder, operation, &gradient)).map_err(&fits)?;
         match parts {
             None => without.entry(name).or_default().push(at),
             Some(parts) => {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_compiler::{Executor, Graph, capture};
+use kiln_compiler::{Executor, Graph, OnnxOptions, capture};
 use kiln_core::{Context, Error, HostTensor, ModelFolder, Plot, Result, TensorFile, write_atomic};
 use kiln_data::{ImageOptions, Images, write_npz};
 use kiln_nn::{TrainConfig, TrainRun, TrainSummary, initialise, likeliest};
@@ -152,8 +152,8 @@ struct Recipe {
 /// A trained network.
 #[derive(Debug, Args)]
 struct ModelArgs {
-    /// Folder of a network that `kiln ptq train` or `kiln export` wrote
-    #[arg(long, value_name = "DIR")]
+    /// Folder of a network that `kiln ptq train` or `kiln export` wrote, or an ONNX file
+    #[arg(long, value_name = "DIR|FILE.onnx")]
     model: PathBuf,
 }
 
@@ -538,7 +538,10 @@ impl Source {
             return Err(Error::input(path.display(), "holds a network that is quantised already")
                 .hint("quantise the network that it was made from"));
         }
-        let (graph, input, classes, white) = if path.join("graph.json").exists() {
+        let (graph, input, classes, white) = if path.extension().is_some_and(|extension| extension == "onnx")
+        {
+            (Graph::from_onnx(path, &OnnxOptions::default())?, None, Vec::new(), 1.0)
+        } else if path.join("graph.json").exists() {
             (Graph::load(path)?, None, Vec::new(), 1.0)
         } else {
             let kind = ModelFolder::new(path).kind()?;

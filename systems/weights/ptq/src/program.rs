@@ -11,7 +11,7 @@ use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind};
 use burn::tensor::{DType, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 use burn_router::TensorInterpreter;
-use kiln_compiler::{Boundary, Graph, GraphPass};
+use kiln_compiler::{Boundary, Graph, GraphPass, catch_panic};
 use kiln_core::{Error, Port, PortKind, Result};
 use kiln_ops::quantised::Ends;
 use kiln_ops::{Activation, activate, adaptive_avg_pool2d, layer_norm, softmax};
@@ -238,8 +238,7 @@ impl Program {
             .collect();
         let run = |program: &Self, inputs: &[TensorData]| -> Option<Vec<Vec<f32>>> {
             // Shapes that do not fit make Burn panic.
-            let run = std::panic::AssertUnwindSafe(|| program.run(inputs, ready));
-            let outputs = quietly(run)?.ok()?;
+            let outputs = catch_panic(|| program.run(inputs, ready)).ok()?.ok()?;
             Some(outputs.iter().map(|output| output.iter::<f32>().collect()).collect())
         };
         let Some(found) = run(many, &together) else { return false };
@@ -393,15 +392,6 @@ impl IrVisitorMut for ScaleFirst<'_> {
             tensor.shape = Shape::from(extents);
         }
     }
-}
-
-/// Runs something whose panic is expected, without a word about it.
-fn quietly<R>(work: impl FnOnce() -> R + std::panic::UnwindSafe) -> Option<R> {
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
-    let result = std::panic::catch_unwind(work);
-    std::panic::set_hook(hook);
-    result.ok()
 }
 
 fn random_input(input: &Boundary, rng: &mut impl rand::RngExt) -> TensorData {

@@ -2,7 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
+use std::path::Path;
 
+use burn::tensor::TensorData;
+use kiln_compiler::loops::{Buffer, Elements, write_buffers};
+use kiln_compiler::{Graph, OnnxOptions};
 use kiln_core::testing::Desk;
 use kiln_ptq::Ptq;
 use kiln_ptq::arrays;
@@ -181,4 +185,34 @@ fn arrays_and_perceptrons_give_the_reference_values() {
     assert!((0..4).all(|l| near(&result["trace"][l], &expected["trace"][l])), "{result}");
     desk.write("bad.json", text.replacen("\"Y\": [", "\"Y\": [7, ", 1));
     desk.assert_refused("sensitivity-mlp --input @bad.json", "inputs X and");
+}
+
+#[test]
+fn an_onnx_model_is_quantised_and_keeps_its_answers() {
+    let desk = Desk::new(&Ptq);
+    let onnx = Path::new("../../../crates/compiler/tests/data/tiny.onnx").canonicalize().unwrap();
+    // Striped images, labelled with the answers of the model itself.
+    let count = 24;
+    let pixel = |i: usize| ((i / 784 * 31 + i % 784 * (1 + i / 784 % 5)) % 97) as f32 / 48.0 - 1.0;
+    let x: Vec<f32> = (0..count * 784).map(pixel).collect();
+    let answer = |x: &[f32]| {
+        let data = TensorData::new(x.to_vec(), [1, 1, 28, 28]);
+        let graph = Graph::from_onnx(&onnx, &OnnxOptions::default()).unwrap();
+        let y: Vec<f32> = graph.run(&[data]).unwrap()[0].iter::<f32>().collect();
+        (0..y.len()).max_by(|a, b| y[*a].total_cmp(&y[*b])).unwrap() as i64
+    };
+    let y: Vec<i64> = x.chunks(784).map(answer).collect();
+    let arrays = [
+        ("x".to_string(), Buffer { shape: vec![count, 1, 28, 28], elements: Elements::F32(x) }),
+        ("y".to_string(), Buffer { shape: vec![count], elements: Elements::I64(y) }),
+    ];
+    write_buffers(&desk.path("data.npz"), &arrays.into()).unwrap();
+    let line = format!(
+        "quantize --model {} --calib @data.npz --valid @data.npz --examples 8 --probes 1 --no-pairs --target 0.9 --out @q",
+        onnx.display()
+    );
+    let result = desk.json(&line);
+    assert!(result["metric"].as_f64().unwrap() >= 0.9, "{result}");
+    assert!(result["at_8_bits"].as_u64().unwrap() + result["at_4_bits"].as_u64().unwrap() > 0, "{result}");
+    assert_eq!(desk.json("eval --model @q --data @data.npz")["accuracy"], result["metric"]);
 }
