@@ -8,7 +8,7 @@ use kiln_compiler::{Executor, Graph, capture};
 use kiln_core::{Network, Port, PortKind};
 use networks::{Example, Frozen};
 
-#[path = "../benches/networks.rs"]
+#[path = "../benches/networks/mod.rs"]
 mod networks;
 
 fn floats(data: &TensorData) -> Vec<f32> {

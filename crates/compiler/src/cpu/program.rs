@@ -631,9 +631,9 @@ impl Writer<'_> {
             stmts.push(store(&statistics, variance.clone(), deviation));
             stmts.extend(writer.each(width, LoopKind::Vectorized, |writer, j| {
                 let normalised = bin(BinOp::Div, centred(&j), load(&statistics, variance.clone()));
-                let scaled = bin(BinOp::Mul, normalised, writer.read(weight, &[j.clone()]));
+                let scaled = bin(BinOp::Mul, normalised, writer.read(weight, std::slice::from_ref(&j)));
                 let value = match bias {
-                    Some(bias) => bin(BinOp::Add, scaled, writer.read(bias, &[j.clone()])),
+                    Some(bias) => bin(BinOp::Add, scaled, writer.read(bias, std::slice::from_ref(&j))),
                     None => scaled,
                 };
                 vec![store(out, element(&j), value)]

@@ -260,7 +260,7 @@ impl Conv {
             let x = &x[batch * image + group * channels..][..channels];
             self.gather(x, zero, first, pixels, panels);
             let block = Block {
-                kind: Kind::UnsignedPanels,
+                kind: Kind::Unsigned,
                 rows: &self.rows[group * outputs * stride..],
                 row_count: outputs,
                 stride,

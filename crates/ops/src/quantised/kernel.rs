@@ -89,18 +89,18 @@ pub fn level() -> Level {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Unsigned rows, panels of signed bytes.
-    SignedPanels,
+    Signed,
     /// Unsigned rows, panels of signed numbers of four bits.
-    NibblePanels,
+    Nibbles,
     /// Signed rows, panels of unsigned bytes.
-    UnsignedPanels,
+    Unsigned,
 }
 
 impl Kind {
     /// Bytes that a panel takes a group.
     pub fn group_bytes(self) -> usize {
         match self {
-            Self::NibblePanels => PANEL * GROUP / 2,
+            Self::Nibbles => PANEL * GROUP / 2,
             _ => PANEL * GROUP,
         }
     }
@@ -173,9 +173,9 @@ fn sum(level: Level, kind: Kind, tile_size: (usize, usize), job: Job<'_>, tile: 
     macro_rules! by_size {
         ($function:ident: $(($rows:literal, $panels:literal)),+) => {
             match (tile_size, kind) {
-                $((($rows, $panels), Kind::SignedPanels) => $function::<$rows, $panels, SIGNED>(job, tile),
-                (($rows, $panels), Kind::NibblePanels) => $function::<$rows, $panels, NIBBLES>(job, tile),
-                (($rows, $panels), Kind::UnsignedPanels) => $function::<$rows, $panels, UNSIGNED>(job, tile),)+
+                $((($rows, $panels), Kind::Signed) => $function::<$rows, $panels, SIGNED>(job, tile),
+                (($rows, $panels), Kind::Nibbles) => $function::<$rows, $panels, NIBBLES>(job, tile),
+                (($rows, $panels), Kind::Unsigned) => $function::<$rows, $panels, UNSIGNED>(job, tile),)+
                 _ => unreachable!("no kernel for a tile of {tile_size:?}"),
             }
         };
@@ -206,7 +206,7 @@ fn portable(kind: Kind, (rows, panels): (usize, usize), job: Job<'_>, tile: &mut
             let stored = &job.panels[(panel * job.groups + group) * group_bytes..][..group_bytes];
             let mut bytes = [0u8; PANEL * GROUP];
             match kind {
-                Kind::NibblePanels => {
+                Kind::Nibbles => {
                     for (pair, &byte) in bytes.chunks_mut(2).zip(stored) {
                         pair[0] = ((byte << 4) as i8 >> 4) as u8;
                         pair[1] = (byte as i8 >> 4) as u8;
@@ -219,7 +219,7 @@ fn portable(kind: Kind, (rows, panels): (usize, usize), job: Job<'_>, tile: &mut
                 let sums = &mut tile[row * columns + panel * PANEL..][..PANEL];
                 for (sum, column) in sums.iter_mut().zip(bytes.chunks(GROUP)) {
                     for (&a, &b) in quad.iter().zip(column) {
-                        let (unsigned, signed) = if kind == Kind::UnsignedPanels { (b, a) } else { (a, b) };
+                        let (unsigned, signed) = if kind == Kind::Unsigned { (b, a) } else { (a, b) };
                         *sum += i32::from(unsigned) * i32::from(signed as i8);
                     }
                 }

@@ -55,7 +55,7 @@ impl Panels {
 
     fn empty(columns: usize, inner: usize) -> Self {
         let bytes = vec![0; columns.div_ceil(PANEL) * inner.div_ceil(GROUP) * PANEL * GROUP];
-        Self { kind: Kind::SignedPanels, bytes, columns, inner, sums: vec![0; columns] }
+        Self { kind: Kind::Signed, bytes, columns, inner, sums: vec![0; columns] }
     }
 
     /// The same in half the memory, for weights between -8 and 7; the kernels unpack them in their registers.
@@ -63,7 +63,7 @@ impl Panels {
     /// # Panics
     /// When a weight needs more than four bits.
     pub fn with_nibbles(self) -> Self {
-        if self.kind == Kind::NibblePanels {
+        if self.kind == Kind::Nibbles {
             return self;
         }
         let pair = |pair: &[u8]| {
@@ -73,7 +73,7 @@ impl Panels {
             );
             pair[0] & 15 | pair[1] << 4
         };
-        Self { kind: Kind::NibblePanels, bytes: self.bytes.chunks(2).map(pair).collect(), ..self }
+        Self { kind: Kind::Nibbles, bytes: self.bytes.chunks(2).map(pair).collect(), ..self }
     }
 
     /// How many columns.

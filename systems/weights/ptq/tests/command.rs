@@ -22,7 +22,7 @@ fn desk() -> Desk {
     let desk = Desk::new(&Ptq);
     let names: String = (0..36).map(|p| format!("p{p},")).collect();
     let pixel = |i: usize, p: usize| {
-        let bright = (p < 18) == (i % 2 == 0);
+        let bright = (p < 18) == i.is_multiple_of(2);
         (if bright { 200 } else { 20 }) + (i * 7 + p * 13) % 50
     };
     let row = |i: usize| {
