@@ -2,12 +2,15 @@
 in hypnettorch, and layers with one set of weights a sample.
 
 Prints one JSON object a line, {"name", "unit", "value"}; every value is the median of several repetitions after a
-warm-up. KILN_BENCH_ONLY=substring runs only the figures whose name contains it.
+warm-up. Memory is how far the resident set of a process that does nothing else rises above where it was before the networks
+were made. KILN_BENCH_ONLY=substring runs only the figures whose name contains it.
 """
 
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -16,6 +19,8 @@ from torch import nn
 
 THREADS = 2
 REPETITIONS = 21
+# Set for a process whose memory is measured: the name of its figure.
+MEMORY_VARIABLE = "KILN_BENCH_MEMORY"
 INPUTS, HIDDEN, CLASSES = 784, 126, 10
 WEIGHTS = INPUTS * HIDDEN + HIDDEN + HIDDEN * CLASSES + CLASSES
 CHUNK = 1000
@@ -124,21 +129,71 @@ def own_linears():
     return median_milliseconds(lambda: torch.autograd.grad(torch.bmm(x, w).sum(), [x, w]))
 
 
+FIGURES = {
+    f"generate {WEIGHTS} weights in chunks": generate,
+    f"training step, {WEIGHTS} weights in chunks": step,
+    f"generate {WEIGHTS} weights in chunks, hypnettorch": generate_published,
+    f"training step, {WEIGHTS} weights in chunks, hypnettorch": step_published,
+    "target forward, weights made before": cached,
+    "a convolution of its own for each of 64 images, fwd+bwd": own_convolutions,
+    "a linear layer of its own for each of 64 sets, fwd+bwd": own_linears,
+}
+
+# Of these the memory is measured as well.
+MEMORY = [
+    f"training step, {WEIGHTS} weights in chunks",
+    f"training step, {WEIGHTS} weights in chunks, hypnettorch",
+    "a convolution of its own for each of 64 images, fwd+bwd",
+    "a linear layer of its own for each of 64 sets, fwd+bwd",
+]
+
+
+def resident(field):
+    """VmRSS or VmHWM of this process in bytes. (ru_maxrss would begin with what the parent process used.)"""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+
+
+def peak_bytes(measure):
+    # Threads and libraries are there before the count begins.
+    small = nn.Linear(64, 64)
+    adam = torch.optim.Adam(small.parameters(), lr=1e-3)
+    F.cross_entropy(small(torch.randn(64, 64)), torch.zeros(64, dtype=torch.long)).backward()
+    adam.step()
+    try:
+        import hypnettorch.hnets  # noqa: F401
+    except ImportError:
+        pass  # only two of the figures need it
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # forgets the highest point so far
+    measure()
+    return resident("VmHWM") - before
+
+
+def peak_mebibytes_of_a_process(name):
+    environment = dict(os.environ, **{MEMORY_VARIABLE: name})
+    child = subprocess.run([sys.executable, __file__], env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return int(child.stdout) / 2**20
+
+
+def figures():
+    for name, measure in FIGURES.items():
+        yield name, "ms", measure
+    for name in MEMORY:
+        yield f"memory of {name}", "MiB", lambda: peak_mebibytes_of_a_process(name)
+
+
 def main():
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+    if name := os.environ.get(MEMORY_VARIABLE):
+        print(peak_bytes(FIGURES[name]))
+        return
     only = os.environ.get("KILN_BENCH_ONLY", "")
-    for name, measure in [
-        (f"generate {WEIGHTS} weights in chunks", generate),
-        (f"training step, {WEIGHTS} weights in chunks", step),
-        (f"generate {WEIGHTS} weights in chunks, hypnettorch", generate_published),
-        (f"training step, {WEIGHTS} weights in chunks, hypnettorch", step_published),
-        ("target forward, weights made before", cached),
-        ("a convolution of its own for each of 64 images, fwd+bwd", own_convolutions),
-        ("a linear layer of its own for each of 64 sets, fwd+bwd", own_linears),
-    ]:
+    for name, unit, measure in figures():
         if only in name:
-            print(json.dumps({"name": name, "unit": "ms", "value": round(measure(), 4)}), flush=True)
+            print(json.dumps({"name": name, "unit": unit, "value": round(measure(), 4)}), flush=True)
 
 
 if __name__ == "__main__":

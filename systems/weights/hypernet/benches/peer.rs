@@ -1,19 +1,24 @@
 //! The figures that `peer.py` measures in PyTorch, measured here; `cargo xtask bench hypernet` runs both sides in turn.
 //!
 //! Prints one JSON object a line, `{"name", "unit", "value"}`; every value is the median of several
-//! repetitions after a warm-up. `KILN_BENCH_ONLY=substring` runs only the figures whose name contains it.
+//! repetitions after a warm-up. Memory is how far the resident set of a process that does nothing else rises above
+//! where it was before the networks were made. `KILN_BENCH_ONLY=substring` runs only the figures whose name contains it.
 
 use std::hint::black_box;
+use std::process::Command;
 use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Distribution, Int, Tensor};
+use kiln_core::MemoryGauge;
 use kiln_hypernet::training::cross_entropy;
 use kiln_hypernet::{Arch, Condition, Conditioning, HyperNet, HyperNetConfig, OutputScheme, Target};
 use kiln_nn::{AdamW, functional};
 
 const REPETITIONS: usize = 21;
+/// Set for a process whose memory is measured: the name of its figure.
+const MEMORY_VARIABLE: &str = "KILN_BENCH_MEMORY";
 
 fn median_milliseconds(mut work: impl FnMut()) -> f64 {
     work();
@@ -101,19 +106,54 @@ fn own_linears() -> f64 {
 /// Milliseconds.
 type Measure = fn() -> f64;
 
+const FIGURES: [(&str, Measure); 7] = [
+    ("generate 100180 weights in chunks", generate),
+    ("training step, 100180 weights in chunks", step),
+    ("generate 100180 weights in chunks, hypnettorch", generate),
+    ("training step, 100180 weights in chunks, hypnettorch", step),
+    ("target forward, weights made before", cached),
+    ("a convolution of its own for each of 64 images, fwd+bwd", own_convolutions),
+    ("a linear layer of its own for each of 64 sets, fwd+bwd", own_linears),
+];
+
+/// Of these the memory is measured as well.
+const MEMORY: [&str; 4] = [
+    "training step, 100180 weights in chunks",
+    "training step, 100180 weights in chunks, hypnettorch",
+    "a convolution of its own for each of 64 images, fwd+bwd",
+    "a linear layer of its own for each of 64 sets, fwd+bwd",
+];
+
+/// Not a number where the system does not tell, which the comparison leaves out.
+fn peak_mebibytes(measure: Measure) -> f64 {
+    // Threads are there before the count begins.
+    functional::linear(random([2, 64, 64]), random([2, 64, 64]), None).into_data();
+    let peak = MemoryGauge::start().and_then(|gauge| gauge.peak(measure).1);
+    peak.map_or(f64::NAN, |peak| peak as f64 / f64::from(1 << 20))
+}
+
+fn peak_mebibytes_of_a_process(name: &str) -> f64 {
+    let program = std::env::current_exe().expect("the system knows the program");
+    let output = Command::new(program).env(MEMORY_VARIABLE, name).output().expect("it starts again");
+    String::from_utf8_lossy(&output.stdout).trim().parse().expect("it prints one number")
+}
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
+    if let Ok(name) = std::env::var(MEMORY_VARIABLE) {
+        let figure = FIGURES.iter().find(|(other, _)| *other == name);
+        return println!("{}", peak_mebibytes(figure.expect("memory is measured of a figure").1));
+    }
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();
-    let figures: [(&str, Measure); 7] = [
-        ("generate 100180 weights in chunks", generate),
-        ("training step, 100180 weights in chunks", step),
-        ("generate 100180 weights in chunks, hypnettorch", generate),
-        ("training step, 100180 weights in chunks, hypnettorch", step),
-        ("target forward, weights made before", cached),
-        ("a convolution of its own for each of 64 images, fwd+bwd", own_convolutions),
-        ("a linear layer of its own for each of 64 sets, fwd+bwd", own_linears),
-    ];
-    for (name, measure) in figures.into_iter().filter(|(name, _)| name.contains(&only)) {
-        println!("{}", serde_json::json!({ "name": name, "unit": "ms", "value": measure() }));
+    let show = |name: &str, unit: &str, measure: &dyn Fn() -> f64| {
+        if name.contains(&only) {
+            println!("{}", serde_json::json!({ "name": name, "unit": unit, "value": measure() }));
+        }
+    };
+    for (name, measure) in FIGURES {
+        show(name, "ms", &measure);
+    }
+    for name in MEMORY {
+        show(&format!("memory of {name}"), "MiB", &|| peak_mebibytes_of_a_process(name));
     }
 }

@@ -177,6 +177,21 @@ fn applications_run_on_tables_of_ones_own() {
     let effects = fs::read_to_string(desk.path("effects.csv")).unwrap();
     assert!(effects.starts_with("row,hypernetwork,TARNet,T-learner,S-learner\n1,"), "{effects}");
     assert_eq!(effects.lines().count(), 61);
+    let noisy = "app causal --data @trial.csv --treatment drug --outcome days --steps 3 --samples";
+    desk.json(&format!("{noisy} 4 --out @noisy.csv"));
+    let noisy_effects = fs::read_to_string(desk.path("noisy.csv")).unwrap();
+    assert!(
+        noisy_effects
+            .lines()
+            .next()
+            .unwrap()
+            .ends_with("hypernetwork with noise,hypernetwork with noise: deviation")
+    );
+    for (line, other) in noisy_effects.lines().zip(effects.lines()).skip(1) {
+        assert!(line.starts_with(other), "the others are what they are without noise");
+        assert!(line.rsplit(',').next().unwrap().parse::<f64>().unwrap() > 0.0, "draws differ");
+    }
+    desk.assert_refused(&format!("{noisy} 0 --out @no.csv"), "0 samples");
     desk.assert_refused("app causal --data @trial.csv --treatment x --outcome days", "no column \"x\"");
     desk.assert_refused(
         "app causal --data @trial.csv --treatment age --outcome days",

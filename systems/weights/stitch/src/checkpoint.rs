@@ -235,12 +235,12 @@ pub fn save_norms(folder: &ModelFolder, net: &SnNet<AnchorNet>) -> Result<()> {
 ///
 /// # Errors
 /// When they cannot be read or removed.
-pub fn take_norms(folder: &ModelFolder) -> Result<Option<TensorFile>> {
+pub fn take_norms(folder: &ModelFolder) -> Result<Option<Vec<u8>>> {
     let file = folder.file(NORMS_FILE);
     if !file.exists() {
         return Ok(None);
     }
-    let norms = TensorFile::read(&file)?;
+    let norms = std::fs::read(&file).map_err(Error::io("read", &file))?;
     std::fs::remove_file(&file).map_err(Error::io("remove", &file))?;
     Ok(Some(norms))
 }
@@ -268,17 +268,27 @@ pub fn open_untrained(path: &Path, cx: &Context) -> Result<(SnConfig, SnNet<Anch
     }
 }
 
-/// Reads a stitchable network.
+/// Reads a stitchable network whose networks share the statistics of batch norms, as they do in training.
 ///
 /// # Errors
 /// As [`open_untrained`], and when weights are missing or do not fit.
-pub fn open(path: &Path, cx: &Context) -> Result<(SnConfig, SnNet<AnchorNet>)> {
+pub fn open_shared(path: &Path, cx: &Context) -> Result<(SnConfig, SnNet<AnchorNet>)> {
     let (config, net) = open_untrained(path, cx)?;
-    let folder = ModelFolder::new(path);
-    let mut net = folder.weights()?.into_module(net)?;
-    let norms = folder.file(NORMS_FILE);
+    let net = ModelFolder::new(path).weights()?.into_module(net)?;
+    Ok((config, net))
+}
+
+/// Reads a stitchable network.
+///
+/// # Errors
+/// As [`open_shared`], and when statistics of batch norms are there but damaged.
+pub fn open(path: &Path, cx: &Context) -> Result<(SnConfig, SnNet<AnchorNet>)> {
+    let (config, mut net) = open_shared(path, cx)?;
+    let norms = ModelFolder::new(path).file(NORMS_FILE);
     if norms.exists() {
-        net.load_statistics(TensorFile::read(&norms)?, cx)?;
+        let hint = "compute the file anew with `kiln stitch calibrate`";
+        let file = TensorFile::read(&norms).map_err(|e| e.hint(hint))?;
+        net.load_statistics(file, cx).map_err(|e| e.hint(hint))?;
     }
     Ok((config, net))
 }

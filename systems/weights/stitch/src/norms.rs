@@ -180,7 +180,6 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
 
 fn damaged(file: &TensorFile, name: &str, what: &str) -> Error {
     Error::input(file.source().display(), format!("tensor \"{name}\" {what}"))
-        .hint("compute the file anew: delete it, then run kiln stitch calibrate")
 }
 
 impl<A: Anchor> Stitched<A> {

@@ -261,6 +261,11 @@ fn batch_norms_are_calibrated_after_training_and_on_demand() {
         file.write(&desk.path("m/norms.safetensors")).unwrap();
         desk.assert_refused("predict --model @m --data @data.csv --config 2 --out @p.csv", words);
     }
+    desk.write("m/norms.safetensors", "cut off");
+    let refusal = desk.refusal("predict --model @m --data @data.csv --config 2 --out @p.csv");
+    assert!(refusal.contains("norms.safetensors"), "{refusal}");
+    desk.json("calibrate --model @m --data @data.csv");
+    desk.json("predict --model @m --data @data.csv --config 2 --out @p.csv");
     let transformers = desk_with_model();
     transformers.assert_refused("calibrate --model @m --data @data.csv", "has no batch norms");
 }

@@ -3,7 +3,8 @@
 //! All learners see covariates x, treatment t and the outcome y of that treatment alone, and tell the outcomes of both;
 //! the effect is their difference. The *S-learner* has t among the covariates, the *T-learner* a network for each t,
 //! *TARNet* (Shalit et al., arXiv 1606.03976) a shared representation with a head for each t. Here a hypernetwork makes
-//! TARNet's heads from an embedding of t, so that they share what they have in common.
+//! TARNet's heads from an embedding of t, so that they share what they have in common. With noise beside the embedding
+//! the heads become a distribution, and every effect gets a deviation, as in [`uncertainty`](crate::apps::uncertainty).
 
 use std::path::Path;
 
@@ -14,16 +15,25 @@ use kiln_data::{Table, TableOptions};
 use rand::seq::SliceRandom;
 use rand::{Rng, RngExt};
 
+use crate::apps::uncertainty::nearest_log_distance;
 use crate::apps::{Findings, Spread};
-use crate::conditioning::{Condition, Conditioning};
+use crate::conditioning::{Condition, Conditioning, NoiseLaw};
 use crate::data::{interleaved, numbers};
 use crate::generator::Arch;
 use crate::hypernet::{HyperNet, HyperNetConfig, OutputScheme};
 use crate::target::Target;
-use crate::training::{Fit, Plain, fit_best, normal};
+use crate::training::{Fit, Plain, fit_best, normal, normals};
 
 /// Units in an optimisation step.
 const BATCH: usize = 100;
+/// Width of the noise.
+const NOISE: usize = 4;
+/// Draws of the noise in a step.
+const DRAWS: usize = 5;
+/// Standard deviation of the prior of a weight that depends on noise.
+const PRIOR: f64 = 0.3;
+/// Deviations on either side of a mean within which 95 % of a normal distribution lie.
+const NORMAL_95: f64 = 1.96;
 /// Columns that tell what a model must find out; never features unless named.
 const ANSWERS: [&str; 3] = ["y_cfactual", "mu0", "mu1"];
 
@@ -144,11 +154,15 @@ pub struct Config {
     pub steps: usize,
     /// Learning rate.
     pub lr: f64,
+    /// Draws of the noise that effects are the means of, where the heads are also made with noise.
+    pub samples: Option<usize>,
+    /// Factor of prior and entropy of weights that depend on noise; 1 is the variational bound itself.
+    pub temper: f64,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { hidden: 32, emb_dim: 4, chunk: 128, steps: 1000, lr: 2e-3 }
+        Self { hidden: 32, emb_dim: 4, chunk: 128, steps: 1000, lr: 2e-3, samples: None, temper: 1.0 }
     }
 }
 
@@ -222,11 +236,36 @@ impl Learner for HyperTarNet {
     }
 }
 
+/// The same with heads that also depend on noise: as many outcomes as there are draws.
+#[derive(Module, Debug)]
+struct NoisyTarNet {
+    representation: Plain,
+    heads: HyperNet,
+    #[module(skip)]
+    targets: [Target; 2],
+}
+
+impl NoisyTarNet {
+    /// Weights of both heads for every draw of the noise `[draws, NOISE]`: `[2 draws, N]`.
+    fn make_heads(&self, noise: Tensor<2>) -> Result<Tensor<2>> {
+        let [draws, width] = noise.dims();
+        let twice = noise.unsqueeze_dim::<3>(1).expand([draws, 2, width]).reshape([2 * draws, width]);
+        let tasks = (0..2 * draws).map(|set| set % 2).collect::<Vec<_>>();
+        Ok(self.heads.generate(&Condition { noise: Some(twice), ..Condition::tasks(tasks) })?.flat)
+    }
+
+    /// Outcomes `[2 draws, units]`.
+    fn outcomes(&self, heads: Tensor<2>, x: Tensor<3>) -> Tensor<2> {
+        both_heads(&self.targets, self.representation.theta.val(), heads, x)
+    }
+}
+
+/// Outcomes `[heads, units]` of heads that share a representation; every other one is that of the treated.
 fn both_heads(targets: &[Target; 2], representation: Tensor<2>, heads: Tensor<2>, x: Tensor<3>) -> Tensor<2> {
-    let [_, units, _] = x.dims();
+    let ([_, units, _], [count, _]) = (x.dims(), heads.dims());
     let shared = activation::relu(targets[0].forward(representation, x));
     let width = shared.dims()[2];
-    targets[1].forward(heads, shared.expand([2, units, width])).reshape([2, units])
+    targets[1].forward(heads, shared.expand([count, units, width])).reshape([count, units])
 }
 
 /// Effects of one learner on all units, and how well they agree with the truth where it is known.
@@ -238,10 +277,14 @@ pub struct Estimate {
     pub parameters: usize,
     /// Estimated effect on every unit.
     pub effects: Vec<f64>,
+    /// How far its draws lie apart, where there are several.
+    pub deviations: Option<Vec<f64>>,
     /// √PEHE on units that were trained or validated on, and on the others.
     pub pehe: Option<[f64; 2]>,
     /// Error of the average effect on the same.
     pub ate_error: Option<[f64; 2]>,
+    /// [`coverage`] of the test units, where effects have deviations.
+    pub coverage: Option<f64>,
 }
 
 /// `√mean((τ̂ - τ)²)` over some units.
@@ -252,6 +295,13 @@ pub fn root_pehe(found: &[f64], truth: &[f64], units: &[usize]) -> f64 {
 /// `|mean τ̂ - mean τ|` over some units.
 pub fn ate_error(found: &[f64], truth: &[f64], units: &[usize]) -> f64 {
     (units.iter().map(|&i| found[i] - truth[i]).sum::<f64>() / units.len() as f64).abs()
+}
+
+/// The share of some units whose true effect lies within 1.96 deviations of the estimated one: 0.95 where deviations
+/// are right.
+pub fn coverage(found: &[f64], deviations: &[f64], truth: &[f64], units: &[usize]) -> f64 {
+    let covers = |&&i: &&usize| (found[i] - truth[i]).abs() <= NORMAL_95 * deviations[i];
+    units.iter().filter(covers).count() as f64 / units.len() as f64
 }
 
 /// Data as the learners see them, split 63 / 27 / 10.
@@ -300,15 +350,21 @@ impl<'a> Prepared<'a> {
         Tensor::from_data(TensorData::new(rows, [1, units.len(), width]), &cx.device)
     }
 
-    /// Mean squared error of the outcomes that were seen.
-    fn loss(&self, learner: &impl Learner, units: &[usize], cx: &Context) -> Result<Tensor<1>> {
-        let both = learner.outcomes(self.covariates(units, cx))?;
+    /// Mean squared error of the outcomes that were seen, over all draws of `outcomes`, `[2 draws, units]`.
+    fn loss(&self, outcomes: Tensor<2>, units: &[usize], cx: &Context) -> Tensor<1> {
+        let (draws, count) = (outcomes.dims()[0] / 2, units.len());
         let seen = |arm: bool| units.iter().map(move |&i| f32::from(u8::from(self.units.treated[i] == arm)));
         let seen: Vec<f32> = seen(false).chain(seen(true)).collect();
-        let seen = Tensor::<2>::from_data(TensorData::new(seen, [2, units.len()]), &cx.device);
+        let seen = Tensor::<3>::from_data(TensorData::new(seen, [1, 2, count]), &cx.device);
         let y: Vec<f32> = units.iter().map(|&i| self.y[i]).collect();
-        let y = Tensor::<2>::from_data(TensorData::new(y, [1, units.len()]), &cx.device);
-        Ok(((both * seen).sum_dim(0) - y).square().mean())
+        let y = Tensor::<3>::from_data(TensorData::new(y, [1, 1, count]), &cx.device);
+        ((outcomes.reshape([draws, 2, count]) * seen).sum_dim(1) - y).square().mean()
+    }
+
+    /// Units of a step.
+    fn draw(&self, step: usize, cx: &Context) -> Vec<usize> {
+        let mut rng = cx.rng("causal batch", step as u64);
+        (0..BATCH).map(|_| self.train[rng.random_range(0..self.train.len())]).collect()
     }
 
     fn estimate<L: Learner>(
@@ -324,47 +380,122 @@ impl<'a> Prepared<'a> {
             schedule,
             cx,
             |learner, step| {
-                let mut rng = cx.rng("causal batch", step as u64);
-                let units: Vec<usize> =
-                    (0..BATCH).map(|_| self.train[rng.random_range(0..self.train.len())]).collect();
-                self.loss(learner, &units, cx)
+                let units = self.draw(step, cx);
+                Ok(self.loss(learner.outcomes(self.covariates(&units, cx))?, &units, cx))
             },
-            |learner| Ok(self.loss(learner, &self.valid, cx)?.into_scalar::<f32>().into()),
+            |learner| {
+                let outcomes = learner.outcomes(self.covariates(&self.valid, cx))?;
+                Ok(self.loss(outcomes, &self.valid, cx).into_scalar::<f32>().into())
+            },
         )?;
         let all: Vec<usize> = (0..self.y.len()).collect();
-        let both: Vec<f64> = learner.outcomes(self.covariates(&all, cx))?.into_data().iter::<f64>().collect();
-        let (without, with) = both.split_at(all.len());
-        let effects: Vec<f64> = with.iter().zip(without).map(|(b, a)| (b - a) * self.deviation).collect();
+        let effects = self.effects(learner.outcomes(self.covariates(&all, cx))?).swap_remove(0);
+        Ok(self.judge(name, learner.num_params(), effects, None))
+    }
+
+    /// The same for heads that depend on noise. The loss is a variational bound: the likelihood of the outcomes with the
+    /// variance of the residuals, a Gaussian prior on the heads' weights, and their entropy, which keeps the draws apart.
+    fn estimate_noisy(
+        &self,
+        name: &'static str,
+        learner: NoisyTarNet,
+        config: &Config,
+        samples: usize,
+        cx: &Context,
+    ) -> Result<Estimate> {
+        let schedule = Fit { steps: config.steps, lr: config.lr, validate_every: 20 };
+        let noise = |stream: &str, number: usize, draws| {
+            normals(draws, NOISE, &mut cx.rng(stream, number as u64), &cx.device)
+        };
+        let share = config.temper / self.train.len() as f64;
+        let learner = fit_best(
+            learner,
+            schedule,
+            cx,
+            |learner, step| {
+                let units = self.draw(step, cx);
+                let heads = learner.make_heads(noise("causal noise", step, DRAWS))?;
+                let numbers = 2 * heads.dims()[1];
+                let error =
+                    self.loss(learner.outcomes(heads.clone(), self.covariates(&units, cx)), &units, cx);
+                let prior = heads.clone().square().sum() / (2.0 * PRIOR * PRIOR * DRAWS as f64);
+                // Both heads of a draw are one point.
+                let entropy = nearest_log_distance(&heads.reshape([DRAWS, numbers])) * numbers as f64;
+                Ok(error.clamp_min(1e-9).log() * 0.5 + (prior - entropy) * share)
+            },
+            |learner| {
+                let heads = learner.make_heads(noise("causal validation", 0, DRAWS))?;
+                let outcomes = learner.outcomes(heads, self.covariates(&self.valid, cx));
+                Ok(self.loss(outcomes, &self.valid, cx).into_scalar::<f32>().into())
+            },
+        )?;
+        let all: Vec<usize> = (0..self.y.len()).collect();
+        let heads = learner.make_heads(noise("causal draws", 0, samples))?;
+        let draws = self.effects(learner.outcomes(heads, self.covariates(&all, cx)));
+        let over = |unit: usize, value: &dyn Fn(f64) -> f64| {
+            draws.iter().map(|draw| value(draw[unit])).sum::<f64>() / samples as f64
+        };
+        let effects: Vec<f64> = all.iter().map(|&unit| over(unit, &|effect| effect)).collect();
+        let deviation = |&unit: &usize| over(unit, &|effect| (effect - effects[unit]).powi(2)).sqrt();
+        let deviations = all.iter().map(deviation).collect();
+        Ok(self.judge(name, learner.num_params(), effects, Some(deviations)))
+    }
+
+    /// Effects of every draw of outcomes `[2 draws, units]`, in the outcome's own unit.
+    fn effects(&self, outcomes: Tensor<2>) -> Vec<Vec<f64>> {
+        let units = outcomes.dims()[1];
+        let outcomes: Vec<f64> = outcomes.into_data().iter::<f64>().collect();
+        let effects = |both: &[f64]| {
+            let (without, with) = both.split_at(units);
+            with.iter().zip(without).map(|(b, a)| (b - a) * self.deviation).collect()
+        };
+        outcomes.chunks(2 * units).map(effects).collect()
+    }
+
+    fn judge(
+        &self,
+        name: &'static str,
+        parameters: usize,
+        effects: Vec<f64>,
+        deviations: Option<Vec<f64>>,
+    ) -> Estimate {
         let within: Vec<usize> = self.train.iter().chain(&self.valid).copied().collect();
         let parts = [&within, &self.test];
         let truth = self.units.effects.as_ref();
-        Ok(Estimate {
+        let covered = |deviations: &Vec<f64>| Some(coverage(&effects, deviations, truth?, &self.test));
+        Estimate {
             learner: name,
-            parameters: learner.num_params(),
+            parameters,
             pehe: truth.map(|truth| parts.map(|units| root_pehe(&effects, truth, units))),
             ate_error: truth.map(|truth| parts.map(|units| ate_error(&effects, truth, units))),
+            coverage: deviations.as_ref().and_then(covered),
             effects,
-        })
+            deviations,
+        }
     }
 }
 
-/// Estimates the effects with all four learners; the hypernetwork's come first.
+/// Estimates the effects with all four learners; the hypernetwork's come first, and with noise last.
 ///
 /// # Errors
-/// When a training fails or is stopped.
+/// When a training fails or is stopped, or there are no samples.
 pub fn estimate(config: &Config, units: &Units, cx: &Context) -> Result<Vec<Estimate>> {
+    if config.samples == Some(0) {
+        return Err(Error::usage("0 samples have no mean").hint("raise --samples"));
+    }
     let prepared = Prepared::new(units, cx);
     let (width, hidden) = (units.width, config.hidden);
     let whole = |inputs: usize| Target::mlp(&[inputs, hidden, hidden, 1]);
     let targets = [Target::mlp(&[width, hidden, hidden]), Target::mlp(&[hidden, hidden, 1])];
     let representation = || Plain::new(&targets[0], 1, cx, "representation");
-    let hyper = HyperNetConfig::new(targets[1].spec()?)
-        .with_conditioning([Conditioning::Task { tasks: 2, dim: config.emb_dim }])
+    let task = Conditioning::Task { tasks: 2, dim: config.emb_dim };
+    let made = HyperNetConfig::new(targets[1].spec()?)
+        .with_conditioning([task.clone()])
         .with_scheme(OutputScheme::Chunk { chunk: config.chunk, emb_dim: 8 })
         .with_arch(Arch::Mlp(vec![hidden]));
     let hyper = HyperTarNet {
         representation: representation()?,
-        heads: hyper.draw(cx, "heads")?,
+        heads: made.draw(cx, "heads")?,
         targets: targets.clone(),
     };
     let tarnet = TarNet {
@@ -374,12 +505,22 @@ pub fn estimate(config: &Config, units: &Units, cx: &Context) -> Result<Vec<Esti
     };
     let t = TLearner { nets: Plain::new(&whole(width), 2, cx, "nets")?, target: whole(width) };
     let s = SLearner { net: Plain::new(&whole(width + 1), 1, cx, "nets")?, target: whole(width + 1) };
-    Ok(vec![
+    let mut estimates = vec![
         prepared.estimate("hypernetwork", hyper, config, cx)?,
         prepared.estimate("TARNet", tarnet, config, cx)?,
         prepared.estimate("T-learner", t, config, cx)?,
         prepared.estimate("S-learner", s, config, cx)?,
-    ])
+    ];
+    if let Some(samples) = config.samples {
+        let noise = Conditioning::Noise { dim: NOISE, law: NoiseLaw::Normal };
+        let noisy = NoisyTarNet {
+            representation: representation()?,
+            heads: made.with_conditioning([task, noise]).draw(cx, "heads")?,
+            targets,
+        };
+        estimates.push(prepared.estimate_noisy("hypernetwork with noise", noisy, config, samples, cx)?);
+    }
+    Ok(estimates)
 }
 
 /// The IHDP replications among the shared data, or one of the same kind that is drawn.
@@ -435,11 +576,19 @@ pub fn run(
             spread(&|e| Some(e.ate_error?[1])),
         ]);
     }
-    let notes = vec![format!(
+    let mut notes = vec![format!(
         "Effects: {} steps each, the weights with the lowest error of the seen outcomes on 27 % of the units; 10 % are for \
          tests. Effects themselves are used for nothing but the figures.",
         config.steps
     )];
+    let covered: Vec<f64> = all.iter().flatten().filter_map(|estimate| estimate.coverage).collect();
+    if !covered.is_empty() {
+        notes.push(format!(
+            "With noise: the true effect lies within 1.96 deviations of the mean over draws for a share of {} of the test \
+             units (0.95 would be right).",
+            Spread::of(&covered).text()
+        ));
+    }
     Ok((Findings { table, plots: Vec::new(), notes }, all))
 }
 
@@ -461,6 +610,9 @@ mod tests {
         let (found, truth) = ([1.0, 3.0, 9.0], [2.0, 1.0, 0.0]);
         assert!((root_pehe(&found, &truth, &[0, 1]) - 2.5f64.sqrt()).abs() < 1e-12);
         assert_eq!(ate_error(&found, &truth, &[0, 1]), 0.5);
+        // Errors of 1, 2 and 9 where 1.96, 1.96 and 0.2 are allowed.
+        assert_eq!(coverage(&found, &[1.0, 1.0, 0.1], &truth, &[0, 1]), 0.5);
+        assert_eq!(coverage(&found, &[1.0, 1.0, 0.1], &truth, &[0, 1, 2]), 1.0 / 3.0);
     }
 
     #[test]
@@ -472,5 +624,19 @@ mod tests {
         let treated = units.treated.iter().filter(|&&t| t).count();
         assert!((75..300).contains(&treated), "{treated}");
         assert_eq!(units.x.len(), 747 * 25);
+    }
+
+    /// With one draw the loss and the effects are those of a network without noise; with more they are its means.
+    #[test]
+    fn outcomes_of_several_draws_count_evenly() {
+        let cx = Context::for_tests("unused");
+        let units = Units::synthetic(&mut cx.rng("units", 0));
+        let prepared = Prepared::new(&units, &cx);
+        let draw = |number| normals(2, 3, &mut cx.rng("outcomes", number), &cx.device);
+        let loss = |outcomes| f64::from(prepared.loss(outcomes, &[0, 1, 2], &cx).into_scalar::<f32>());
+        let both = Tensor::cat(vec![draw(0), draw(1)], 0);
+        assert!((loss(both.clone()) - (loss(draw(0)) + loss(draw(1))) / 2.0).abs() < 1e-5);
+        let effects = prepared.effects(both);
+        assert_eq!(effects, [prepared.effects(draw(0)), prepared.effects(draw(1))].concat());
     }
 }

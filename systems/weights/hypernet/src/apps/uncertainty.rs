@@ -294,7 +294,7 @@ fn hyper(config: &Config, images: &Known, cx: &Context) -> Result<Predictions> {
 }
 
 /// The mean over draws of the logarithm of the distance to the nearest other draw.
-fn nearest_log_distance(theta: &Tensor<2>) -> Tensor<1> {
+pub(crate) fn nearest_log_distance(theta: &Tensor<2>) -> Tensor<1> {
     let [draws, _] = theta.dims();
     let square = theta.clone().square().sum_dim(1); // [draws, 1]
     let products = theta.clone().matmul(theta.clone().transpose());

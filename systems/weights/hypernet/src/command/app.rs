@@ -220,6 +220,9 @@ struct CausalArgs {
     /// Optimisation steps
     #[arg(long, default_value_t = 1000)]
     steps: usize,
+    /// Also make heads with noise, so that each effect has a deviation: over so many draws
+    #[arg(long, value_name = "DRAWS")]
+    samples: Option<usize>,
     /// CSV file for the effect on each unit of your table
     #[arg(long, requires = "data")]
     out: Option<PathBuf>,
@@ -227,7 +230,7 @@ struct CausalArgs {
 
 impl CausalArgs {
     fn run(&self, cx: &Context) -> Result<()> {
-        let config = causal::Config { steps: self.steps, ..causal::Config::default() };
+        let config = causal::Config { steps: self.steps, samples: self.samples, ..causal::Config::default() };
         let Some(path) = &self.data else {
             let (sets, what) = causal::bundled(self.replications as usize, cx)?;
             return show(&[causal::run(&config, &sets, &what, cx)?.0], None, cx);
@@ -235,10 +238,18 @@ impl CausalArgs {
         let units = causal::Units::read(path, &self.treatment, &self.outcome, &self.features)?;
         let (findings, all) = causal::run(&config, &[units], &path.display().to_string(), cx)?;
         if let Some(out) = &self.out {
-            let mut csv = format!("row,{}\n", all[0].iter().map(|e| e.learner).collect::<Vec<_>>().join(","));
+            let mut columns: Vec<(String, &Vec<f64>)> = Vec::new();
+            for estimate in &all[0] {
+                columns.push((estimate.learner.into(), &estimate.effects));
+                let deviations = estimate.deviations.as_ref();
+                columns.extend(deviations.map(|values| (format!("{}: deviation", estimate.learner), values)));
+            }
+            let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
+            let mut csv = format!("row,{}\n", names.join(","));
             for row in 0..all[0][0].effects.len() {
-                let effects: Vec<String> = all[0].iter().map(|e| format!("{:.6}", e.effects[row])).collect();
-                csv += &format!("{},{}\n", row + 1, effects.join(","));
+                let cells: Vec<String> =
+                    columns.iter().map(|(_, values)| format!("{:.6}", values[row])).collect();
+                csv += &format!("{},{}\n", row + 1, cells.join(","));
             }
             write_atomic(out, csv.as_bytes())?;
         }

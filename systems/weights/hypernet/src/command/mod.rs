@@ -64,7 +64,7 @@ The file's header holds the features' means and deviations, which inputs are to 
     /// An application that the review lists, beside its baselines
     #[command(after_help = "Examples:
   kiln hypernet app continual --task-pairs 0/1,2/3,4/5,6/7,8/9
-  kiln hypernet app causal --data trial.csv --treatment drug --outcome days --out effects.csv")]
+  kiln hypernet app causal --data trial.csv --treatment drug --outcome days --samples 50 --out effects.csv")]
     App(AppArgs),
     /// Recommend a kind of hypernetwork for a problem, or none
     #[command(after_help = "Example:

@@ -41,7 +41,7 @@ pub(super) struct CalibrateArgs {
 }
 
 pub(super) fn calibrate(args: &CalibrateArgs, cx: &Context) -> Result<()> {
-    let (config, mut net) = checkpoint::open(&args.model, cx)?;
+    let (config, mut net) = checkpoint::open_shared(&args.model, cx)?;
     let images = args.data.read_for(&config.interface, config.image(), true)?;
     net.calibrate(0..net.space().len(), &images, &config.interface.scaling, cx)?;
     let count = net.calibrated();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::module::Module;
 use clap::{Args, ValueEnum};
-use kiln_core::{Context, Error, ErrorKind, ModelFolder, Result, TensorFile};
+use kiln_core::{Context, Error, ErrorKind, ModelFolder, Result, TensorFile, write_atomic};
 use kiln_data::{ImageOptions, Images, read_tensors};
 use kiln_nn::{TrainConfig, TrainRun, TrainSummary};
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{DataArgs, read_anchors};
 use crate::anchor::Anchor;
 use crate::checkpoint::{
-    Interface, SnConfig, anchor_config, draw_anchor, open, open_anchor, open_untrained, save,
+    Interface, SnConfig, anchor_config, draw_anchor, open_anchor, open_shared, open_untrained, save,
     save_anchor_config, save_config, save_norms, take_norms,
 };
 use crate::data::{Batches, Scaling, sample, split};
@@ -577,7 +577,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         let images = read(&config.interface, config.image())?;
         (config, net, images)
     } else if let Some(from) = &args.from {
-        let (config, net) = open(from, cx)?;
+        let (config, net) = open_shared(from, cx)?;
         let images = read(&config.interface, config.image())?;
         (config, net, images)
     } else {
@@ -605,7 +605,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         train.len(),
         valid.len()
     ));
-    let net = if recipe.freeze_anchors { net.freeze_anchors() } else { net }.share_norms();
+    let net = if recipe.freeze_anchors { net.freeze_anchors() } else { net };
     let scaling = &config.interface.scaling;
     let mut task = JointTask {
         batches: Batches::new(&train, scaling, recipe.training.batch, cx),
@@ -622,7 +622,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
     if let (Err(error), Some(norms)) = (&trained, norms)
         && error.kind() == ErrorKind::Usage
     {
-        norms.write(&run.folder.file(NORMS_FILE))?;
+        write_atomic(&run.folder.file(NORMS_FILE), &norms)?;
     }
     let mut trained = trained?;
     let summary = run.finish(&trained, "nats per image")?;
