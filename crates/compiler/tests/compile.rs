@@ -325,6 +325,14 @@ fn convolutions_and_pools_are_loop_programs_too() {
             kiln_ops::max_pool2d(x, MaxPoolOptions::new([3, 2]).with_stride([2, 1]).with_padding([1, 0]))
         }),
         ("means of windows", |x| kiln_ops::avg_pool2d(x, AvgPoolOptions::new([3, 2]).with_padding([1, 1]))),
+        ("means of windows, rounded up", |x| {
+            let windows = AvgPoolOptions::new([3, 4]).with_stride([2, 3]).with_padding([1, 1]);
+            kiln_ops::avg_pool2d(x, windows.with_ceil_mode(true))
+        }),
+        ("means without padding, rounded up", |x| {
+            let windows = AvgPoolOptions::new([3, 4]).with_stride([2, 3]).with_padding([1, 1]);
+            kiln_ops::avg_pool2d(x, windows.with_count_include_pad(false).with_ceil_mode(true))
+        }),
         ("even means", |x| kiln_ops::adaptive_avg_pool2d(x, [3, 4])),
     ];
     for (what, layer) in cases {

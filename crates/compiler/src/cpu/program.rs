@@ -468,7 +468,13 @@ impl Writer<'_> {
                         inside(&places, extents, vec![store(out, to.clone(), larger)])
                     }
                     PoolKind::Mean { padding_counts: true } => {
-                        let mut all = vec![one];
+                        // Rounded up, a window may reach beyond the padding, which does not count.
+                        let before_end = |axis: usize| {
+                            let end = extents[axis] + windows.padding[axis];
+                            bin(BinOp::Lt, places[axis].clone(), int(end))
+                        };
+                        let cond = bin(BinOp::And, before_end(0), before_end(1));
+                        let mut all = vec![Stmt::If { cond, then: vec![one], otherwise: Vec::new() }];
                         all.extend(inside(&places, extents, vec![add_to(out, to.clone(), value)]));
                         all
                     }
@@ -476,7 +482,8 @@ impl Writer<'_> {
                 }
             }));
             if matches!(kind, PoolKind::Mean { .. }) {
-                let mean = bin(BinOp::Div, load(out, to.clone()), load(&count, Expr::I64(0)));
+                let size = bin(BinOp::Max, load(&count, Expr::I64(0)), float(1.0));
+                let mean = bin(BinOp::Div, load(out, to.clone()), size);
                 stmts.push(store(out, to, mean));
             }
             stmts
