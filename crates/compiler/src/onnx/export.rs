@@ -206,14 +206,19 @@ impl<'a> Writer<'a> {
         let shape = if found.axis.is_some() { vec![count] } else { vec![] };
         let name = format!("%quantised{}", self.temporaries);
         let scale = self.kept(format!("{name}_scale"), TensorData::new(found.scale.clone(), shape.clone()));
-        let zero = TensorData::new(found.zero.clone(), shape).convert_dtype(found.dtype);
-        let zero = self.kept(format!("{name}_zero"), zero);
+        let mut how = vec![scale];
+        // The standard knows no zero point of 32 bits.
+        if found.dtype != DType::I32 {
+            let zero = TensorData::new(found.zero.clone(), shape).convert_dtype(found.dtype);
+            how.push(self.kept(format!("{name}_zero"), zero));
+        }
         let axis: Vec<_> = found.axis.map(|axis| int("axis", axis as i64)).into_iter().collect();
+        let with = |x: String| std::iter::once(x).chain(how.iter().cloned()).collect();
         let mut x = self.name(found.x.id);
         if found.rounds {
-            x = self.node("QuantizeLinear", [&x, &scale, &zero], axis.clone());
+            x = self.node_of("QuantizeLinear", with(x), axis.clone());
         }
-        self.node("DequantizeLinear", [&x, &scale, &zero], axis);
+        self.node_of("DequantizeLinear", with(x), axis);
         last.outputs().next().is_some_and(|out| self.called(out))
     }
 
