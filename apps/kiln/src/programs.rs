@@ -7,7 +7,7 @@ use std::path::Path;
 use kiln::compiler::Graph;
 use kiln::compiler::loops::{
     Buffer, Checked, Outcome, Pass, Program, check, default_passes, interpret, read_buffers, to_wasm,
-    write_buffers,
+    to_wgsl, write_buffers,
 };
 use kiln::core::{Context, Error, Result, write_atomic};
 use serde_json::json;
@@ -43,10 +43,22 @@ fn build(prepared: &Prepared, target: Target, out: &Path, cx: &Context) -> Resul
         .map_err(|e| Error::work("cannot write the program").caused_by(e))?;
     write_atomic(&file("program.json"), &json)?;
     write_atomic(&file("program.txt"), program.to_string().as_bytes())?;
-    let mut written = vec!["program.json", "program.txt"];
+    let mut written = vec!["program.json".to_string(), "program.txt".into()];
     if !constants.is_empty() {
         write_buffers(&file("constants.npz"), constants)?;
-        written.push("constants.npz");
+        written.push("constants.npz".into());
+    }
+    if target == Target::Wgsl {
+        let shaders = to_wgsl(program, checked)?;
+        for (number, kernel) in shaders.kernels.iter().enumerate() {
+            let name = format!("kernel{number}.wgsl");
+            write_atomic(&file(&name), kernel.text.as_bytes())?;
+            written.push(name);
+        }
+        let plan = serde_json::to_vec_pretty(&shaders)
+            .map_err(|e| Error::work("cannot write the plan").caused_by(e))?;
+        write_atomic(&file("plan.json"), &plan)?;
+        written.push("plan.json".into());
     }
     if target == Target::Wasm {
         let module = to_wasm(program, checked)?;
@@ -59,7 +71,7 @@ fn build(prepared: &Prepared, target: Target, out: &Path, cx: &Context) -> Resul
         let layout = json!({ "params": params, "memory": module.memory, "assertions": module.assertions });
         write_atomic(&file("module.wasm"), &module.bytes)?;
         write_atomic(&file("layout.json"), layout.to_string().as_bytes())?;
-        written.extend(["module.wasm", "layout.json"]);
+        written.extend(["module.wasm".into(), "layout.json".into()]);
     }
     cx.emit(&json!({ "out": out, "files": written }), |_| {
         format!("{} in {}\n", written.join(", "), out.display())
@@ -80,6 +92,10 @@ fn run(
     let outcome: Outcome = match target {
         Target::Interp => interpret(&program, &checked, &arrays, max_steps)?,
         Target::Wasm => to_wasm(&program, &checked)?.run(&arrays)?,
+        Target::Wgsl => {
+            return Err(Error::usage("Kiln runs no shaders itself")
+                .hint("`kiln compile build --target wgsl` writes them, with a plan, for WebGPU"));
+        }
     };
     let results =
         outcome.map_err(|trap| Error::work(format!("the program \"{}\" trapped: {trap}", program.name)))?;

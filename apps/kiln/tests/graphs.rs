@@ -420,6 +420,17 @@ fn programs_are_compiled_and_run_from_the_command_line() {
     refused(here, "compile run --program bad.txt --inputs in.npz --out trap.npz", "trapped: out of bounds");
     assert!(!here.join("trap.npz").exists());
     std::fs::write(here.join("worse.txt"), program.replace("max", "mox")).unwrap();
+    succeed(here, "compile build --program relu.txt --target wgsl --out shaders");
+    let shader = std::fs::read_to_string(here.join("shaders/kernel0.wgsl")).unwrap();
+    assert!(shader.contains("@compute") && shader.contains("max(b0["), "{shader}");
+    let plan: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(here.join("shaders/plan.json")).unwrap()).unwrap();
+    assert_eq!(plan["kernels"][0]["bindings"], serde_json::json!([0, 1]), "{plan}");
+    refused(
+        here,
+        "compile run --program relu.txt --target wgsl --inputs in.npz --out x.npz",
+        "runs no shaders",
+    );
     refused(here, "compile build --program worse.txt --out x", "not \"mox\"");
     refused(here, "compile build --program relu.txt --passes fly --out x", "there are: simplify");
     refused(here, "compile build --program none.txt --out x", "none.txt");

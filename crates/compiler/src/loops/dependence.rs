@@ -8,15 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::check::{Checked, Step};
 use super::program::{BinOp, Expr, For, Program, Stmt};
+use super::ranges::Range;
 
 /// A whole number as a sum of multiples of variables and a constant; the constant's name is empty.
 type Affine = BTreeMap<String, i64>;
 
 /// A larger step from turn to turn could come round to an earlier index where integers wrap.
 const MOST_STEP: u64 = 1 << 31;
-
-/// The lowest and the highest value of a variable.
-type Range = (i64, i64);
 
 /// The variables, by their places, of those of the wanted loops whose turns are independent.
 pub(super) fn independent_loops(

@@ -6,8 +6,7 @@
 //! operation is rounded to its type, nothing is contracted or reassociated, `min` and `max` propagate NaN and put -0
 //! below +0. Division of an integer by zero, an index out of bounds and an assertion that does not hold end a program
 //! with a [`Trap`]; `and`, `or` of truth values and `select` compute what they need only. A [`Pass`] makes a program into
-//! another that does the same, [`to_wasm`] a WebAssembly module, [`to_wgsl`]
-//! compute shaders.
+//! another that does the same, [`to_wasm`] a WebAssembly module, [`to_wgsl`] compute shaders.
 
 mod buffer;
 mod check;

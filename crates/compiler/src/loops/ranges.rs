@@ -1,8 +1,10 @@
-//! Which values whole numbers of a program can have, so that a target leaves out checks that cannot fail
+//! Which values 64-bit whole numbers of a program can have, so that a target leaves out checks that cannot fail
 //! (`bounds-check-elision`).
+//!
+//! Nothing is known of 32-bit numbers, which wrap earlier than these ranges are computed.
 
 use super::check::{Checked, Code};
-use super::program::{BinOp, ScalarType};
+use super::program::BinOp;
 use super::value::Value;
 
 /// The lowest and the highest value.
@@ -82,14 +84,12 @@ impl Ranges {
         }
         match code {
             Code::Constant(Value::I64(value)) => Some((*value, *value)),
-            Code::Constant(Value::I32(value)) => Some((i64::from(*value), i64::from(*value))),
             Code::Variable(place) => self.variables[*place],
             Code::Binary(op, operands) => self.of_binary(*op, self.of(&operands.0)?, self.of(&operands.1)?),
             Code::Select(parts) => {
                 let (a, b) = (self.of(&parts.1)?, self.of(&parts.2)?);
                 Some((a.0.min(b.0), a.1.max(b.1)))
             }
-            Code::Cast(ScalarType::I64, a) => self.of(a),
             _ => None,
         }
     }
@@ -99,7 +99,7 @@ impl Ranges {
             BinOp::Add => Some((a.0.checked_add(b.0)?, a.1.checked_add(b.1)?)),
             BinOp::Sub => Some((a.0.checked_sub(b.1)?, a.1.checked_sub(b.0)?)),
             BinOp::Mul => {
-                let corner = |x: i64, y: i64| x.checked_mul(y);
+                let corner = i64::checked_mul;
                 let corners = [corner(a.0, b.0)?, corner(a.0, b.1)?, corner(a.1, b.0)?, corner(a.1, b.1)?];
                 Some((*corners.iter().min()?, *corners.iter().max()?))
             }

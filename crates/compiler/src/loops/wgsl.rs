@@ -214,7 +214,7 @@ impl Writer<'_> {
         for (number, turn) in loops.iter().enumerate().rev() {
             let Turn { variable, min, extent } = turn;
             let value = if number == 0 { rest.clone() } else { format!("({rest} % {extent}u)") };
-            kernel.line(&format!("let v{variable} = i32({value}) + {min};"));
+            kernel.line(&format!("let v{variable} = i32({value}) + ({min});"));
             rest = format!("({rest} / {extent}u)");
         }
         body.iter().try_for_each(|step| kernel.step(step))?;
@@ -620,7 +620,7 @@ impl Kernel<'_, '_> {
     /// One of two values, of which only that one is computed.
     fn either(&mut self, condition: &str, yes: &Code, no: &Code) -> Result<String> {
         let ty = value_type(self.type_of(yes));
-        let (name, before) = (self.temporary(), self.lines.len());
+        let name = self.temporary();
         self.indent += 1;
         let [yes, no] = [yes, no].map(|part| {
             let begun = self.lines.len();
@@ -628,7 +628,6 @@ impl Kernel<'_, '_> {
             Ok((self.lines.split_off(begun), text))
         });
         self.indent -= 1;
-        debug_assert_eq!(before, self.lines.len());
         let ((first, yes), (second, no)) = (yes?, no?);
         if first.is_empty() && second.is_empty() {
             return Ok(format!("select({no}, {yes}, {condition})"));

@@ -709,21 +709,24 @@ impl<'a> Writer<'a> {
             }
             outputs.push(described(&name, output));
         }
+        // Numbers of operations that another stands for are read no more.
+        let read: BTreeSet<&String> = self.nodes.iter().flat_map(|node| &node.input).collect();
         let constants = self.graph.constants.iter().map(|(id, data)| (self.name(*id), data));
         let numbers = self.numbers.iter().map(|(name, data)| (name.clone(), data));
-        let initializer = constants.chain(numbers).map(|(name, data)| {
-            let data_type = file_type(data.dtype()).ok_or_else(|| {
-                Error::work(format!("a constant of type {:?} cannot be written as ONNX", data.dtype()))
-            })?;
-            let dims = data.shape().iter().map(|&size| size as i64).collect();
-            Ok(TensorProto {
-                dims,
-                data_type,
-                name,
-                raw_data: data.as_bytes().to_vec(),
-                ..TensorProto::default()
-            })
-        });
+        let initializer =
+            constants.chain(numbers).filter(|(name, _)| read.contains(name)).map(|(name, data)| {
+                let data_type = file_type(data.dtype()).ok_or_else(|| {
+                    Error::work(format!("a constant of type {:?} cannot be written as ONNX", data.dtype()))
+                })?;
+                let dims = data.shape().iter().map(|&size| size as i64).collect();
+                Ok(TensorProto {
+                    dims,
+                    data_type,
+                    name,
+                    raw_data: data.as_bytes().to_vec(),
+                    ..TensorProto::default()
+                })
+            });
         let initializer = initializer.collect::<Result<_>>()?;
         let input = self.graph.inputs.iter().map(|input| described(&input.port.name, input)).collect();
         Ok(GraphProto {

@@ -185,10 +185,13 @@ impl Quantised {
     /// When a file is missing or damaged; names what is wrong.
     pub fn open(path: &Path) -> Result<Self> {
         let folder = ModelFolder::new(path);
+        if folder.kind()? == KIND && !is_quantised(path) {
+            return Err(Error::input(path.display(), "holds a network that is not quantised")
+                .hint("`kiln ptq quantize` makes a quantised one of it"));
+        }
         let config: Config = folder.config(KIND)?;
         let file = folder.file(UNITS);
-        let text = std::fs::read(&file)
-            .map_err(|e| Error::io("read", &file)(e).hint("`kiln ptq quantize` writes such a folder"))?;
+        let text = std::fs::read(&file).map_err(Error::io("read", &file))?;
         let document: Document = serde_json::from_slice(&text).map_err(|e| {
             Error::input(file.display(), "does not describe the units of a network").caused_by(e)
         })?;

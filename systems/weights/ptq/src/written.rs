@@ -32,7 +32,10 @@ impl Quantised {
     /// # Errors
     /// When the network cannot take so many examples at once.
     pub fn to_graph(&self, batch: usize) -> Result<Graph> {
-        let program = self.program.with_batch(batch.max(1), &self.ready).ok_or_else(|| {
+        if batch == 0 {
+            return Err(Error::usage("a network for 0 examples at once").hint("it takes at least one"));
+        }
+        let program = self.program.with_batch(batch, &self.ready).ok_or_else(|| {
             Error::usage(format!("the network does not mean the same for {batch} examples at once"))
                 .hint("write it for one")
         })?;

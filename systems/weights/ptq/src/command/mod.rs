@@ -66,7 +66,9 @@ The search goes on where it was interrupted when the same command is given again
     /// Write a quantised network as an ONNX file, or as a graph for Kiln's compiler
     #[command(after_help = "Examples:
   kiln ptq export --model q/ --to q.onnx              QuantizeLinear and DequantizeLinear around every unit
-  kiln ptq export --model q/ --batch 32 --to graph/   for `kiln graph run` and `kiln compile`")]
+  kiln ptq export --model q/ --batch 32 --to graph/   for `kiln graph run` and `kiln compile`
+On x86 processors without VNNI, ONNX Runtime's integer kernels overflow unless the session is given
+session.x64quantprecision=1.")]
     Export(ExportArgs),
     /// Measure how sensitive every unit is
     #[command(after_help = "Example:
