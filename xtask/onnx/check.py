@@ -95,7 +95,7 @@ def exported(name, *training):
     compare(np.load(here / "out.npz"), runtime((here / "model.onnx").read_bytes(), inputs))
 
 
-def quantised(bits):
+def quantised_network(bits):
     """A network that Kiln quantised, by its own kernels and by ONNX Runtime's, as it is written and fused."""
     here = FOLDER / "quantised" / bits
     here.mkdir(parents=True, exist_ok=True)
@@ -348,4 +348,4 @@ for name, model, inputs, dims in networks():
 for name, training in TRAINED.items():
     check(f"trained {name}", lambda: exported(name, *training))
 for bits in ("16,8", "16,8,4"):
-    check(f"quantised {bits}", lambda: quantised(bits))
+    check(f"quantised {bits}", lambda: quantised_network(bits))
