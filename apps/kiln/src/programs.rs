@@ -37,41 +37,44 @@ struct Prepared {
 /// Writes a program as its target has it, beside the text and the JSON of what the passes made of it.
 fn build(prepared: &Prepared, target: Target, out: &Path, cx: &Context) -> Result<()> {
     let Prepared { program, checked, constants } = prepared;
-    fs::create_dir_all(out).map_err(Error::io("create", out))?;
-    let file = |name: &str| out.join(name);
-    let json = serde_json::to_vec_pretty(program)
-        .map_err(|e| Error::work("cannot write the program").caused_by(e))?;
-    write_atomic(&file("program.json"), &json)?;
-    write_atomic(&file("program.txt"), program.to_string().as_bytes())?;
-    let mut written = vec!["program.json".to_string(), "program.txt".into()];
-    if !constants.is_empty() {
-        write_buffers(&file("constants.npz"), constants)?;
-        written.push("constants.npz".into());
-    }
-    if target == Target::Wgsl {
-        let shaders = to_wgsl(program, checked)?;
-        for (number, kernel) in shaders.kernels.iter().enumerate() {
-            let name = format!("kernel{number}.wgsl");
-            write_atomic(&file(&name), kernel.text.as_bytes())?;
-            written.push(name);
+    let failed = |e| Error::work("cannot write the program as JSON").caused_by(e);
+    // Everything is made before anything is written.
+    let mut files: Vec<(String, Vec<u8>)> = vec![
+        ("program.json".into(), serde_json::to_vec_pretty(program).map_err(failed)?),
+        ("program.txt".into(), program.to_string().into_bytes()),
+    ];
+    match target {
+        Target::Interp => {}
+        Target::Wasm => {
+            let module = to_wasm(program, checked)?;
+            let params = program.params.iter().zip(&module.offsets);
+            let params: Vec<_> = params
+                .map(|(param, offset)| {
+                    json!({ "name": param.name, "dtype": param.dtype, "shape": param.shape, "io": param.io, "offset": offset })
+                })
+                .collect();
+            let layout =
+                json!({ "params": params, "memory": module.memory, "assertions": module.assertions });
+            files.push(("module.wasm".into(), module.bytes));
+            files.push(("layout.json".into(), layout.to_string().into_bytes()));
         }
-        let plan = serde_json::to_vec_pretty(&shaders)
-            .map_err(|e| Error::work("cannot write the plan").caused_by(e))?;
-        write_atomic(&file("plan.json"), &plan)?;
-        written.push("plan.json".into());
+        Target::Wgsl => {
+            let shaders = to_wgsl(program, checked)?;
+            let kernels = shaders.kernels.iter().enumerate();
+            files.extend(
+                kernels.map(|(number, kernel)| {
+                    (format!("kernel{number}.wgsl"), kernel.text.clone().into_bytes())
+                }),
+            );
+            files.push(("plan.json".into(), serde_json::to_vec_pretty(&shaders).map_err(failed)?));
+        }
     }
-    if target == Target::Wasm {
-        let module = to_wasm(program, checked)?;
-        let params = program.params.iter().zip(&module.offsets);
-        let params: Vec<_> = params
-            .map(|(param, offset)| {
-                json!({ "name": param.name, "dtype": param.dtype, "shape": param.shape, "io": param.io, "offset": offset })
-            })
-            .collect();
-        let layout = json!({ "params": params, "memory": module.memory, "assertions": module.assertions });
-        write_atomic(&file("module.wasm"), &module.bytes)?;
-        write_atomic(&file("layout.json"), layout.to_string().as_bytes())?;
-        written.extend(["module.wasm".into(), "layout.json".into()]);
+    fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    files.iter().try_for_each(|(name, bytes)| write_atomic(&out.join(name), bytes))?;
+    let mut written: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    if !constants.is_empty() {
+        write_buffers(&out.join("constants.npz"), constants)?;
+        written.push("constants.npz");
     }
     cx.emit(&json!({ "out": out, "files": written }), |_| {
         format!("{} in {}\n", written.join(", "), out.display())

@@ -431,6 +431,10 @@ fn programs_are_compiled_and_run_from_the_command_line() {
         "compile run --program relu.txt --target wgsl --inputs in.npz --out x.npz",
         "runs no shaders",
     );
+    std::fs::write(here.join("wide.txt"), program.replace("f32[5]", "f64[5]").replace("0.0f32", "0.0f64"))
+        .unwrap();
+    refused(here, "compile build --program wide.txt --target wgsl --out wide", "holds f64");
+    assert!(!here.join("wide").exists());
     refused(here, "compile build --program worse.txt --out x", "not \"mox\"");
     refused(here, "compile build --program relu.txt --passes fly --out x", "there are: simplify");
     refused(here, "compile build --program none.txt --out x", "none.txt");
