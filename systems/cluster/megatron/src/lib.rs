@@ -12,17 +12,18 @@
 //! Whatever the layout, the result is that of one rank ([`model`]), but for rounding. [`perf`] tells how long an iteration
 //! takes on a given cluster and searches the best division.
 
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
 mod attention;
+pub mod checkpoint;
+mod command;
 pub mod data;
 mod dropout;
 pub mod embedding;
 pub mod executor;
+mod experiment;
+pub mod figures;
 pub mod layers;
 pub mod layout;
+mod log;
 pub mod model;
 pub mod optimiser;
 pub mod parameters;
@@ -36,7 +37,20 @@ pub mod trace;
 pub mod trainer;
 
 use std::path::Path;
-use kiln_core::{Card, Context, Network, Report, Result, Scale, System};
+
+use clap::{CommandFactory, FromArgMatches};
+use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
+
+pub use embedding::{VocabParallelEmbedding, vocab_parallel_cross_entropy};
+pub use executor::PipelineExecutor;
+pub use layers::{ColumnParallelLinear, RowParallelLinear};
+pub use layout::ParallelLayout;
+pub use model::{Gpt, GptConfig};
+pub use perf::{Cluster, GptShape, PerfModel, Plan, plan};
+pub use ranks::Ranks;
+pub use schedule::{Kind, Operation, Schedule};
+pub use trace::Trace;
+pub use trainer::{TrainOptions, Trainer};
 
 /// The system, as the binary sees it.
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +59,7 @@ pub struct Megatron;
 impl System for Megatron {
     fn card(&self) -> Card {
         Card {
-            slug: "megatron",
+            slug: checkpoint::KIND,
             family: "cluster",
             title: "Megatron",
             paper: "Deepak Narayanan et al., \"Efficient Large-Scale Language Model Training on GPU Clusters Using \
@@ -56,8 +70,26 @@ impl System for Megatron {
             purpose: "Train a language model on many ranks; choose how to divide one over a cluster",
         }
     }
-    fn command(&self) -> clap::Command { clap::Command::new("megatron") }
-    fn execute(&self, _: &clap::ArgMatches, _: &Context) -> Result<()> { Ok(()) }
-    fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> { Ok(Report::new(self.card(), scale, cx.seed)) }
-    fn network(&self, _: &Path, _: &Context) -> Result<Box<dyn Network>> { Err(kiln_core::Error::usage("none")) }
+
+    fn command(&self) -> clap::Command {
+        command::Command::command()
+    }
+
+    fn execute(&self, args: &clap::ArgMatches, cx: &Context) -> Result<()> {
+        let command = command::Command::from_arg_matches(args).map_err(|e| Error::usage(e.to_string()))?;
+        command.run(cx)
+    }
+
+    fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> {
+        experiment::run(self.card(), scale, cx)
+    }
+
+    fn network(&self, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {
+        Ok(Box::new(checkpoint::Trained::open(model, cx)?))
+    }
 }
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use kiln_cluster::Op;
+use kiln_cluster::{Op, chunk};
 use kiln_core::{Error, Result};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -46,18 +46,11 @@ impl<T: Real> Moments<T> {
     /// Zeros, for all parameters or for this rank's share.
     pub fn new(parameters: usize, distributed: bool, ranks: &Ranks) -> Self {
         let range = match distributed {
-            true => share(parameters, ranks.data.rank(), ranks.data.size()),
+            true => chunk(parameters, ranks.data.size(), ranks.data.rank()),
             false => 0..parameters,
         };
         Self { first: vec![T::ZERO; range.len()], second: vec![T::ZERO; range.len()], range }
     }
-}
-
-/// The part of `len` elements that a rank has when they are divided evenly; the first ranks have one more of what is left.
-pub(crate) fn share(len: usize, rank: usize, ranks: usize) -> Range<usize> {
-    let (each, more) = (len / ranks, len % ranks);
-    let first = rank * each + rank.min(more);
-    first..first + each + usize::from(rank < more)
 }
 
 /// Completes the gradients: adds up those of the word embedding of first and last stage, and those of all data-parallel
@@ -83,7 +76,7 @@ pub fn reduce_gradients<T: Real>(
         return Ok(());
     }
     if distributed {
-        let mine = share(parameters.gradients.len(), data.rank(), data.size());
+        let mine = chunk(parameters.gradients.len(), data.size(), data.rank());
         let mut sums = vec![T::ZERO; mine.len()];
         data.reduce_scatter(&parameters.gradients, &mut sums, Op::Sum)?;
         parameters.gradients[mine].copy_from_slice(&sums);
@@ -185,7 +178,7 @@ impl AdamW {
         }
         if !whole {
             let (size, len) = (ranks.data.size(), parameters.values.len());
-            let counts: Vec<usize> = (0..size).map(|rank| share(len, rank, size).len()).collect();
+            let counts: Vec<usize> = (0..size).map(|rank| chunk(len, size, rank).len()).collect();
             let mine = parameters.values[moments.range.clone()].to_vec();
             ranks.data.all_gather_v(&mine, &counts, &mut parameters.values)?;
         }

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor};
 use rand_distr::{Distribution, Normal};
 use serde::{Deserialize, Serialize};
 
-use kiln_core::{HostTensor, random_stream};
+use kiln_core::random_stream;
 
 use crate::layout::ParallelLayout;
 use crate::model::GptConfig;
@@ -288,10 +288,4 @@ impl<T: Real> Parameters<T> {
     pub fn device(&self) -> &Device {
         &self.device
     }
-}
-
-/// A parameter of one rank as a tensor of a file, in the order of the flat memory.
-pub(crate) fn to_host<T: Real>(spec: &Spec, values: &[T]) -> HostTensor {
-    let values = values[spec.range.clone()].iter().map(|&x| x.wide() as f32).collect();
-    HostTensor::float(spec.shape.clone(), values)
 }
