@@ -156,11 +156,11 @@ fn report_equality(report: &mut Report, scale: Scale, cx: &Context) -> Result<()
                 *worst = worst.max(found);
             }
             let mut cells = [t, p, d, v].map(|n| n.to_string()).to_vec();
-            cells.push(kind_name(kind).into());
+            cells.push(kind.name().into());
             cells.extend(found.map(|difference| format!("{difference:.1e}")));
             cells.push(single.pipe_bytes.to_string());
             table.row(cells);
-            plot = plot.series(format!("t {t}, p {p}, d {d}, v {v}, {}", kind_name(kind)), points(&single.losses));
+            plot = plot.series(format!("t {t}, p {p}, d {d}, v {v}, {}", kind.name()), points(&single.losses));
         }
     }
     report.tables.push(table);
@@ -173,14 +173,6 @@ fn report_equality(report: &mut Report, scale: Scale, cx: &Context) -> Result<()
         report.claims.push(Claim::new(name, "strict optimiser semantics", measured, unit, Threshold::AtMost(limit)));
     }
     scatter_gather(report, cx)
-}
-
-fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Gpipe => "GPipe",
-        Kind::OneForwardOneBackward => "1F1B",
-        Kind::Interleaved => "interleaved",
-    }
 }
 
 /// Part 1, continued: activations in shares are the same activations, and a t-th of the bytes.
@@ -233,7 +225,7 @@ fn report_bubbles(report: &mut Report) -> Result<()> {
                         p.to_string(),
                         m.to_string(),
                         schedule.chunks.to_string(),
-                        kind_name(schedule.kind).into(),
+                        schedule.kind.name().into(),
                         format!("{measured:.4}"),
                         format!("{:.4}", schedule.bubble()),
                         schedule.peak_in_flight(0).to_string(),
@@ -309,7 +301,7 @@ fn report_interleaving(report: &mut Report, scale: Scale, cx: &Context) -> Resul
         let course = train::<f32>(&config, &layout, &options, &tokens, steps, cx)?;
         let formula = Schedule::new(kind, 2, 2, v)?.bubble();
         table.row([
-            kind_name(kind).to_string(),
+            kind.name().to_string(),
             v.to_string(),
             format!("{:.1}", 1e3 * course.seconds),
             format!("{:.2}", course.bubble),

@@ -216,11 +216,18 @@ pub struct Gpt {
     pub final_ln: LayerNorm,
 }
 
-/// Keys and values of the tokens read so far, each `[batch, heads, time, head_dim]`, one pair a layer.
+/// The tokens read so far, and their keys and values, each `[batch, heads, time, head_dim]`, one pair a layer.
 #[derive(Debug, Clone)]
 pub struct GptState {
-    position: usize,
+    ids: Option<Tensor<2, Int>>,
     layers: Vec<Option<[Tensor<4>; 2]>>,
+}
+
+impl GptState {
+    /// Tokens that are in view.
+    fn position(&self) -> usize {
+        self.ids.as_ref().map_or(0, |ids| ids.dims()[1])
+    }
 }
 
 impl GptAttention {
@@ -263,30 +270,59 @@ impl LanguageModel for Gpt {
     }
 
     fn initial_state(&self, _: usize, _: &Device) -> GptState {
-        GptState { position: 0, layers: vec![None; self.layers.len()] }
+        GptState { ids: None, layers: vec![None; self.layers.len()] }
     }
 
-    /// Positions beyond `max_seq` are read with the last position's vector: the network has learned no others.
+    /// Where a text grows beyond the positions that the network has learned, the later half of what it has read is read
+    /// again from the first position, and what was before is forgotten.
     fn forward_with_state(&self, ids: Tensor<2, Int>, mut state: GptState) -> (Tensor<3>, GptState) {
-        let [batch, time] = ids.dims();
-        let positions = self.embedding.position.val();
-        let [rows, hidden] = positions.dims();
-        let known = rows.saturating_sub(state.position).min(time);
-        let mut read = vec![positions.clone().narrow(0, state.position.min(rows - known), known)];
-        if known < time {
-            read.push(positions.narrow(0, rows - 1, 1).repeat_dim(0, time - known));
+        let time = ids.dims()[1];
+        let mut logits = Vec::new();
+        let mut at = 0;
+        while at < time {
+            if state.position() == self.max_seq() {
+                state = self.forget(state);
+            }
+            let piece = (self.max_seq() - state.position()).min(time - at);
+            let read = if piece == time { ids.clone() } else { ids.clone().narrow(1, at, piece) };
+            logits.push(self.read(read, &mut state));
+            at += piece;
         }
-        let read = if known == 0 { read.remove(1) } else if known < time { Tensor::cat(read, 0) } else { read.remove(0) };
+        let logits = if logits.len() == 1 { logits.remove(0) } else { Tensor::cat(logits, 1) };
+        (logits, state)
+    }
+}
+
+impl Gpt {
+    /// The state after the later half of what a full one has read.
+    fn forget(&self, state: GptState) -> GptState {
+        let mut fresh = GptState { ids: None, layers: vec![None; self.layers.len()] };
+        let keep = self.max_seq() / 2;
+        if let Some(ids) = state.ids.filter(|_| keep > 0) {
+            let time = ids.dims()[1];
+            self.read(ids.narrow(1, time - keep, keep), &mut fresh);
+        }
+        fresh
+    }
+
+    /// Reads tokens for which there are positions.
+    fn read(&self, ids: Tensor<2, Int>, state: &mut GptState) -> Tensor<3> {
+        let [batch, time] = ids.dims();
+        let hidden = self.embedding.word.dims()[1];
         let word = self.embedding.word.val();
-        let mut x = embedding(word.clone(), ids) + read.unsqueeze::<3>();
+        let positions = self.embedding.position.val().narrow(0, state.position(), time);
+        let mut x = embedding(word.clone(), ids.clone()) + positions.unsqueeze::<3>();
         for (layer, cache) in self.layers.iter().zip(&mut state.layers) {
             x = x.clone() + layer.attention.forward(layer.ln1.forward(x), cache);
             let inner = layer.mlp.fc1.forward_activated(layer.ln2.forward(x.clone()), Activation::GeluTanh);
             x = x + layer.mlp.fc2.forward(inner);
         }
+        state.ids = Some(match state.ids.take() {
+            Some(before) => Tensor::cat(vec![before, ids], 1),
+            None => ids,
+        });
         let x = self.final_ln.forward(x).reshape([batch * time, hidden]);
-        let logits = matmul(x, word.clone().transpose()).reshape([batch, time, word.dims()[0]]);
-        state.position += time;
-        (logits, state)
+        let rows = word.dims()[0];
+        matmul(x, word.transpose()).reshape([batch, time, rows])
     }
 }

@@ -53,6 +53,27 @@ pub enum Kind {
     Interleaved,
 }
 
+impl Kind {
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gpipe => "GPipe",
+            Self::OneForwardOneBackward => "1F1B",
+            Self::Interleaved => "interleaved 1F1B",
+        }
+    }
+}
+
+/// `1F1B: 2 ranks, 4 micro-batches, 1 chunk`
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counted = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+        let parts = [(self.pipeline, "rank"), (self.micro_batches, "micro-batch"), (self.chunks, "chunk")];
+        let [ranks, micro_batches, chunks] = parts.map(|(count, what)| counted(count, what));
+        write!(f, "{}: {ranks}, {}, {chunks}", self.kind.name(), micro_batches.replace("batchs", "batches"))
+    }
+}
+
 /// A schedule for every rank of a pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Schedule {

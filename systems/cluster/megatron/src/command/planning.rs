@@ -54,15 +54,7 @@ impl ScheduleArgs {
         }
         let trace = Trace::simulate(&schedule, self.forward, self.backward)?;
         if let Some(path) = &self.svg {
-            let title = format!(
-                "{}: {} ranks, {} micro-batches, {} chunk{}",
-                kind_name(self.kind),
-                self.pipeline,
-                self.microbatches,
-                self.chunks,
-                if self.chunks == 1 { "" } else { "s" }
-            );
-            write_atomic(path, trace.to_svg(&title).as_bytes())?;
+            write_atomic(path, trace.to_svg(&schedule.to_string()).as_bytes())?;
         }
         let orders: Vec<Vec<String>> = (0..self.pipeline)
             .map(|rank| schedule.operations(rank).iter().map(ToString::to_string).collect())
@@ -88,14 +80,6 @@ impl ScheduleArgs {
                 schedule.bubble()
             )
         })
-    }
-}
-
-fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Gpipe => "GPipe",
-        Kind::OneForwardOneBackward => "1F1B",
-        Kind::Interleaved => "Interleaved 1F1B",
     }
 }
 

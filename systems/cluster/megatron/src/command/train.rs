@@ -433,10 +433,7 @@ impl TrainArgs {
             return Ok(None);
         }
         let schedule = *trainer.schedule();
-        let title = format!(
-            "Step {}: {:?}, {} pipeline ranks, {} micro-batches, {} chunks",
-            self.steps, schedule.kind, schedule.pipeline, schedule.micro_batches, schedule.chunks
-        );
+        let title = format!("Step {} of {schedule}", self.steps);
         write_atomic(&self.out.join("schedule.svg"), trace.to_svg(&title).as_bytes())?;
         Ok(Some(Summary {
             model: self.out.clone(),
