@@ -105,7 +105,7 @@ fn all_kinds_of_text_are_read() {
     desk.assert_refused(&train("--tokens @rows.npy --steps 3").replacen("--steps 2", "", 1), "expected at least [3, 4, 17]");
     desk.write("cut.npy", &npy(&[1, 2, 3], "(200,)"));
     desk.assert_refused(&train("--data @cut.npy"), "cut.npy");
-    desk.assert_refused(&train("--data @a.txt --init @m --hidden 32"), "--hidden is 32, but the network of --init has 16");
+    desk.assert_refused("train --data @a.txt --out @n --init @m --hidden 32 --seq 16", "--hidden is 32, but the network of --init has 16");
     desk.write("latin.txt", [b'a', 0xe9, b'b']);
     desk.assert_refused(&train("--data @latin.txt --tokenizer char"), "is not UTF-8");
 }
