@@ -52,7 +52,13 @@ impl Heads {
     }
 
     /// The probabilities are in memory here, as some of them are dropped.
-    fn with_dropout<T: Real>(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, dropout: &DropoutKey) -> Tensor<4> {
+    fn with_dropout<T: Real>(
+        &self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        dropout: &DropoutKey,
+    ) -> Tensor<4> {
         let Self { batch, time, dim, layer, .. } = *self;
         let device = q.device().inner();
         let shape = [batch, self.heads.len(), time, time];

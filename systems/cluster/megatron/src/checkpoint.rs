@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kiln_core::{Context, Error, HostTensor, ModelFolder, Network, Port, PortKind, Result, TensorFile, write_atomic};
+use kiln_core::{
+    Context, Error, HostTensor, ModelFolder, Network, Port, PortKind, Result, TensorFile, write_atomic,
+};
 use kiln_data::Tokenizer;
 use kiln_nn::LanguageModel;
 use serde::{Deserialize, Serialize};
@@ -75,15 +77,21 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 fn floats<'a>(file: &'a TensorFile, name: &str) -> Result<&'a [f32]> {
-    file.get(name)
-        .and_then(HostTensor::as_floats)
-        .ok_or_else(|| Error::input(file.source().display(), format!("tensor \"{name}\" is missing or no floats")))
+    file.get(name).and_then(HostTensor::as_floats).ok_or_else(|| {
+        Error::input(file.source().display(), format!("tensor \"{name}\" is missing or no floats"))
+    })
 }
 
 impl Whole {
     /// A network with its first parameters.
     pub fn initial(config: &GptConfig, seed: u64) -> Self {
-        Self { config: config.clone(), layout: None, progress: None, weights: config.initial(seed), moments: None }
+        Self {
+            config: config.clone(),
+            layout: None,
+            progress: None,
+            weights: config.initial(seed),
+            moments: None,
+        }
     }
 
     /// Reads a model folder, or a checkpoint after checking the sum of every file.
@@ -97,8 +105,11 @@ impl Whole {
         }
         let config = read_config(&folder)?;
         if folder.config_value()?.get("layout").is_some() {
-            return Err(Error::input(path.display(), "is a checkpoint that was never finished: COMPLETE is missing")
-                .hint("use an earlier checkpoint"));
+            return Err(Error::input(
+                path.display(),
+                "is a checkpoint that was never finished: COMPLETE is missing",
+            )
+            .hint("use an earlier checkpoint"));
         }
         let weights = folder.weights()?;
         check_weights(&config, &weights)?;
@@ -131,7 +142,8 @@ impl Whole {
         config.layout.check(&config.network)?;
         let mut take = |name: String| {
             let path = folder.file(&name);
-            let bytes = files.remove(&name).ok_or_else(|| Error::input(path.display(), "is missing in COMPLETE"))?;
+            let bytes =
+                files.remove(&name).ok_or_else(|| Error::input(path.display(), "is missing in COMPLETE"))?;
             TensorFile::from_bytes(&bytes, path)
         };
         let mut parts = Vec::new();
@@ -180,8 +192,12 @@ impl Whole {
         let cut = |file: &TensorFile| -> Result<Vec<T>> {
             let mut all: Vec<T> = Vec::with_capacity(trainer.parameters.values.len());
             for spec in &trainer.parameters.specs {
-                let values = widened::<T>(file, &spec.name)
-                    .ok_or_else(|| Error::input(file.source().display(), format!("the state of \"{}\" is missing", spec.name)))?;
+                let values = widened::<T>(file, &spec.name).ok_or_else(|| {
+                    Error::input(
+                        file.source().display(),
+                        format!("the state of \"{}\" is missing", spec.name),
+                    )
+                })?;
                 all.extend(spec.cut(&values, tensor, ranks));
             }
             Ok(all[range.clone()].to_vec())
@@ -214,7 +230,10 @@ impl Whole {
             let split = |file: &TensorFile, prefix: &str, part: &mut TensorFile| -> Result<()> {
                 for spec in &specs {
                     let values = spec.cut(floats(file, &spec.name)?, tensor, layout.tensor);
-                    part.insert(format!("{prefix}{}", spec.name), HostTensor::float(spec.shape.clone(), values));
+                    part.insert(
+                        format!("{prefix}{}", spec.name),
+                        HostTensor::float(spec.shape.clone(), values),
+                    );
                 }
                 Ok(())
             };
@@ -270,10 +289,14 @@ fn check_weights(config: &GptConfig, weights: &TensorFile) -> Result<()> {
     let names = config.names();
     for (name, shape) in &names {
         let found = weights.get(name).ok_or_else(|| {
-            Error::input(&place, format!("tensor \"{name}\" is missing")).hint("is it the file of another network?")
+            Error::input(&place, format!("tensor \"{name}\" is missing"))
+                .hint("is it the file of another network?")
         })?;
         let values = found.as_floats().filter(|_| found.shape == *shape).ok_or_else(|| {
-            Error::input(&place, format!("tensor \"{name}\" has the shape {:?}, expected floats {shape:?}", found.shape))
+            Error::input(
+                &place,
+                format!("tensor \"{name}\" has the shape {:?}, expected floats {shape:?}", found.shape),
+            )
         })?;
         if let Some(at) = values.iter().position(|x| !x.is_finite()) {
             return Err(Error::input(&place, format!("tensor \"{name}\" is {} at {at}", values[at])));
@@ -298,7 +321,11 @@ fn write_part(
 }
 
 /// Writes `config.json` and then the list that makes the checkpoint valid.
-fn complete(folder: &ModelFolder, config: &CheckpointConfig, mut sums: BTreeMap<String, String>) -> Result<()> {
+fn complete(
+    folder: &ModelFolder,
+    config: &CheckpointConfig,
+    mut sums: BTreeMap<String, String>,
+) -> Result<()> {
     folder.save_config(KIND, config)?;
     let path = folder.file("config.json");
     sums.insert("config.json".into(), sha256(&fs::read(&path).map_err(Error::io("read", &path))?));
@@ -357,7 +384,8 @@ fn whole_moments<T: Real>(trainer: &Trainer<T>) -> Result<[Vec<T>; 2]> {
     if moments.range.len() == len {
         return Ok([moments.first.clone(), moments.second.clone()]);
     }
-    let counts: Vec<usize> = (0..data.size()).map(|rank| kiln_cluster::chunk(len, data.size(), rank).len()).collect();
+    let counts: Vec<usize> =
+        (0..data.size()).map(|rank| kiln_cluster::chunk(len, data.size(), rank).len()).collect();
     let mut whole = [vec![T::ZERO; len], vec![T::ZERO; len]];
     data.all_gather_v(&moments.first, &counts, &mut whole[0])?;
     data.all_gather_v(&moments.second, &counts, &mut whole[1])?;
@@ -372,7 +400,10 @@ fn insert<T: Real>(file: &mut TensorFile, prefix: &str, specs: &[Spec], values: 
 }
 
 /// The sums of all ranks' files, on the first rank.
-fn gather_sums<T: Real>(trainer: &Trainer<T>, sums: BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
+fn gather_sums<T: Real>(
+    trainer: &Trainer<T>,
+    sums: BTreeMap<String, String>,
+) -> Result<BTreeMap<String, String>> {
     const LEN: usize = 512;
     let world = &trainer.ranks.world;
     let mut text = serde_json::to_vec(&sums).map_err(|e| Error::work("cannot write JSON").caused_by(e))?;
@@ -381,8 +412,8 @@ fn gather_sums<T: Real>(trainer: &Trainer<T>, sums: BTreeMap<String, String>) ->
     world.gather(&text, &mut all, 0)?;
     let mut together = BTreeMap::new();
     for part in all.chunks_exact(LEN) {
-        let part: BTreeMap<String, String> =
-            serde_json::from_slice(part).map_err(|e| Error::work("a rank sent no list of files").caused_by(e))?;
+        let part: BTreeMap<String, String> = serde_json::from_slice(part)
+            .map_err(|e| Error::work("a rank sent no list of files").caused_by(e))?;
         together.extend(part);
     }
     Ok(together)
@@ -465,7 +496,10 @@ impl Trained {
             _ => inside,
         };
         if whole.config.tokenizer != "bytes" && !folder.file("tokenizer.json").exists() {
-            return Err(Error::input(folder.path().display(), "has no tokenizer.json, which config.json asks for"));
+            return Err(Error::input(
+                folder.path().display(),
+                "has no tokenizer.json, which config.json asks for",
+            ));
         }
         let tokenizer = Tokenizer::open(&folder)?;
         let model = whole.weights.into_module(whole.config.empty(&cx.device))?;
@@ -516,8 +550,9 @@ pub fn read_gpt2(path: &Path) -> Result<Whole> {
         let found = value.get(key).and_then(Value::as_u64).map(|n| n as usize);
         found.ok_or_else(|| Error::input(place.display(), format!("has no number \"{key}\"")))
     };
-    let mut config = GptConfig::new(number("n_layer")?, number("n_embd")?, number("n_head")?, number("vocab_size")?)
-        .with_max_seq(number("n_positions")?);
+    let mut config =
+        GptConfig::new(number("n_layer")?, number("n_embd")?, number("n_head")?, number("vocab_size")?)
+            .with_max_seq(number("n_positions")?);
     config.tokenizer = if folder.file("tokenizer.json").exists() { "tokenizer.json" } else { "bytes" }.into();
     config.check()?;
     let mut from = folder.weights()?;
@@ -553,7 +588,8 @@ pub fn write_gpt2(whole: &Whole, folder: &ModelFolder) -> Result<()> {
     let mut weights = TensorFile::new();
     weights.metadata.insert("format".into(), "pt".into());
     for (name, _) in config.names() {
-        let mut found = whole.weights.get(&name).cloned().ok_or_else(|| Error::work(format!("\"{name}\" is missing")))?;
+        let mut found =
+            whole.weights.get(&name).cloned().ok_or_else(|| Error::work(format!("\"{name}\" is missing")))?;
         if name.contains(".attention.") || name.contains(".mlp.") {
             found = gpt2_layer(&name, found, config, true);
         }
@@ -566,7 +602,8 @@ pub fn write_gpt2(whole: &Whole, folder: &ModelFolder) -> Result<()> {
         "n_positions": config.max_seq, "n_ctx": config.max_seq, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": true,
         "attn_pdrop": config.dropout, "embd_pdrop": config.dropout, "resid_pdrop": config.dropout,
     });
-    let bytes = serde_json::to_vec_pretty(&json).map_err(|e| Error::work("cannot write JSON").caused_by(e))?;
+    let bytes =
+        serde_json::to_vec_pretty(&json).map_err(|e| Error::work("cannot write JSON").caused_by(e))?;
     write_atomic(&folder.file("config.json"), &bytes)
 }
 
@@ -583,7 +620,10 @@ fn gpt2_name(name: &str) -> String {
         (".mlp.fc1.", ".mlp.c_fc."),
         (".mlp.fc2.", ".mlp.c_proj."),
     ];
-    format!("transformer.{}", renamed.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to)))
+    format!(
+        "transformer.{}",
+        renamed.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
+    )
 }
 
 /// A linear layer's tensor from one layout to the other: GPT-2 has its weights as `[in, out]`, and all queries before all

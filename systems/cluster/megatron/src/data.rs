@@ -46,7 +46,9 @@ impl Tokens {
                 let start = |sample: usize| (step * batch + sample) % windows * seq;
                 (0..batch).flat_map(|sample| &ids[start(sample)..=start(sample) + seq]).copied().collect()
             }
-            Self::Fixed { ids, shape: [_, samples, len] } => ids[step * samples * len..][..samples * len].to_vec(),
+            Self::Fixed { ids, shape: [_, samples, len] } => {
+                ids[step * samples * len..][..samples * len].to_vec()
+            }
         }
     }
 
@@ -64,8 +66,10 @@ impl Tokens {
                 .hint("give more text, or a shorter --seq"));
             }
             Self::Fixed { shape, .. } if shape[0] < steps || shape[1..] != [batch, seq + 1] => {
-                let found = format!("has the shape {shape:?}, expected at least [{steps}, {batch}, {}]", seq + 1);
-                return Err(Error::input(place, found).hint("the axes are steps, samples of a batch, and tokens with one more than --seq"));
+                let found =
+                    format!("has the shape {shape:?}, expected at least [{steps}, {batch}, {}]", seq + 1);
+                return Err(Error::input(place, found)
+                    .hint("the axes are steps, samples of a batch, and tokens with one more than --seq"));
             }
             Self::Text { ids, .. } | Self::Fixed { ids, .. } => ids,
         };
@@ -101,7 +105,8 @@ pub fn read_text(path: &Path, text_field: &str, tokenizer: &Tokenizer) -> Result
 /// The bytes of a text as [`read_text`] sees it, for a tokenizer that is made from them.
 fn text_bytes(path: &Path, text_field: &str) -> Result<Vec<u8>> {
     match path.extension().and_then(|extension| extension.to_str()) {
-        Some("npy") => Err(Error::usage("--tokenizer char needs text, not token ids").hint("use --tokenizer bytes and --vocab")),
+        Some("npy") => Err(Error::usage("--tokenizer char needs text, not token ids")
+            .hint("use --tokenizer bytes and --vocab")),
         Some("jsonl") if path.is_file() => json_lines(path, text_field),
         _ => Ok(Corpus::read(path, &Tokenizer::Byte)?.ids.into_iter().map(|id| id as u8).collect()),
     }
@@ -151,13 +156,19 @@ pub fn read_samples(path: &Path) -> Result<Tokens> {
 
 /// A `.npy` array of whole numbers.
 pub(crate) fn read_npy(path: &Path) -> Result<(Vec<u32>, Vec<usize>)> {
-    let malformed = |found: String| Error::input(path.display(), found).hint("it must be an array of whole numbers as numpy.save writes it");
+    let malformed = |found: String| {
+        Error::input(path.display(), found)
+            .hint("it must be an array of whole numbers as numpy.save writes it")
+    };
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     let file = NpyFile::new(&bytes[..]).map_err(|e| malformed("is not a .npy file".into()).caused_by(e))?;
     let shape: Vec<usize> = file.shape().iter().map(|&n| n as usize).collect();
     let count = shape.iter().try_fold(1usize, |n, &m| n.checked_mul(m));
     if count.is_none_or(|count| count > bytes.len()) {
-        return Err(malformed(format!("claims the shape {shape:?}, more than its {} bytes hold", bytes.len())));
+        return Err(malformed(format!(
+            "claims the shape {shape:?}, more than its {} bytes hold",
+            bytes.len()
+        )));
     }
     if file.header().order() == npyz::Order::Fortran && shape.len() > 1 {
         return Err(malformed("is stored column by column".into()).hint("save numpy.ascontiguousarray of it"));
@@ -175,10 +186,16 @@ pub(crate) fn read_npy(path: &Path) -> Result<(Vec<u32>, Vec<usize>)> {
         }};
     }
     trait Again {
-        fn clone_for<'a, T: npyz::Deserialize>(&self, bytes: &'a [u8]) -> Result<npyz::NpyReader<T, &'a [u8]>, ()>;
+        fn clone_for<'a, T: npyz::Deserialize>(
+            &self,
+            bytes: &'a [u8],
+        ) -> Result<npyz::NpyReader<T, &'a [u8]>, ()>;
     }
     impl Again for NpyFile<&[u8]> {
-        fn clone_for<'a, T: npyz::Deserialize>(&self, bytes: &'a [u8]) -> Result<npyz::NpyReader<T, &'a [u8]>, ()> {
+        fn clone_for<'a, T: npyz::Deserialize>(
+            &self,
+            bytes: &'a [u8],
+        ) -> Result<npyz::NpyReader<T, &'a [u8]>, ()> {
             NpyFile::new(bytes).map_err(|_| ())?.data::<T>().map_err(|_| ())
         }
     }
@@ -194,12 +211,18 @@ pub(crate) fn read_npy(path: &Path) -> Result<(Vec<u32>, Vec<usize>)> {
 ///
 /// # Errors
 /// When it or the text cannot be read.
-pub fn make_tokenizer(name: &str, data: Option<&Path>, text_field: &str, folder: &ModelFolder) -> Result<(Tokenizer, String)> {
+pub fn make_tokenizer(
+    name: &str,
+    data: Option<&Path>,
+    text_field: &str,
+    folder: &ModelFolder,
+) -> Result<(Tokenizer, String)> {
     let own = folder.file("tokenizer.json");
     let (tokenizer, called) = match name {
         "bytes" | "byte" => (Tokenizer::Byte, "bytes"),
         "char" => {
-            let data = data.ok_or_else(|| Error::usage("--tokenizer char is made from --data, which is missing"))?;
+            let data =
+                data.ok_or_else(|| Error::usage("--tokenizer char is made from --data, which is missing"))?;
             folder.create()?;
             write_atomic(&own, character_tokenizer(&text_bytes(data, text_field)?, data)?.as_bytes())?;
             (Tokenizer::load(&own.to_string_lossy())?, "char")
@@ -214,13 +237,18 @@ pub fn make_tokenizer(name: &str, data: Option<&Path>, text_field: &str, folder:
 /// A tokenizer file in which every character of a text is a token, and all others are one.
 fn character_tokenizer(text: &[u8], path: &Path) -> Result<String> {
     let text = str::from_utf8(text).map_err(|e| {
-        Error::input(path.display(), format!("is not UTF-8: byte {} is no part of a character", e.valid_up_to()))
-            .hint("use --tokenizer bytes, which accepts anything")
+        Error::input(
+            path.display(),
+            format!("is not UTF-8: byte {} is no part of a character", e.valid_up_to()),
+        )
+        .hint("use --tokenizer bytes, which accepts anything")
     })?;
     const UNKNOWN: &str = "<unknown>";
     let characters: std::collections::BTreeSet<char> = text.chars().collect();
     let mut vocab = serde_json::Map::new();
-    for (id, token) in std::iter::once(UNKNOWN.to_string()).chain(characters.iter().map(char::to_string)).enumerate() {
+    for (id, token) in
+        std::iter::once(UNKNOWN.to_string()).chain(characters.iter().map(char::to_string)).enumerate()
+    {
         vocab.insert(token, id.into());
     }
     let file = json!({

@@ -48,12 +48,15 @@ impl DropoutKey {
     ) -> Vec<T> {
         let mut factors = Vec::with_capacity(samples * heads.len() * elements);
         for sample in self.first_sample..self.first_sample + samples {
-            let mut rng = random_stream(self.seed, &format!("dropout {site:?} {layer} {}", self.step), sample as u64);
+            let mut rng =
+                random_stream(self.seed, &format!("dropout {site:?} {layer} {}", self.step), sample as u64);
             let key: u64 = rng.random();
             for head in heads.clone() {
                 let seed = key ^ (head as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 let ones: Tensor<1> = real::tensor(vec![T::of(1.0); elements], [elements], device);
-                real::read(&dropout(ones, self.probability, seed), |part: &[T]| factors.extend_from_slice(part));
+                real::read(&dropout(ones, self.probability, seed), |part: &[T]| {
+                    factors.extend_from_slice(part)
+                });
             }
         }
         factors

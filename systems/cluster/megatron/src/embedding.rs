@@ -167,20 +167,22 @@ pub fn vocab_parallel_cross_entropy<T: Real>(
     }
 
     let scale = 1.0 / count;
-    logits.par_chunks_exact_mut(width).zip(&sums[..tokens]).zip(targets).for_each(|((row, &sum), &target)| {
-        let factor = T::of(scale / sum.wide());
-        for p in row.iter_mut() {
-            *p = *p * factor;
-        }
-        if parts == 3 {
-            for p in &mut row[..used] {
-                *p = *p - T::of(smoothing * scale);
+    logits.par_chunks_exact_mut(width).zip(&sums[..tokens]).zip(targets).for_each(
+        |((row, &sum), &target)| {
+            let factor = T::of(scale / sum.wide());
+            for p in row.iter_mut() {
+                *p = *p * factor;
             }
-        }
-        if let Some(column) = local(target) {
-            row[column] = row[column] - T::of((1.0 - label_smoothing) * scale);
-        }
-    });
+            if parts == 3 {
+                for p in &mut row[..used] {
+                    *p = *p - T::of(smoothing * scale);
+                }
+            }
+            if let Some(column) = local(target) {
+                row[column] = row[column] - T::of((1.0 - label_smoothing) * scale);
+            }
+        },
+    );
     Ok(loss * scale)
 }
 
@@ -199,7 +201,12 @@ pub struct CrossEntropyOptions {
 
 impl VocabParallelEmbedding {
     /// Options for the loss of this table's logits.
-    pub fn loss_options<T: Real>(&self, parameters: &Parameters<T>, label_smoothing: f64, count: f64) -> CrossEntropyOptions {
+    pub fn loss_options<T: Real>(
+        &self,
+        parameters: &Parameters<T>,
+        label_smoothing: f64,
+        count: f64,
+    ) -> CrossEntropyOptions {
         let vocab = parameters.specs[self.word].whole[0];
         CrossEntropyOptions { first: self.first, vocab, label_smoothing, count }
     }

@@ -91,7 +91,8 @@ impl PipelineExecutor {
                     forward.output
                 }
                 Pass::Backward => {
-                    let kept = saved.remove(&(micro, chunk)).expect("a schedule goes backward only after forward");
+                    let kept =
+                        saved.remove(&(micro, chunk)).expect("a schedule goes backward only after forward");
                     stage.backward(kept, input, batch, options, ranks, parameters)?
                 }
             };
@@ -165,7 +166,9 @@ impl<'a, T: Real> Links<'a, T> {
 
     /// Posts the receive for an operation's input.
     fn expect(&mut self, operation: Operation, micro_batches: &[MicroBatch]) -> Result<()> {
-        let Some(from) = self.source(operation).filter(|&from| from != self.ranks.at.pipe) else { return Ok(()) };
+        let Some(from) = self.source(operation).filter(|&from| from != self.ranks.at.pipe) else {
+            return Ok(());
+        };
         if self.receiving.contains_key(&operation) {
             return Ok(());
         }
@@ -176,7 +179,12 @@ impl<'a, T: Real> Links<'a, T> {
     }
 
     /// Waits for an operation's input; none for tokens and where the loss is.
-    fn take(&mut self, operation: Operation, batch: &MicroBatch, parameters: &Parameters<T>) -> Result<Option<Tensor<2>>> {
+    fn take(
+        &mut self,
+        operation: Operation,
+        batch: &MicroBatch,
+        parameters: &Parameters<T>,
+    ) -> Result<Option<Tensor<2>>> {
         if let Some(own) = self.own.remove(&operation) {
             return Ok(Some(own));
         }

@@ -76,14 +76,21 @@ fn train<T: Real>(
                 let part = |spec: &crate::parameters::Spec| {
                     (spec.name.clone(), parameters.gradients[spec.range.clone()].to_vec())
                 };
-                gradients = parameters.specs.iter().filter(|spec| spec.shape == spec.whole).map(part).collect();
+                gradients =
+                    parameters.specs.iter().filter(|spec| spec.shape == spec.whole).map(part).collect();
             }
             losses.push(result.loss);
             seconds.push(result.seconds);
             bubbles.push(trainer.gather_trace(&result.trace)?.bubble());
         }
         let sent = trainer.ranks.pipe.traffic().of(Exchange::Send).bytes_sent;
-        Ok(Course { losses, gradients, seconds: median(&seconds), bubble: median(&bubbles), pipe_bytes: sent })
+        Ok(Course {
+            losses,
+            gradients,
+            seconds: median(&seconds),
+            bubble: median(&bubbles),
+            pipe_bytes: sent,
+        })
     })?;
     let pipe_bytes = results.iter().map(|course| course.pipe_bytes).sum();
     let mut results = results;
@@ -109,7 +116,8 @@ fn gradient_difference<T: Real>(a: &Course<T>, b: &Course<T>) -> f64 {
         let largest = others.iter().fold(0.0f64, |m, x| m.max(x.wide().abs()));
         // Keys' biases have no gradient but rounding: softmax does not see them.
         if largest > 1e-7 {
-            let difference = values.iter().zip(others).map(|(x, y)| (x.wide() - y.wide()).abs()).fold(0.0, f64::max);
+            let difference =
+                values.iter().zip(others).map(|(x, y)| (x.wide() - y.wide()).abs()).fold(0.0, f64::max);
             worst = worst.max(difference / largest);
         }
     }
@@ -121,7 +129,15 @@ fn report_equality(report: &mut Report, scale: Scale, cx: &Context) -> Result<()
     const STEPS: usize = 10;
     // (t, p, d, v)
     let layouts: &[[usize; 4]] = match scale {
-        Scale::Full => &[[2, 1, 1, 1], [1, 2, 1, 1], [1, 1, 2, 1], [2, 2, 1, 1], [2, 2, 1, 2], [2, 2, 2, 1], [2, 2, 2, 2]],
+        Scale::Full => &[
+            [2, 1, 1, 1],
+            [1, 2, 1, 1],
+            [1, 1, 2, 1],
+            [2, 2, 1, 1],
+            [2, 2, 1, 2],
+            [2, 2, 2, 1],
+            [2, 2, 2, 2],
+        ],
         Scale::Smoke | Scale::Quick => &[[2, 1, 1, 1], [2, 2, 2, 2]],
     };
     let config = GptConfig::new(4, 32, 4, 256).with_max_seq(32);
@@ -131,11 +147,22 @@ fn report_equality(report: &mut Report, scale: Scale, cx: &Context) -> Result<()
     let single64 = train::<f64>(&config, &ParallelLayout::new(1, 1, 1), &options, &tokens, STEPS, cx)?;
     let mut table = Table::new(
         format!("{STEPS} steps of a small GPT against one rank"),
-        &["t", "p", "d", "v", "schedule", "loss, f32", "loss, f64", "first gradient, f32", "bytes to other stages"],
+        &[
+            "t",
+            "p",
+            "d",
+            "v",
+            "schedule",
+            "loss, f32",
+            "loss, f64",
+            "first gradient, f32",
+            "bytes to other stages",
+        ],
     );
     let mut worst = [0.0f64; 3];
     let mut plot = Plot::lines("Training loss, whatever the layout", "step", "nats a token");
-    let points = |losses: &[f64]| losses.iter().enumerate().map(|(step, &loss)| (step as f64, loss)).collect();
+    let points =
+        |losses: &[f64]| losses.iter().enumerate().map(|(step, &loss)| (step as f64, loss)).collect();
     plot = plot.series("one rank", points(&single32.losses));
     for &[t, p, d, v] in layouts {
         let layout = ParallelLayout::new(t, p, d).with_chunks(v);
@@ -160,17 +187,39 @@ fn report_equality(report: &mut Report, scale: Scale, cx: &Context) -> Result<()
             cells.extend(found.map(|difference| format!("{difference:.1e}")));
             cells.push(single.pipe_bytes.to_string());
             table.row(cells);
-            plot = plot.series(format!("t {t}, p {p}, d {d}, v {v}, {}", kind.name()), points(&single.losses));
+            plot =
+                plot.series(format!("t {t}, p {p}, d {d}, v {v}, {}", kind.name()), points(&single.losses));
         }
     }
     report.tables.push(table);
     report.plots.push(plot);
     for (name, measured, unit, limit) in [
-        ("Every layout has the losses of one rank, in f32", worst[0], "largest relative difference over 10 steps", 1e-4),
-        ("Every layout has the losses of one rank, in f64", worst[1], "largest relative difference over 10 steps", 1e-9),
-        ("And its first gradient, in f32", worst[2], "largest difference, relative to a tensor's largest", 1e-5),
+        (
+            "Every layout has the losses of one rank, in f32",
+            worst[0],
+            "largest relative difference over 10 steps",
+            1e-4,
+        ),
+        (
+            "Every layout has the losses of one rank, in f64",
+            worst[1],
+            "largest relative difference over 10 steps",
+            1e-9,
+        ),
+        (
+            "And its first gradient, in f32",
+            worst[2],
+            "largest difference, relative to a tensor's largest",
+            1e-5,
+        ),
     ] {
-        report.claims.push(Claim::new(name, "strict optimiser semantics", measured, unit, Threshold::AtMost(limit)));
+        report.claims.push(Claim::new(
+            name,
+            "strict optimiser semantics",
+            measured,
+            unit,
+            Threshold::AtMost(limit),
+        ));
     }
     scatter_gather(report, cx)
 }
@@ -332,7 +381,15 @@ fn report_interleaving(report: &mut Report, scale: Scale, cx: &Context) -> Resul
 fn report_table1(report: &mut Report) {
     let mut table = Table::new(
         "TFLOP/s a GPU: the paper's Table 1, the model, and the same GPUs divided otherwise (model)",
-        &["10⁹ parameters", "GPUs", "paper", "model", "difference", "t = 1, pipeline only", "all of a copy in one tensor group"],
+        &[
+            "10⁹ parameters",
+            "GPUs",
+            "paper",
+            "model",
+            "difference",
+            "t = 1, pipeline only",
+            "all of a copy in one tensor group",
+        ],
     );
     let (mut worst, mut last, mut share) = (0.0f64, f64::NAN, f64::NAN);
     for row in table1() {
@@ -396,7 +453,8 @@ fn report_divisions(report: &mut Report) {
     };
     let curves = Figure::TensorPipeline.curves();
     report.plots.push(Figure::TensorPipeline.plot(&curves));
-    let mut table = Table::new("161 billion parameters on 64 GPUs, batch 32 (model)", &["t", "p", "TFLOP/s a GPU"]);
+    let mut table =
+        Table::new("161 billion parameters on 64 GPUs, batch 32 (model)", &["t", "p", "TFLOP/s a GPU"]);
     for (t, p) in [(2, 32), (4, 16), (8, 8), (16, 4), (32, 2)] {
         table.row([t.to_string(), p.to_string(), format!("{:.0}", tflops(t, p))]);
     }
@@ -426,7 +484,8 @@ fn report_training(report: &mut Report, cx: &Context) -> Result<()> {
     let mut curves: Vec<Vec<f64>> = Vec::new();
     for [t, p] in [[1, 1], [2, 1], [1, 2]] {
         let begun = Instant::now();
-        let (losses, score) = train_to_the_end(&config, &ParallelLayout::new(t, p, 1), &options, &tokens, STEPS, &valid, cx)?;
+        let (losses, score) =
+            train_to_the_end(&config, &ParallelLayout::new(t, p, 1), &options, &tokens, STEPS, &valid, cx)?;
         let seconds = begun.elapsed().as_secs_f64();
         let points = losses.iter().enumerate().map(|(step, &loss)| (step as f64, loss)).collect();
         plot = plot.series(format!("t {t}, p {p}"), points);
@@ -440,8 +499,20 @@ fn report_training(report: &mut Report, cx: &Context) -> Result<()> {
         ]);
         if t == 2 {
             report.claims.extend([
-                Claim::new("Two tensor ranks learn", "trains", score, "nats a byte, validation", Threshold::AtMost(2.2)),
-                Claim::new("In a few minutes", "not measured", seconds, "s", Threshold::AtMost(LIMIT_SECONDS)),
+                Claim::new(
+                    "Two tensor ranks learn",
+                    "trains",
+                    score,
+                    "nats a byte, validation",
+                    Threshold::AtMost(2.2),
+                ),
+                Claim::new(
+                    "In a few minutes",
+                    "not measured",
+                    seconds,
+                    "s",
+                    Threshold::AtMost(LIMIT_SECONDS),
+                ),
             ]);
         }
         curves.push(losses);
@@ -469,7 +540,8 @@ fn train_to_the_end(
     valid: &[u32],
     cx: &Context,
 ) -> Result<(Vec<f64>, f64)> {
-    let rates = kiln_nn::Schedule { peak: 2e-3, warmup: 20, steps, min_ratio: 0.1, decay: kiln_nn::Decay::Cosine };
+    let rates =
+        kiln_nn::Schedule { peak: 2e-3, warmup: 20, steps, min_ratio: 0.1, decay: kiln_nn::Decay::Cosine };
     let bar = cx.progress(steps as u64, &format!("training on {} rank(s)", layout.ranks()));
     let results = ClusterArgs::default().run(layout.ranks(), cx, |comm| {
         let ranks = Ranks::new(layout, comm)?;

@@ -63,31 +63,64 @@ impl Figure {
 
     /// The curves.
     pub fn curves(self) -> Vec<Curve> {
-        let division = |tensor, pipeline, data, micro_batch, chunks, batch| Division { tensor, pipeline, data, micro_batch, chunks, batch };
+        let division = |tensor, pipeline, data, micro_batch, chunks, batch| Division {
+            tensor,
+            pipeline,
+            data,
+            micro_batch,
+            chunks,
+            batch,
+        };
         match self {
             Self::Interleaving => [1, 2]
                 .into_iter()
-                .map(|v| curve(format!("{v} chunk{}", if v == 1 { "" } else { "s" }), GPT3, &[12, 24, 36, 48, 60], |b| division(8, 12, 1, 1, v, b), |_| {}))
+                .map(|v| {
+                    curve(
+                        format!("{v} chunk{}", if v == 1 { "" } else { "s" }),
+                        GPT3,
+                        &[12, 24, 36, 48, 60],
+                        |b| division(8, 12, 1, 1, v, b),
+                        |_| {},
+                    )
+                })
                 .collect(),
             Self::TensorPipeline => [32, 128]
                 .into_iter()
                 .map(|batch| {
                     let shape = GptShape { layers: 32, hidden: 20480, heads: 128, ..GPT3 };
-                    curve(format!("batch {batch}"), shape, &[2, 4, 8, 16, 32], |t| division(t, 64 / t, 1, 1, 1, batch), |_| {})
+                    curve(
+                        format!("batch {batch}"),
+                        shape,
+                        &[2, 4, 8, 16, 32],
+                        |t| division(t, 64 / t, 1, 1, 1, batch),
+                        |_| {},
+                    )
                 })
                 .collect(),
             Self::PipelineData => [32, 128, 512]
                 .into_iter()
                 .map(|batch| {
                     let shape = GptShape { layers: 32, hidden: 3840, heads: 32, ..GPT3 };
-                    curve(format!("batch {batch}"), shape, &[2, 4, 8, 16, 32], |p| division(1, p, 64 / p, 1, 1, batch), |_| {})
+                    curve(
+                        format!("batch {batch}"),
+                        shape,
+                        &[2, 4, 8, 16, 32],
+                        |p| division(1, p, 64 / p, 1, 1, batch),
+                        |_| {},
+                    )
                 })
                 .collect(),
             Self::MicroBatch => [128, 512]
                 .into_iter()
                 .map(|batch| {
                     let shape = GptShape { layers: 80, hidden: 9728, heads: 64, ..GPT3 };
-                    curve(format!("batch {batch}"), shape, &[1, 2, 4, 8], |b| division(8, 8, 1, b, 1, batch), |_| {})
+                    curve(
+                        format!("batch {batch}"),
+                        shape,
+                        &[1, 2, 4, 8],
+                        |b| division(8, 8, 1, b, 1, batch),
+                        |_| {},
+                    )
                 })
                 .collect(),
             Self::Recompute => [true, false]
@@ -95,18 +128,30 @@ impl Figure {
                 .map(|recompute| {
                     let name = if recompute { "computed again" } else { "kept" };
                     let shape = GptShape { layers: 80, ..GPT3 };
-                    curve(name.into(), shape, &[1, 2, 4, 8, 16, 32, 64, 128, 256], |b| division(8, 16, 1, 1, 1, b), |model| {
-                        model.recompute = recompute;
-                    })
+                    curve(
+                        name.into(),
+                        shape,
+                        &[1, 2, 4, 8, 16, 32, 64, 128, 256],
+                        |b| division(8, 16, 1, 1, 1, b),
+                        |model| {
+                            model.recompute = recompute;
+                        },
+                    )
                 })
                 .collect(),
             Self::ScatterGather => [true, false]
                 .into_iter()
                 .map(|shares| {
                     let name = if shares { "in shares" } else { "whole" };
-                    curve(name.into(), GPT3, &[12, 24, 36, 48, 60], |b| division(8, 12, 1, 1, 2, b), |model| {
-                        model.scatter_gather = shares;
-                    })
+                    curve(
+                        name.into(),
+                        GPT3,
+                        &[12, 24, 36, 48, 60],
+                        |b| division(8, 12, 1, 1, 2, b),
+                        |model| {
+                            model.scatter_gather = shares;
+                        },
+                    )
                 })
                 .collect(),
         }

@@ -38,7 +38,10 @@ pub struct NormSaved {
 impl Norm {
     /// The norm whose parameters are called `<name>.weight` and `<name>.bias`.
     pub fn new<T: Real>(name: &str, parameters: &Parameters<T>) -> Self {
-        Self { weight: parameters.id(&format!("{name}.weight")), bias: parameters.id(&format!("{name}.bias")) }
+        Self {
+            weight: parameters.id(&format!("{name}.weight")),
+            bias: parameters.id(&format!("{name}.bias")),
+        }
     }
 
     /// # Shapes
@@ -159,7 +162,10 @@ pub struct RowSaved {
 impl RowParallelLinear {
     /// The layer whose parameters are called `<name>.weight` and `<name>.bias`.
     pub fn new<T: Real>(name: &str, parameters: &Parameters<T>) -> Self {
-        Self { weight: parameters.id(&format!("{name}.weight")), bias: parameters.id(&format!("{name}.bias")) }
+        Self {
+            weight: parameters.id(&format!("{name}.weight")),
+            bias: parameters.id(&format!("{name}.bias")),
+        }
     }
 
     /// The product, without the bias; ends with g's all-reduce.
@@ -214,23 +220,25 @@ pub fn add_residual<T: Real>(x: &Tensor<2>, y: Tensor<2>, bias: &[T], factors: O
     let ([tokens, width], device) = (x.dims(), x.device());
     let mut y: Vec<T> = real::into_vec(y);
     real::read(x, |x: &[T]| {
-        y.par_chunks_mut(width * ROWS).zip(x.par_chunks(width * ROWS)).enumerate().for_each(|(task, (y, x))| {
-            for (row, (y, x)) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
-                match factors {
-                    None => {
-                        for ((y, &x), &b) in y.iter_mut().zip(x).zip(bias) {
-                            *y = x + (*y + b);
+        y.par_chunks_mut(width * ROWS).zip(x.par_chunks(width * ROWS)).enumerate().for_each(
+            |(task, (y, x))| {
+                for (row, (y, x)) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
+                    match factors {
+                        None => {
+                            for ((y, &x), &b) in y.iter_mut().zip(x).zip(bias) {
+                                *y = x + (*y + b);
+                            }
                         }
-                    }
-                    Some(factors) => {
-                        let factors = &factors[(task * ROWS + row) * width..][..width];
-                        for (((y, &x), &b), &f) in y.iter_mut().zip(x).zip(bias).zip(factors) {
-                            *y = x + (*y + b) * f;
+                        Some(factors) => {
+                            let factors = &factors[(task * ROWS + row) * width..][..width];
+                            for (((y, &x), &b), &f) in y.iter_mut().zip(x).zip(bias).zip(factors) {
+                                *y = x + (*y + b) * f;
+                            }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
     });
     real::tensor(y, [tokens, width], &device)
 }

@@ -105,14 +105,24 @@ impl GptConfig {
         if !self.hidden.is_multiple_of(self.heads) {
             let (below, above) =
                 (self.hidden / self.heads * self.heads, self.hidden.next_multiple_of(self.heads));
-            return Err(Error::usage(format!("{} heads do not divide the hidden size {}", self.heads, self.hidden))
-                .hint(format!("use a hidden size of {}", if below == 0 { above } else { below }.max(self.heads))));
+            return Err(Error::usage(format!(
+                "{} heads do not divide the hidden size {}",
+                self.heads, self.hidden
+            ))
+            .hint(format!(
+                "use a hidden size of {}",
+                if below == 0 { above } else { below }.max(self.heads)
+            )));
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::usage(format!("the dropout is {}, but must be at least 0 and below 1", self.dropout)));
+            return Err(Error::usage(format!(
+                "the dropout is {}, but must be at least 0 and below 1",
+                self.dropout
+            )));
         }
         const LARGEST: usize = 1 << 34;
-        let needed = [self.layers, 12, self.hidden, self.hidden].iter().try_fold(1usize, |n, &m| n.checked_mul(m));
+        let needed =
+            [self.layers, 12, self.hidden, self.hidden].iter().try_fold(1usize, |n, &m| n.checked_mul(m));
         let table = self.vocab.checked_add(self.max_seq).and_then(|rows| rows.checked_mul(self.hidden));
         if needed.is_none_or(|n| n > LARGEST) || table.is_none_or(|n| n > LARGEST) {
             return Err(Error::usage("the network has more parameters than a machine holds")

@@ -104,10 +104,14 @@ fn buckets(specs: &[Spec], elements: usize) -> Vec<Range<usize>> {
 ///
 /// # Errors
 /// When a rank is lost.
-pub fn gradient_norm<T: Real>(parameters: &Parameters<T>, moments: &Moments<T>, distributed: bool, ranks: &Ranks) -> Result<f64> {
+pub fn gradient_norm<T: Real>(
+    parameters: &Parameters<T>,
+    moments: &Moments<T>,
+    distributed: bool,
+    ranks: &Ranks,
+) -> Result<f64> {
     let mine = |spec: &Spec| {
-        let (start, end) =
-            (spec.range.start.max(moments.range.start), spec.range.end.min(moments.range.end));
+        let (start, end) = (spec.range.start.max(moments.range.start), spec.range.end.min(moments.range.end));
         let part = &parameters.gradients[start.min(end)..end];
         part.iter().map(|&g| g.wide() * g.wide()).sum::<f64>()
     };

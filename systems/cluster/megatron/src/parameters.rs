@@ -74,7 +74,9 @@ impl Spec {
     pub fn place<T: Copy>(&self, part: &[T], whole: &mut [T], tensor: usize, ranks: usize) {
         match (self.split, &self.whole[..]) {
             (Split::Whole, _) if !self.is_linear() => whole.copy_from_slice(part),
-            (Split::Outputs, &[n]) => whole[tensor * n / ranks..(tensor + 1) * n / ranks].copy_from_slice(part),
+            (Split::Outputs, &[n]) => {
+                whole[tensor * n / ranks..(tensor + 1) * n / ranks].copy_from_slice(part)
+            }
             (Split::Vocabulary, &[rows, width]) => {
                 let mine = self.shape[0];
                 let first = (tensor * mine).min(rows);
@@ -96,7 +98,13 @@ impl Spec {
 }
 
 /// The outputs and inputs of a linear weight that a rank has.
-fn linear_part(split: Split, outputs: usize, inputs: usize, tensor: usize, ranks: usize) -> (Range<usize>, Range<usize>) {
+fn linear_part(
+    split: Split,
+    outputs: usize,
+    inputs: usize,
+    tensor: usize,
+    ranks: usize,
+) -> (Range<usize>, Range<usize>) {
     let part = |n: usize| tensor * n / ranks..(tensor + 1) * n / ranks;
     match split {
         Split::Outputs => (part(outputs), 0..inputs),

@@ -280,7 +280,8 @@ impl PerfModel {
         }
         let fast = t <= self.cluster.gpus_per_node as f64;
         let rate = if fast { self.cluster.intra_gbps } else { self.cluster.inter_gbps };
-        2.0 * (t - 1.0) / t * BYTES * elements / (rate * 1e9 * NETWORK_EFFICIENCY) + self.latency() * (t - 1.0)
+        2.0 * (t - 1.0) / t * BYTES * elements / (rate * 1e9 * NETWORK_EFFICIENCY)
+            + self.latency() * (t - 1.0)
     }
 
     /// Seconds of one layer for one micro-batch, forward and backward.
@@ -309,7 +310,8 @@ impl PerfModel {
         }
         let t = d.tensor as f64;
         let bytes = BYTES * d.micro_batch as f64 * self.shape.seq as f64 * self.shape.hidden as f64;
-        let across = |bytes: f64| bytes / (self.cluster.inter_gbps * 1e9 * NETWORK_EFFICIENCY) + self.latency();
+        let across =
+            |bytes: f64| bytes / (self.cluster.inter_gbps * 1e9 * NETWORK_EFFICIENCY) + self.latency();
         if self.scatter_gather {
             let gather = bytes * (t - 1.0) / t / (self.cluster.intra_gbps * 1e9 * NETWORK_EFFICIENCY);
             2.0 * across(bytes / t) + 2.0 * gather
@@ -324,12 +326,13 @@ impl PerfModel {
         let rows = d.micro_batch as f64 * self.shape.seq as f64;
         let vocab = self.shape.vocab as f64 / t;
         let micro = self.layer(d) * self.shape.layers as f64 / p + v * self.point_to_point(d);
-        let head = 3.0 * self.gemm(rows, vocab, self.shape.hidden as f64) + 12.0 * rows * vocab / self.memory_rate();
+        let head =
+            3.0 * self.gemm(rows, vocab, self.shape.hidden as f64) + 12.0 * rows * vocab / self.memory_rate();
         let m = d.micro_batches();
         let share = self.shape.parameters() / (t * p);
         let data = d.data as f64;
-        let gradients = 2.0 * (data - 1.0) / data * BYTES * share
-            / (self.cluster.inter_gbps * 1e9 * NETWORK_EFFICIENCY);
+        let gradients =
+            2.0 * (data - 1.0) / data * BYTES * share / (self.cluster.inter_gbps * 1e9 * NETWORK_EFFICIENCY);
         let work = m * (micro + head);
         let bubble = micro * (p - 1.0) / v;
         let optimiser = OPTIMISER_TRAFFIC * share / self.memory_rate();
@@ -404,7 +407,8 @@ pub fn plan(model: &PerfModel, batch: usize, tokens: f64) -> Result<Vec<Plan>> {
                     if v > 1 && (p == 1 || !m.is_multiple_of(p)) {
                         continue;
                     }
-                    let division = Division { tensor: t, pipeline: p, data, micro_batch: b, chunks: v, batch };
+                    let division =
+                        Division { tensor: t, pipeline: p, data, micro_batch: b, chunks: v, batch };
                     let memory = model.memory(&division);
                     least_memory = least_memory.min(memory);
                     if memory > cluster.memory_gb * 1e9 {
@@ -481,7 +485,14 @@ pub fn table1() -> Vec<Table1Row> {
         Table1Row {
             billions,
             shape: GptShape { layers, hidden, heads, vocab: 51200, seq: 2048 },
-            division: Division { tensor, pipeline, data: gpus / (tensor * pipeline), micro_batch, chunks, batch },
+            division: Division {
+                tensor,
+                pipeline,
+                data: gpus / (tensor * pipeline),
+                micro_batch,
+                chunks,
+                batch,
+            },
             gpus,
             paper_tflops,
         }

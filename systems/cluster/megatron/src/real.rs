@@ -125,7 +125,11 @@ impl Real for f64 {
 }
 
 /// A tensor that takes over `values`.
-pub(crate) fn tensor<T: Real, const D: usize>(values: Vec<T>, shape: [usize; D], device: &Device) -> Tensor<D> {
+pub(crate) fn tensor<T: Real, const D: usize>(
+    values: Vec<T>,
+    shape: [usize; D],
+    device: &Device,
+) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values, shape), (device, T::DTYPE))
 }
 

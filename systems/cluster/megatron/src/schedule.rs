@@ -67,7 +67,8 @@ impl Kind {
 /// `1F1B: 2 ranks, 4 micro-batches, 1 chunk`
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counted = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+        let counted =
+            |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
         let parts = [(self.pipeline, "rank"), (self.micro_batches, "micro-batch"), (self.chunks, "chunk")];
         let [ranks, micro_batches, chunks] = parts.map(|(count, what)| counted(count, what));
         write!(f, "{}: {ranks}, {}, {chunks}", self.kind.name(), micro_batches.replace("batchs", "batches"))
@@ -130,11 +131,8 @@ impl Schedule {
         }
         if kind == Kind::Interleaved && !micro_batches.is_multiple_of(pipeline) {
             let below = micro_batches / pipeline * pipeline;
-            let legal = if below == 0 {
-                format!("{pipeline}")
-            } else {
-                format!("{below} or {}", below + pipeline)
-            };
+            let legal =
+                if below == 0 { format!("{pipeline}") } else { format!("{below} or {}", below + pipeline) };
             return Err(Error::usage(format!(
                 "the interleaved schedule passes micro-batches on in groups of {pipeline}, the pipeline ranks, which \
                  do not divide {micro_batches} micro-batches"

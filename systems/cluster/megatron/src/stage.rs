@@ -252,7 +252,12 @@ impl Stage {
         }
     }
 
-    fn context<'a, T: Real>(&'a self, options: StageOptions, ranks: &'a Ranks, parameters: &Parameters<T>) -> Context<'a> {
+    fn context<'a, T: Real>(
+        &'a self,
+        options: StageOptions,
+        ranks: &'a Ranks,
+        parameters: &Parameters<T>,
+    ) -> Context<'a> {
         Context { config: &self.config, options, ranks, device: parameters.device().clone() }
     }
 

@@ -111,7 +111,8 @@ impl Trace {
             *sum += span.end - span.start;
             *count += usize::from(span.operation.pass == Pass::Forward);
         }
-        let mean = sums.into_iter().map(|((rank, chunk), (sum, count))| (rank, chunk, sum / count.max(1) as f64));
+        let mean =
+            sums.into_iter().map(|((rank, chunk), (sum, count))| (rank, chunk, sum / count.max(1) as f64));
         mean.max_by(|a, b| a.2.total_cmp(&b.2))
     }
 

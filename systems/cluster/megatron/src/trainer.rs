@@ -153,7 +153,15 @@ impl<T: Real> Trainer<T> {
         let parameters = Parameters::new(specs, values, &cx.device);
         let moments = Moments::new(parameters.values.len(), options.distributed_optimiser, &ranks);
         let executor = PipelineExecutor::new(config, schedule, &ranks, options.scatter_gather, &parameters);
-        Ok(Self { config: config.clone(), options: options.clone(), ranks, parameters, moments, step: 0, executor })
+        Ok(Self {
+            config: config.clone(),
+            options: options.clone(),
+            ranks,
+            parameters,
+            moments,
+            step: 0,
+            executor,
+        })
     }
 
     /// The samples of this rank's pipeline, in micro-batches; `rows` are those of the whole batch, `[batch, seq + 1]`.
@@ -205,7 +213,12 @@ impl<T: Real> Trainer<T> {
             return Err(self.broken(loss, batch.broken_layer)?);
         }
         let options = &self.options;
-        reduce_gradients(&mut self.parameters, options.distributed_optimiser, options.bucket_bytes, &self.ranks)?;
+        reduce_gradients(
+            &mut self.parameters,
+            options.distributed_optimiser,
+            options.bucket_bytes,
+            &self.ranks,
+        )?;
         let grad_norm =
             gradient_norm(&self.parameters, &self.moments, options.distributed_optimiser, &self.ranks)?;
         if !grad_norm.is_finite() {
@@ -226,7 +239,9 @@ impl<T: Real> Trainer<T> {
             self.ranks.world.all_reduce(&mut first, Op::Min)?;
         }
         let place = match usize::try_from(first[0]) {
-            Ok(layer) if layer < self.config.layers => format!("layer {layer} is the first that gives no numbers"),
+            Ok(layer) if layer < self.config.layers => {
+                format!("layer {layer} is the first that gives no numbers")
+            }
             _ => "the layers still give numbers, the output layer does not".to_string(),
         };
         Ok(Error::work(format!("the loss of step {} is {loss}: {place}", self.step + 1))

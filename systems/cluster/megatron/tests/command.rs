@@ -31,7 +31,8 @@ fn npy(ids: &[u16], shape: &str) -> Vec<u8> {
 #[test]
 fn a_model_is_trained_resumed_scored_and_continued() {
     let desk = desk();
-    let summary = desk.json(&format!("train --data @a.txt --out @whole {SMALL} --steps 8 --tensor 2 --save-every 4"));
+    let summary =
+        desk.json(&format!("train --data @a.txt --out @whole {SMALL} --steps 8 --tensor 2 --save-every 4"));
     assert_eq!((summary["ranks"].as_u64(), summary["steps"].as_u64()), (Some(2), Some(8)));
     for file in ["config.json", "model.safetensors", "log.csv", "schedule.svg", "train.json"] {
         assert!(desk.path("whole").join(file).exists(), "{file}");
@@ -41,11 +42,16 @@ fn a_model_is_trained_resumed_scored_and_continued() {
 
     // The last checkpoint lost, the run goes on from the one before as if nothing had happened.
     std::fs::remove_dir_all(desk.path("whole/checkpoints/step-00000008")).unwrap();
-    desk.json(&format!("train --data @a.txt --out @whole {SMALL} --steps 8 --tensor 2 --save-every 4 --resume"));
+    desk.json(&format!(
+        "train --data @a.txt --out @whole {SMALL} --steps 8 --tensor 2 --save-every 4 --resume"
+    ));
     assert_eq!(losses(&desk, "whole"), whole);
 
     let score = desk.json("eval --model @whole --data @a.txt");
-    assert!(score["nll_nats"].as_f64().unwrap() < 5.7 && score["bits_per_byte"].as_f64().is_some(), "{score}");
+    assert!(
+        score["nll_nats"].as_f64().unwrap() < 5.7 && score["bits_per_byte"].as_f64().is_some(),
+        "{score}"
+    );
     let parts = desk.json("eval --model @whole/checkpoints/step-00000008 --data @a.txt");
     assert_eq!(score, parts);
     let text = desk.json("generate --model @whole --prompt question --max-tokens 30 --greedy");
@@ -55,20 +61,30 @@ fn a_model_is_trained_resumed_scored_and_continued() {
 #[test]
 fn any_layout_goes_on_where_another_stopped() {
     let desk = desk();
-    let line = |out: &str, more: &str| format!("train --data @a.txt --out @{out} {SMALL} --save-every 3 {more}");
+    let line =
+        |out: &str, more: &str| format!("train --data @a.txt --out @{out} {SMALL} --save-every 3 {more}");
     desk.json(&line("one", "--steps 6"));
     desk.json(&line("two", "--steps 3 --constant-lr --pipeline 2"));
     desk.json(&line("two", "--steps 6 --constant-lr --tensor 2 --data-parallel 2 --micro-batch 1 --distributed-optimizer true --resume").replacen("--micro-batch 2 ", "", 1));
     assert_eq!(losses(&desk, "two").len(), 6);
-    desk.assert_refused(&line("two", "--steps 9 --lr 1e-3 --constant-lr --resume"), "lr 0.0003, but 0.001 is asked for");
+    desk.assert_refused(
+        &line("two", "--steps 9 --lr 1e-3 --constant-lr --resume"),
+        "lr 0.0003, but 0.001 is asked for",
+    );
     desk.assert_refused(&line("two", "--steps 2 --constant-lr --resume"), "beyond --steps 2");
     desk.assert_refused(&line("three", "--steps 2 --resume"), "holds no finished checkpoint");
-    desk.assert_refused(&line("two", "--steps 9 --constant-lr --vocab 300 --resume"), "has vocab 256, but 300");
+    desk.assert_refused(
+        &line("two", "--steps 9 --constant-lr --vocab 300 --resume"),
+        "has vocab 256, but 300",
+    );
     let shard = desk.path("two/checkpoints/step-00000006/rank_0_1.safetensors");
     let mut bytes = std::fs::read(&shard).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&shard, bytes).unwrap();
-    desk.assert_refused(&line("two", "--steps 9 --constant-lr --resume"), "rank_0_1.safetensors: is not what was written");
+    desk.assert_refused(
+        &line("two", "--steps 9 --constant-lr --resume"),
+        "rank_0_1.safetensors: is not what was written",
+    );
     std::fs::remove_file(&shard).unwrap();
     desk.assert_refused(&line("two", "--steps 9 --constant-lr --resume"), "rank_0_1.safetensors");
 }
@@ -76,9 +92,14 @@ fn any_layout_goes_on_where_another_stopped() {
 #[test]
 fn all_kinds_of_text_are_read() {
     let desk = desk();
-    desk.write("a.jsonl", "{\"body\": \"to be or not to be, that is the question\"}\n\n{\"body\": \"whether it is nobler\"}\n");
+    desk.write(
+        "a.jsonl",
+        "{\"body\": \"to be or not to be, that is the question\"}\n\n{\"body\": \"whether it is nobler\"}\n",
+    );
     let train = |more: &str| format!("train --out @m {SMALL} --steps 2 {more}");
-    desk.json(&train("--data @a.jsonl --text-field body --tokenizer char --schedule interleaved --pipeline 2"));
+    desk.json(&train(
+        "--data @a.jsonl --text-field body --tokenizer char --schedule interleaved --pipeline 2",
+    ));
     let text = desk.json("generate --model @m --prompt not --max-tokens 25");
     let text = text["text"].as_str().unwrap().replace("<unknown>", "");
     assert!(text.chars().all(|c| "to be or not to be, that is the question\nwhlr".contains(c)), "{text}");
@@ -91,7 +112,10 @@ fn all_kinds_of_text_are_read() {
     desk.json(&train("--tokens @rows.npy --vocab 40 --constant-lr"));
     let score = desk.json("eval --model @m --tokens @rows.npy --logits @l.safetensors");
     assert_eq!(score["tokens_scored"], 2 * 4 * 16);
-    assert_eq!(TensorFile::read(&desk.path("l.safetensors")).unwrap().get("logits").unwrap().shape, [8, 16, 40]);
+    assert_eq!(
+        TensorFile::read(&desk.path("l.safetensors")).unwrap().get("logits").unwrap().shape,
+        [8, 16, 40]
+    );
     desk.json("train --out @n --init @m --tokens @rows.npy --seq 16 --batch 4 --micro-batch 2 --steps 1");
 
     desk.assert_refused(&train("--data @none.txt"), "none.txt");
@@ -99,13 +123,25 @@ fn all_kinds_of_text_are_read() {
     desk.assert_refused(&train("--data @short.txt"), "has 5 tokens, but samples of 16 need at least 17");
     desk.write("empty.txt", "");
     desk.assert_refused(&train("--data @empty.txt"), "holds no text");
-    desk.assert_refused(&train("--data @a.jsonl"), "line 1: has no text in \"text\"; --text-field names the field; there are: body");
-    desk.assert_refused(&train("--data @ids.npy --vocab 30"), "token id 30 at 30 is outside the vocabulary of 30");
+    desk.assert_refused(
+        &train("--data @a.jsonl"),
+        "line 1: has no text in \"text\"; --text-field names the field; there are: body",
+    );
+    desk.assert_refused(
+        &train("--data @ids.npy --vocab 30"),
+        "token id 30 at 30 is outside the vocabulary of 30",
+    );
     desk.assert_refused(&train("--tokens @ids.npy"), "has the shape [200]");
-    desk.assert_refused(&train("--tokens @rows.npy --steps 3").replacen("--steps 2", "", 1), "expected at least [3, 4, 17]");
+    desk.assert_refused(
+        &train("--tokens @rows.npy --steps 3").replacen("--steps 2", "", 1),
+        "expected at least [3, 4, 17]",
+    );
     desk.write("cut.npy", &npy(&[1, 2, 3], "(200,)"));
     desk.assert_refused(&train("--data @cut.npy"), "cut.npy");
-    desk.assert_refused("train --data @a.txt --out @n --init @m --hidden 32 --seq 16", "--hidden is 32, but the network of --init has 16");
+    desk.assert_refused(
+        "train --data @a.txt --out @n --init @m --hidden 32 --seq 16",
+        "--hidden is 32, but the network of --init has 16",
+    );
     desk.write("latin.txt", [b'a', 0xe9, b'b']);
     desk.assert_refused(&train("--data @latin.txt --tokenizer char"), "is not UTF-8");
 }
@@ -161,10 +197,14 @@ fn models_are_resharded_and_damaged_ones_refused() {
 #[test]
 fn schedules_plans_and_figures_are_printed() {
     let desk = desk();
-    let schedule = desk.json("schedule --pipeline 4 --microbatches 8 --chunks 2 --kind interleaved --svg @s.svg");
+    let schedule =
+        desk.json("schedule --pipeline 4 --microbatches 8 --chunks 2 --kind interleaved --svg @s.svg");
     assert_eq!((schedule["makespan"].as_f64(), schedule["bubble"].as_f64()), (Some(28.5), Some(0.1875)));
     assert!(std::fs::read_to_string(desk.path("s.svg")).unwrap().starts_with("<svg"));
-    desk.assert_refused("schedule --pipeline 4 --microbatches 6 --chunks 2 --kind interleaved", "use 4 or 8 micro-batches");
+    desk.assert_refused(
+        "schedule --pipeline 4 --microbatches 6 --chunks 2 --kind interleaved",
+        "use 4 or 8 micro-batches",
+    );
     desk.assert_refused("schedule --pipeline 2 --microbatches 99999999", "more than");
     desk.assert_refused("schedule --pipeline 2 --microbatches 2 --forward 0", "--forward is 0");
 
@@ -177,7 +217,10 @@ fn schedules_plans_and_figures_are_printed() {
     );
     desk.json("plan --layers 24 --hidden 2048 --heads 16 --cluster @c.toml --global-batch 64");
     desk.write("d.toml", "gpus = 16\n");
-    desk.assert_refused("plan --model gpt2-xl --cluster @d.toml --global-batch 64", "d.toml: does not describe a cluster");
+    desk.assert_refused(
+        "plan --model gpt2-xl --cluster @d.toml --global-batch 64",
+        "d.toml: does not describe a cluster",
+    );
     desk.assert_refused("plan --model gpt2-xl --cluster moon --global-batch 64", "presets are a100-selene");
     desk.assert_refused("plan --model gpt9 --global-batch 64", "there is no model \"gpt9\"");
     desk.assert_refused("plan --model gpt3-175b --gpus 8 --global-batch 64", "no division fits");

@@ -89,12 +89,17 @@ fn assemble(parts: &[Parts], tensor: usize) -> BTreeMap<String, Vec<f64>> {
     let mut whole: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for (rank, specs) in parts {
         for (spec, part) in specs {
-            let values = whole.entry(spec.name.clone()).or_insert_with(|| vec![f64::NAN; spec.whole.iter().product()]);
+            let values =
+                whole.entry(spec.name.clone()).or_insert_with(|| vec![f64::NAN; spec.whole.iter().product()]);
             // What several ranks have must be the same on all of them.
             let mut again = values.clone();
             spec.place(part, &mut again, *rank, tensor);
             for (old, new) in values.iter().zip(&again) {
-                assert!(old.is_nan() || (old - new).abs() <= 1e-6 * (1.0 + old.abs()), "{}: {old} {new}", spec.name);
+                assert!(
+                    old.is_nan() || (old - new).abs() <= 1e-6 * (1.0 + old.abs()),
+                    "{}: {old} {new}",
+                    spec.name
+                );
             }
             *values = again;
         }
@@ -141,18 +146,34 @@ fn options(golden: &Golden, micro_batch: usize) -> TrainOptions {
 fn assert_golden(golden: &Golden, run: &Run, [first, later, relative]: [f64; 3], what: &str) {
     for (step, (found, expected)) in run.losses.iter().zip(&golden.floats["losses"].1).enumerate() {
         let tolerance = if step == 0 { first } else { later };
-        assert!((found - expected).abs() <= tolerance * expected, "{what}: loss of step {step} is {found}, should be {expected}");
+        assert!(
+            (found - expected).abs() <= tolerance * expected,
+            "{what}: loss of step {step} is {found}, should be {expected}"
+        );
     }
     for (step, (found, expected)) in run.norms.iter().zip(&golden.floats["grad_norms"].1).enumerate() {
         let tolerance = if step == 0 { relative } else { 50.0 * later };
-        assert!((found - expected).abs() <= tolerance * expected, "{what}: norm of step {step} is {found}, should be {expected}");
+        assert!(
+            (found - expected).abs() <= tolerance * expected,
+            "{what}: norm of step {step} is {found}, should be {expected}"
+        );
     }
     for (name, found) in &run.gradients {
-        assert_close(found, &golden.floats[&format!("g.{name}")].1, relative, &format!("{what}: gradient of {name}"));
+        assert_close(
+            found,
+            &golden.floats[&format!("g.{name}")].1,
+            relative,
+            &format!("{what}: gradient of {name}"),
+        );
     }
     for (name, (_, expected)) in &golden.floats {
         if let Some(name) = name.strip_prefix("final.") {
-            assert_close(&run.weights[name], expected, 100.0 * later, &format!("{what}: {name} after all steps"));
+            assert_close(
+                &run.weights[name],
+                expected,
+                100.0 * later,
+                &format!("{what}: {name} after all steps"),
+            );
         }
     }
 }
@@ -161,7 +182,10 @@ fn assert_close(found: &[f64], expected: &[f64], relative: f64, what: &str) {
     let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     assert_eq!(found.len(), expected.len(), "{what}");
     for (at, (a, b)) in found.iter().zip(expected).enumerate() {
-        assert!((a - b).abs() <= relative * largest, "{what} at {at}: {a}, should be {b} (largest {largest})");
+        assert!(
+            (a - b).abs() <= relative * largest,
+            "{what} at {at}: {a}, should be {b} (largest {largest})"
+        );
     }
 }
 
@@ -183,8 +207,15 @@ const SMALL: [[usize; 5]; 12] = [
     [2, 2, 2, 2, 1],
     [3, 2, 1, 2, 2],
 ];
-const ODD: [[usize; 5]; 7] =
-    [[1, 1, 1, 1, 3], [5, 1, 1, 1, 1], [1, 2, 1, 1, 1], [1, 3, 1, 1, 1], [1, 6, 1, 1, 1], [1, 1, 3, 3, 1], [5, 3, 1, 1, 1]];
+const ODD: [[usize; 5]; 7] = [
+    [1, 1, 1, 1, 3],
+    [5, 1, 1, 1, 1],
+    [1, 2, 1, 1, 1],
+    [1, 3, 1, 1, 1],
+    [1, 6, 1, 1, 1],
+    [1, 1, 3, 3, 1],
+    [5, 3, 1, 1, 1],
+];
 
 fn kinds(v: usize, p: usize, m: usize) -> Vec<Kind> {
     match v {
@@ -236,17 +267,31 @@ fn recomputation_and_scatter_gather_change_no_bit() {
     let Some(small) = Golden::read("gpt_small.safetensors", 6, 4) else { return };
     let layout = ParallelLayout::new(2, 2, 1);
     for dropout in [0.0, 0.1] {
-        let mut golden = Golden { config: small.config.clone().with_dropout(dropout), ..Golden::read("gpt_small.safetensors", 6, 4).unwrap() };
+        let mut golden = Golden {
+            config: small.config.clone().with_dropout(dropout),
+            ..Golden::read("gpt_small.safetensors", 6, 4).unwrap()
+        };
         golden.steps = 2;
         let run = |recompute, scatter_gather| {
-            let run = train::<f32>(&golden, &layout, &TrainOptions { recompute, scatter_gather, ..options(&golden, 2) });
+            let run = train::<f32>(
+                &golden,
+                &layout,
+                &TrainOptions { recompute, scatter_gather, ..options(&golden, 2) },
+            );
             (run.losses, run.weights)
         };
         let plain = run(Recompute::None, false);
-        for (recompute, scatter_gather) in
-            [(Recompute::Full, false), (Recompute::Selective, false), (Recompute::None, true), (Recompute::Full, true)]
-        {
-            assert_eq!(run(recompute, scatter_gather), plain, "{recompute:?} {scatter_gather} dropout {dropout}");
+        for (recompute, scatter_gather) in [
+            (Recompute::Full, false),
+            (Recompute::Selective, false),
+            (Recompute::None, true),
+            (Recompute::Full, true),
+        ] {
+            assert_eq!(
+                run(recompute, scatter_gather),
+                plain,
+                "{recompute:?} {scatter_gather} dropout {dropout}"
+            );
         }
     }
 }
@@ -255,7 +300,8 @@ fn recomputation_and_scatter_gather_change_no_bit() {
 fn dropout_does_not_depend_on_the_layout() {
     let Some(mut golden) = Golden::read("gpt_small.safetensors", 6, 4) else { return };
     golden.config.dropout = 0.2;
-    let losses = |t, p, d, b| train::<f64>(&golden, &ParallelLayout::new(t, p, d), &options(&golden, b)).losses;
+    let losses =
+        |t, p, d, b| train::<f64>(&golden, &ParallelLayout::new(t, p, d), &options(&golden, b)).losses;
     let single = losses(1, 1, 1, 8);
     assert!((single[0] - golden.floats["losses"].1[0]).abs() > 1e-4, "something is dropped");
     for (t, p, d, b) in [(2, 1, 1, 4), (1, 2, 1, 1), (1, 1, 2, 2), (3, 2, 2, 2)] {
@@ -283,7 +329,10 @@ fn the_network_on_one_device_gives_the_reference_logits() {
         let mut file = TensorFile::new();
         for (name, (shape, values)) in &golden.floats {
             if let Some(name) = name.strip_prefix("w.") {
-                file.insert(name, HostTensor::float(shape.clone(), values.iter().map(|&x| x as f32).collect()));
+                file.insert(
+                    name,
+                    HostTensor::float(shape.clone(), values.iter().map(|&x| x as f32).collect()),
+                );
             }
         }
         let device = Device::flex();
@@ -296,7 +345,8 @@ fn the_network_on_one_device_gives_the_reference_logits() {
                 let mut state = model.initial_state(1, &device);
                 let (mut found, mut at) = (Vec::new(), 0);
                 for &piece in pieces {
-                    let (logits, next) = model.forward_with_state(ids_to_tensor(&row[at..at + piece], &device), state);
+                    let (logits, next) =
+                        model.forward_with_state(ids_to_tensor(&row[at..at + piece], &device), state);
                     found.extend(logits.into_data().iter::<f64>());
                     (state, at) = (next, at + piece);
                 }
@@ -319,10 +369,15 @@ fn schedules_and_their_times_are_exact() {
         for rank in 0..number("p") {
             let order: Vec<String> = schedule.operations(rank).iter().map(ToString::to_string).collect();
             assert_eq!(Value::from(order), case["order"][rank], "{schedule:?} rank {rank}");
-            assert_eq!(schedule.peak_in_flight(rank) as u64, case["peak_chunks_in_flight"][rank].as_u64().unwrap());
+            assert_eq!(
+                schedule.peak_in_flight(rank) as u64,
+                case["peak_chunks_in_flight"][rank].as_u64().unwrap()
+            );
         }
         let trace = Trace::simulate(&schedule, 1.0, 2.0).unwrap();
-        let close = |found: f64, key: &str| assert!((found - case[key].as_f64().unwrap()).abs() < 1e-12, "{schedule:?} {key}");
+        let close = |found: f64, key: &str| {
+            assert!((found - case[key].as_f64().unwrap()).abs() < 1e-12, "{schedule:?} {key}")
+        };
         close(trace.makespan(), "makespan");
         close(trace.bubble(), "bubble");
         close(schedule.bubble(), "formula");
@@ -338,7 +393,11 @@ fn no_schedule_waits_for_ever() {
                     let Ok(schedule) = Schedule::new(kind, p, m, v) else { continue };
                     let trace = Trace::simulate(&schedule, 1.0, 2.0).unwrap();
                     assert_eq!(trace.spans.len(), 2 * p * m * v);
-                    assert!((trace.bubble() - schedule.bubble()).abs() < 1e-9, "{schedule:?}: {}", trace.bubble());
+                    assert!(
+                        (trace.bubble() - schedule.bubble()).abs() < 1e-9,
+                        "{schedule:?}: {}",
+                        trace.bubble()
+                    );
                 }
             }
         }
@@ -353,7 +412,11 @@ fn the_analytic_model_gives_the_reference_figures() {
     for (row, expected) in table1().into_iter().zip(rows) {
         let figure = |key: &str| expected[key].as_f64().unwrap();
         let close = |found: f64, key: &str, relative: f64| {
-            assert!((found / figure(key) - 1.0).abs() < relative, "{key}: {found}, should be {}", figure(key));
+            assert!(
+                (found / figure(key) - 1.0).abs() < relative,
+                "{key}: {found}, should be {}",
+                figure(key)
+            );
         };
         close(row.shape.parameters(), "exact_params", 1e-12);
         close(row.shape.operations(row.division.batch as f64, true), "exact_flops", 1e-12);

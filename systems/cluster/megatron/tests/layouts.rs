@@ -25,7 +25,12 @@ fn samples(steps: usize) -> Tokens {
     random_samples([steps, 8, 8], 29, 3)
 }
 
-fn trainer<T: Real>(config: &GptConfig, layout: &ParallelLayout, options: &TrainOptions, comm: Communicator) -> Trainer<T> {
+fn trainer<T: Real>(
+    config: &GptConfig,
+    layout: &ParallelLayout,
+    options: &TrainOptions,
+    comm: Communicator,
+) -> Trainer<T> {
     let cx = Context::for_tests("unused");
     let ranks = Ranks::new(layout, comm).unwrap();
     Trainer::new(config, options, ranks, |_| None, &cx).unwrap()
@@ -54,7 +59,9 @@ fn gradients_of_every_kind_of_parallelism_are_finite_differences() {
                 let mut squares = [counted];
                 trainer.ranks.model.all_reduce(&mut squares, Op::Sum)?;
                 let mut loss = |step: f64| {
-                    for (value, (&start, &d)) in trainer.parameters.values.iter_mut().zip(values.iter().zip(&direction)) {
+                    for (value, (&start, &d)) in
+                        trainer.parameters.values.iter_mut().zip(values.iter().zip(&direction))
+                    {
                         *value = start + step * d;
                     }
                     trainer.parameters.refresh();
@@ -64,7 +71,10 @@ fn gradients_of_every_kind_of_parallelism_are_finite_differences() {
             })
             .unwrap();
             for (slope, squared) in slopes {
-                assert!(squared > 1e-3 && (slope - squared).abs() <= 1e-6 * squared, "{layout:?}: {slope}, should be {squared}");
+                assert!(
+                    squared > 1e-3 && (slope - squared).abs() <= 1e-6 * squared,
+                    "{layout:?}: {slope}, should be {squared}"
+                );
             }
         }
     }
@@ -150,7 +160,8 @@ fn uneven_stages_and_short_batches_train_as_one_rank() {
         let options = TrainOptions { micro_batch, schedule, ..options() };
         let losses = run_threads(layout.ranks(), |comm| {
             let mut trainer = trainer::<f64>(&config(), layout, &options, comm);
-            let losses = (0..3).map(|step| Ok(trainer.train_step(&samples(3).batch(step, (8, 7), 0), 1e-2)?.loss));
+            let losses =
+                (0..3).map(|step| Ok(trainer.train_step(&samples(3).batch(step, (8, 7), 0), 1e-2)?.loss));
             losses.collect::<kiln_core::Result<Vec<f64>>>()
         });
         losses.unwrap().swap_remove(0)
@@ -160,7 +171,11 @@ fn uneven_stages_and_short_batches_train_as_one_rank() {
     for (layout, micro_batch, kind) in [
         (ParallelLayout::new(1, 3, 1).with_stage_layers(vec![1, 3, 2]), 2, f_b),
         // More stages than layers: some pass activations on as they are.
-        (ParallelLayout::new(2, 2, 1).with_chunks(4).with_stage_layers(vec![0, 1, 1, 1, 0, 1, 2, 0]), 1, Kind::Interleaved),
+        (
+            ParallelLayout::new(2, 2, 1).with_chunks(4).with_stage_layers(vec![0, 1, 1, 1, 0, 1, 2, 0]),
+            1,
+            Kind::Interleaved,
+        ),
         // Fewer micro-batches than ranks, and one alone.
         (ParallelLayout::new(1, 6, 1), 4, f_b),
         (ParallelLayout::new(1, 3, 1), 8, Kind::Gpipe),
@@ -264,8 +279,11 @@ fn only_the_two_newest_finished_checkpoints_stay() {
         Ok(())
     })
     .unwrap();
-    let names: Vec<_> =
-        checkpoint::finished(folder.path()).unwrap().iter().map(|path| path.file_name().unwrap().to_owned()).collect();
+    let names: Vec<_> = checkpoint::finished(folder.path())
+        .unwrap()
+        .iter()
+        .map(|path| path.file_name().unwrap().to_owned())
+        .collect();
     assert_eq!(names, ["step-00000003", "step-00000004"]);
 }
 
@@ -275,7 +293,9 @@ fn a_loss_that_is_no_number_stops_all_ranks_and_names_step_and_layer() {
     let error = run_threads(4, |comm| {
         let mut trainer = trainer::<f32>(&config(), &layout, &options(), comm);
         trainer.train_step(&samples(1).batch(0, (8, 7), 0), 1e-2)?;
-        if let Some(at) = trainer.parameters.specs.iter().position(|spec| spec.name == "layers.4.mlp.fc1.bias") {
+        if let Some(at) =
+            trainer.parameters.specs.iter().position(|spec| spec.name == "layers.4.mlp.fc1.bias")
+        {
             let range = trainer.parameters.specs[at].range.clone();
             trainer.parameters.values[range].fill(f32::NAN);
             trainer.parameters.refresh();
@@ -301,11 +321,23 @@ fn what_does_not_divide_is_refused_with_the_nearest_that_would() {
         (plain(1, 1, 3), options(), "the batch of 8 is not divisible by 6"),
         (plain(1, 1, 3), options(), "use --batch 6 or 12"),
         (plain(1, 1, 1).with_chunks(2), options(), "interleaved"),
-        (plain(1, 3, 1), TrainOptions { schedule: Kind::Interleaved, ..options() }, "do not divide 4 micro-batches; use 3 or 6"),
-        (plain(1, 2, 1).with_stage_layers(vec![5, 2]), options(), "adds up to 7 layers, but the network has 6"),
+        (
+            plain(1, 3, 1),
+            TrainOptions { schedule: Kind::Interleaved, ..options() },
+            "do not divide 4 micro-batches; use 3 or 6",
+        ),
+        (
+            plain(1, 2, 1).with_stage_layers(vec![5, 2]),
+            options(),
+            "adds up to 7 layers, but the network has 6",
+        ),
         (plain(1, 2, 1).with_stage_layers(vec![6]), options(), "names 1 stages"),
         (plain(0, 1, 1), options(), "--tensor is 0"),
-        (plain(1, 1, 1), TrainOptions { seq: 9, ..options() }, "--seq 9 is not between 1 and the 8 positions"),
+        (
+            plain(1, 1, 1),
+            TrainOptions { seq: 9, ..options() },
+            "--seq 9 is not between 1 and the 8 positions",
+        ),
     ];
     for (layout, options, words) in cases {
         let found = refusal(layout, options);

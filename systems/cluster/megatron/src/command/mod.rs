@@ -9,7 +9,10 @@ use kiln_core::{Context, Result};
 
 /// `kiln megatron …`
 #[derive(Debug, Parser)]
-#[command(name = "megatron", about = "Language models trained on many ranks: tensor, pipeline and data parallel")]
+#[command(
+    name = "megatron",
+    about = "Language models trained on many ranks: tensor, pipeline and data parallel"
+)]
 #[command(after_help = "Examples:
   kiln megatron train --data corpus.txt --tensor 2 --out model/
   kiln megatron generate --model model/ --prompt \"Once\"

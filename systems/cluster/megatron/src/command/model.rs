@@ -39,7 +39,10 @@ impl EvalArgs {
             (Some(path), _) => {
                 let (ids, shape) = read_npy(path)?;
                 let Some(&len) = shape.last().filter(|&&len| len >= 2) else {
-                    return Err(Error::input(path.display(), format!("has the shape {shape:?}, expected rows of at least two tokens")));
+                    return Err(Error::input(
+                        path.display(),
+                        format!("has the shape {shape:?}, expected rows of at least two tokens"),
+                    ));
                 };
                 self.score_rows(&trained, &ids, len, &path.display().to_string(), cx)?
             }
@@ -66,10 +69,20 @@ impl EvalArgs {
     }
 
     /// Rows of `len` tokens, each scored on its own.
-    fn score_rows(&self, trained: &Trained, ids: &[u32], len: usize, place: &str, cx: &Context) -> Result<Score> {
+    fn score_rows(
+        &self,
+        trained: &Trained,
+        ids: &[u32],
+        len: usize,
+        place: &str,
+        cx: &Context,
+    ) -> Result<Score> {
         let vocab = trained.config.vocab;
         if let Some(at) = ids.iter().position(|&id| id as usize >= vocab) {
-            return Err(Error::input(place, format!("token id {} at {at} is outside the vocabulary of {vocab}", ids[at])));
+            return Err(Error::input(
+                place,
+                format!("token id {} at {at} is outside the vocabulary of {vocab}", ids[at]),
+            ));
         }
         if len - 1 > trained.config.max_seq {
             return Err(Error::input(
@@ -86,7 +99,8 @@ impl EvalArgs {
         }
         let nats: Vec<f64> = nats.into_data().iter::<f64>().collect();
         let nll_nats = nats.iter().sum::<f64>() / nats.len() as f64;
-        let score = Score { tokens_scored: nats.len(), nll_nats, perplexity: nll_nats.exp(), bits_per_byte: None };
+        let score =
+            Score { tokens_scored: nats.len(), nll_nats, perplexity: nll_nats.exp(), bits_per_byte: None };
         // Without a text there are bytes only where every token is one.
         Ok(match trained.tokenizer {
             Tokenizer::Byte if vocab == 256 => score.over_bytes(nats.len()),
@@ -185,7 +199,8 @@ impl ReshardArgs {
         let one = layout.stages() * layout.tensor == 1 && !self.parts;
         match self.to {
             Some(Names::Gpt2Hf) if !one => {
-                return Err(Error::usage("GPT-2's layout is one file").hint("leave out --tensor, --pipeline and --chunks"));
+                return Err(Error::usage("GPT-2's layout is one file")
+                    .hint("leave out --tensor, --pipeline and --chunks"));
             }
             Some(Names::Gpt2Hf) => write_gpt2(&whole, &folder)?,
             None if one => whole.write_model(&folder)?,
@@ -199,7 +214,12 @@ impl ReshardArgs {
         let result = json!({ "out": self.out, "parameters": whole.config.parameters(), "files": files, "layout": layout,
             "optimiser": whole.moments.is_some() && !one });
         cx.emit(&result, |_| {
-            format!("{} parameters in {files} part{} in {}\n", whole.config.parameters(), if files == 1 { "" } else { "s" }, self.out.display())
+            format!(
+                "{} parameters in {files} part{} in {}\n",
+                whole.config.parameters(),
+                if files == 1 { "" } else { "s" },
+                self.out.display()
+            )
         })
     }
 }

@@ -48,9 +48,12 @@ impl ScheduleArgs {
                 return Err(Error::usage(format!("{name} is {seconds}, but must be above 0")));
             }
         }
-        let operations = [2, self.pipeline, self.microbatches, self.chunks].iter().try_fold(1usize, |n, &m| n.checked_mul(m));
+        let operations = [2, self.pipeline, self.microbatches, self.chunks]
+            .iter()
+            .try_fold(1usize, |n, &m| n.checked_mul(m));
         if operations.is_none_or(|n| n > MOST_OPERATIONS) {
-            return Err(Error::usage(format!("that is more than {MOST_OPERATIONS} operations")).hint("use fewer micro-batches, ranks or chunks"));
+            return Err(Error::usage(format!("that is more than {MOST_OPERATIONS} operations"))
+                .hint("use fewer micro-batches, ranks or chunks"));
         }
         let trace = Trace::simulate(&schedule, self.forward, self.backward)?;
         if let Some(path) = &self.svg {
@@ -147,7 +150,11 @@ impl PlanArgs {
             "parameters": shape.parameters(), "cluster": model.cluster, "found": found, "plans": plans, "remarks": remarks,
         });
         cx.emit(&result, |_| {
-            let title = format!("{:.1} billion parameters on {} devices, {found} divisions fit", shape.parameters() / 1e9, model.cluster.gpus);
+            let title = format!(
+                "{:.1} billion parameters on {} devices, {found} divisions fit",
+                shape.parameters() / 1e9,
+                model.cluster.gpus
+            );
             let text = format!("{title}\n{}", plan_table(&title, &plans).to_text());
             remarks.iter().fold(text, |text, remark| text + remark + "\n")
         })
@@ -156,7 +163,9 @@ impl PlanArgs {
     fn shape(&self) -> Result<GptShape> {
         let mut shape = match (&self.model, self.layers, self.hidden, self.heads) {
             (Some(name), ..) => GptShape::preset(name)?,
-            (None, Some(layers), Some(hidden), Some(heads)) => GptShape { layers, hidden, heads, vocab: 51200, seq: 2048 },
+            (None, Some(layers), Some(hidden), Some(heads)) => {
+                GptShape { layers, hidden, heads, vocab: 51200, seq: 2048 }
+            }
             _ => return Err(Error::usage("--model, or --layers, --hidden and --heads are needed")),
         };
         shape.vocab = self.vocab.unwrap_or(shape.vocab);
@@ -202,7 +211,19 @@ impl PlanArgs {
 fn plan_table(title: &str, plans: &[Plan]) -> Table {
     let mut table = Table::new(
         title,
-        &["t", "p", "d", "b", "v", "TFLOP/s a device", "of the peak", "s an iteration", "bubble", "GB a device", "days"],
+        &[
+            "t",
+            "p",
+            "d",
+            "b",
+            "v",
+            "TFLOP/s a device",
+            "of the peak",
+            "s an iteration",
+            "bubble",
+            "GB a device",
+            "days",
+        ],
     );
     for plan in plans {
         let d = &plan.division;
@@ -230,15 +251,24 @@ fn takeaways(best: &Plan, model: &PerfModel) -> Vec<String> {
     remarks.push(if d.tensor <= node {
         format!("tensor parallelism stays within a node: {} of {node} devices", d.tensor)
     } else {
-        format!("tensor parallelism leaves the node: {} ranks in nodes of {node}, as nothing smaller is faster", d.tensor)
+        format!(
+            "tensor parallelism leaves the node: {} ranks in nodes of {node}, as nothing smaller is faster",
+            d.tensor
+        )
     });
     let model_parallel = d.tensor * d.pipeline;
     let smaller = (1..model_parallel).rev().find(|n| model.cluster.gpus.is_multiple_of(*n));
-    remarks.push(format!("t p = {model_parallel} devices hold the model, {} copies of it share the batch", d.data));
+    remarks.push(format!(
+        "t p = {model_parallel} devices hold the model, {} copies of it share the batch",
+        d.data
+    ));
     if let Some(smaller) = smaller {
         let state = 18.0 * model.shape.parameters() / smaller as f64 / 1e9;
         if state > model.cluster.memory_gb {
-            remarks.push(format!("{smaller} would not: {state:.0} GB of parameters and optimiser on each of {} GB", model.cluster.memory_gb));
+            remarks.push(format!(
+                "{smaller} would not: {state:.0} GB of parameters and optimiser on each of {} GB",
+                model.cluster.memory_gb
+            ));
         }
     }
     remarks.push(format!(
@@ -290,7 +320,20 @@ impl PerfArgs {
             let title = "TFLOP/s a GPU: the paper's Table 1 and the model";
             let mut table = Table::new(
                 title,
-                &["10⁹ parameters", "GPUs", "t", "p", "d", "b", "v", "paper", "model", "difference", "PFLOP/s in all", "GB a GPU"],
+                &[
+                    "10⁹ parameters",
+                    "GPUs",
+                    "t",
+                    "p",
+                    "d",
+                    "b",
+                    "v",
+                    "paper",
+                    "model",
+                    "difference",
+                    "PFLOP/s in all",
+                    "GB a GPU",
+                ],
             );
             for (row, value) in table1().iter().zip(&rows) {
                 let d = &row.division;
@@ -328,7 +371,9 @@ impl PerfArgs {
                 writer.write_record([x.to_string(), curve.name.clone(), y]).map_err(failed)?;
             }
         }
-        let bytes = writer.into_inner().map_err(|e| Error::work("cannot write the figure as CSV").caused_by(e.into_error()))?;
+        let bytes = writer
+            .into_inner()
+            .map_err(|e| Error::work("cannot write the figure as CSV").caused_by(e.into_error()))?;
         let table = self.out.join(format!("{}.csv", figure.name()));
         write_atomic(&table, &bytes)?;
         let result = json!({ "svg": svg, "csv": table });

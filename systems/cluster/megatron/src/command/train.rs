@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use kiln_cluster::{ClusterArgs, Communicator, Op};
+use kiln_cluster::{ClusterArgs, ClusterError, Communicator, Op};
 use kiln_core::{Context, Error, ModelFolder, Result, write_atomic};
 use kiln_data::Tokenizer;
 use kiln_nn::{Decay, Schedule as LrSchedule};
@@ -193,9 +193,10 @@ impl TrainArgs {
             true => self.resumed(whole, &folder, cx)?,
             false => whole,
         };
-        let results = self.cluster.run(layout.ranks(), cx, |comm| {
-            self.train_rank(&whole, &tokens, &layout, &options, comm, cx)
-        })?;
+        let results = self
+            .cluster
+            .run(layout.ranks(), cx, |comm| self.train_rank(&whole, &tokens, &layout, &options, comm, cx));
+        let results = results.map_err(|error| self.with_way_on(error))?;
         // Only the first rank speaks, wherever it lives.
         let Some(mut summary) = results.into_iter().flatten().next() else { return Ok(()) };
         let last = checkpoint::finished(&self.out)?.pop();
@@ -203,6 +204,20 @@ impl TrainArgs {
         Whole::read(&last)?.write_model(&folder)?;
         summary.model = self.out.clone();
         cx.emit(&summary, |summary| summary.to_text())
+    }
+
+    /// A run that has lost a rank can go on where it has a checkpoint.
+    fn with_way_on(&self, error: Error) -> Error {
+        let lost = matches!(
+            ClusterError::of(&error),
+            Some(ClusterError::PeerLost { .. } | ClusterError::Timeout { .. } | ClusterError::Aborted { .. })
+        );
+        match checkpoint::finished(&self.out) {
+            Ok(finished) if lost && !finished.is_empty() => {
+                error.hint("the same line with --resume goes on at the last checkpoint")
+            }
+            _ => error,
+        }
     }
 
     fn layout(&self) -> ParallelLayout {
@@ -275,7 +290,10 @@ impl TrainArgs {
             (Some(path), _) => (read_samples(path)?, path),
             (None, Some(path)) => {
                 let ids = read_text(path, &self.text_field, &tokenizer)?;
-                (Tokens::Text { ids, shuffle: !self.recipe.no_shuffle }, self.data.as_ref().unwrap_or(&self.out))
+                (
+                    Tokens::Text { ids, shuffle: !self.recipe.no_shuffle },
+                    self.data.as_ref().unwrap_or(&self.out),
+                )
             }
             (None, None) => return Err(Error::usage("--data or --tokens is needed")),
         };
@@ -289,8 +307,10 @@ impl TrainArgs {
                     ("--vocab", self.vocab, config.vocab),
                 ] {
                     if let Some(asked) = asked.filter(|&asked| asked != found) {
-                        return Err(Error::usage(format!("{option} is {asked}, but the network of --init has {found}"))
-                            .hint(format!("leave {option} out")));
+                        return Err(Error::usage(format!(
+                            "{option} is {asked}, but the network of --init has {found}"
+                        ))
+                        .hint(format!("leave {option} out")));
                     }
                 }
                 start.config.dropout = self.dropout;
@@ -325,7 +345,8 @@ impl TrainArgs {
     /// The state of the last finished checkpoint, which must be of the same run.
     fn resumed(&self, asked: Whole, folder: &ModelFolder, cx: &Context) -> Result<Whole> {
         let last = checkpoint::finished(&self.out)?.pop().ok_or_else(|| {
-            Error::input(self.out.display(), "holds no finished checkpoint").hint("leave out --resume to begin anew")
+            Error::input(self.out.display(), "holds no finished checkpoint")
+                .hint("leave out --resume to begin anew")
         })?;
         let found = Whole::read(&last)?;
         let as_value = |config: &GptConfig| serde_json::to_value(config).unwrap_or_default();
@@ -338,7 +359,10 @@ impl TrainArgs {
         same(&before, &now, &path, &["steps"])?;
         let step = found.progress.map_or(0, |(step, ..)| step);
         if step > self.steps {
-            return Err(Error::usage(format!("the checkpoint is of step {step}, beyond --steps {}", self.steps)));
+            return Err(Error::usage(format!(
+                "the checkpoint is of step {step}, beyond --steps {}",
+                self.steps
+            )));
         }
         cx.note(format!("going on at step {step}, from {}", last.display()));
         Ok(found)
@@ -374,8 +398,7 @@ impl TrainArgs {
         cx: &Context,
     ) -> Result<Option<Summary>> {
         let ranks = Ranks::new(layout, comm)?;
-        let mut trainer =
-            Trainer::<f32>::new(&whole.config, options, ranks, |name| whole.weight(name), cx)?;
+        let mut trainer = Trainer::<f32>::new(&whole.config, options, ranks, |name| whole.weight(name), cx)?;
         whole.restore(&mut trainer)?;
         let first = trainer.ranks.world.rank() == 0;
         let mut log = None;
@@ -425,7 +448,9 @@ impl TrainArgs {
             last = Some(result);
         }
         let Some(last) = last else {
-            return Err(Error::usage(format!("all {} steps are done already", self.steps)).hint("raise --steps"));
+            return Err(
+                Error::usage(format!("all {} steps are done already", self.steps)).hint("raise --steps")
+            );
         };
         let seconds = begun.elapsed().as_secs_f64();
         let trace = trainer.gather_trace(&last.trace)?;
