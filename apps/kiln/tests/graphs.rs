@@ -84,6 +84,11 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             desk.json("anchor --width 4 --depth 2 --heads 2 --patch 2 --batch 4 --data @data.csv --steps 2 --out @m");
             2
         }
+        "megatron" => {
+            desk.write("a.txt", "to be or not to be. ".repeat(40));
+            desk.json("train --data @a.txt --out @m --steps 2 --hidden 16 --layers 2 --heads 2 --seq 16 --batch 4 --tensor 2");
+            256
+        }
         "ptq" => {
             let pixels = |i: usize| (0..16).map(|p| format!("{},", (i * p) % 10)).collect::<String>();
             let row = |i: usize| format!("{}{}\n", pixels(i), ["up", "down"][i % 2]);
