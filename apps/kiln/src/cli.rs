@@ -1,11 +1,14 @@
 //! What can be typed.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use kiln::SYSTEMS;
+use kiln::cluster::{Algorithm, ClusterArgs, parse_bytes, parse_duration};
 use kiln::core::Scale;
 
 /// Published neural systems on your own data, from one binary.
@@ -118,6 +121,19 @@ pub enum Verb {
         #[command(subcommand)]
         verb: CompileVerb,
     },
+    /// Start a command as ranks: processes that compute together
+    #[command(after_help = "Examples:\n  kiln launch -n 4 -- cluster probe -n 4\n  \
+        kiln launch -n 2 -- megatron train --data my.txt --tensor 2 --out m\n\n\
+        On two machines, two ranks on each, with the same secret in $KILN_CLUSTER_TOKEN:\n  \
+        kiln launch -n 2 --ranks 4 --rendezvous 10.0.0.1:7000 -- cluster probe -n 4\n  \
+        kiln launch -n 2 --ranks 4 --first 2 --rendezvous 10.0.0.1:7000 -- cluster probe -n 4\n\n\
+        Ctrl-C reaches every rank. The exit code is that of the first rank that failed.")]
+    Launch(LaunchArgs),
+    /// Measure what the links between ranks can do
+    Cluster {
+        #[command(subcommand)]
+        verb: ClusterVerb,
+    },
     /// Print a completion script for a shell
     #[command(
         after_help = "Example:\n  kiln completions bash > ~/.local/share/bash-completion/completions/kiln"
@@ -126,6 +142,77 @@ pub enum Verb {
         /// The shell
         shell: Shell,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct LaunchArgs {
+    /// Ranks to start on this machine
+    #[arg(short = 'n', long = "local", value_name = "N")]
+    pub local: usize,
+    /// Ranks on all machines [default: those of this machine]
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// The first rank of this machine
+    #[arg(long, value_name = "RANK", default_value_t = 0)]
+    pub first: usize,
+    /// Where the ranks meet, on the machine of rank 0 [default: a free port of this machine]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub rendezvous: Option<String>,
+    /// How long to wait for ranks that do not come or give no sign of life
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub timeout: Duration,
+    /// A secret that ranks prove to each other [default: $KILN_CLUSTER_TOKEN]
+    #[arg(long, value_name = "SECRET")]
+    pub cluster_token: Option<String>,
+    /// The command, without `kiln`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterVerb {
+    /// Measure latency and bandwidth between every two ranks
+    #[command(after_help = "Examples:\n  kiln cluster probe -n 2\n  kiln cluster probe -n 4 --backend tcp")]
+    Probe(ProbeArgs),
+    /// Measure a collective over sizes and algorithms
+    #[command(after_help = "Examples:\n  kiln cluster bench -n 2 --bytes 8,4K,1M\n  \
+        kiln cluster bench -n 4 --backend tcp --algorithms ring,tree,star --csv times.csv --plot times.svg\n\n\
+        Bus bandwidth is what every rank's link must at least have carried: for an all-reduce of B bytes on n\n\
+        ranks in t seconds 2(n-1)/n * B/t.")]
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// Ranks
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 2)]
+    pub ranks: usize,
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Ranks
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 2)]
+    pub ranks: usize,
+    /// all_reduce, reduce_scatter, all_gather, all_to_all or broadcast
+    #[arg(long, default_value = "all_reduce")]
+    pub op: String,
+    /// Sizes of the buffer
+    #[arg(long, value_delimiter = ',', default_value = "8,4K,1M,64M", value_parser = parse_bytes)]
+    pub bytes: Vec<usize>,
+    /// Ways to do an all-reduce
+    #[arg(long, value_delimiter = ',', value_enum, default_value = "auto,ring,tree,star")]
+    pub algorithms: Vec<Algorithm>,
+    /// Also write a table
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Also draw time over bytes (.svg or .png)
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
 }
 
 #[derive(Debug, Subcommand)]

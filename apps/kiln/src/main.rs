@@ -4,6 +4,7 @@ mod cli;
 mod commands;
 mod graphs;
 mod programs;
+mod ranks;
 
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
 use std::process::ExitCode;
@@ -78,6 +79,8 @@ fn dispatch(matches: &clap::ArgMatches, cx: &Context) -> Result<ExitCode> {
         Verb::Export { model, out } => commands::export(SYSTEMS, &model, &out, cx),
         Verb::Graph { verb } => graphs::execute(verb, SYSTEMS, cx),
         Verb::Compile { verb } => programs::execute(&verb, SYSTEMS, cx),
+        Verb::Launch(args) => return ranks::start(&args, cx),
+        Verb::Cluster { verb } => ranks::execute(&verb, cx),
         Verb::Completions { shell } => commands::completions(shell, cx),
     }
     .map(|()| ExitCode::SUCCESS)

@@ -66,10 +66,6 @@ impl Emulator {
         Self { link, state: Mutex::new(LinkState { out_free: 0, in_free: 0, rng }) }
     }
 
-    pub fn link(&self) -> &EmulatedLink {
-        &self.link
-    }
-
     /// A message leaves now; gives its arrival.
     pub fn depart(&self, bytes: usize) -> u64 {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::Range;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +16,8 @@ use nix::unistd::Pid;
 
 use crate::communicator::lock;
 use crate::error::ClusterError;
-use crate::tcp::keeper::Keeper;
+use crate::run::{listen, resolve};
+use crate::tcp::keeper::{Keeper, Terms, reachable};
 
 /// The shared secret, in the environment of ranks and of who starts them.
 pub(crate) const TOKEN: &str = "KILN_CLUSTER_TOKEN";
@@ -119,6 +121,69 @@ impl Ended {
             None => format!("its process ended with exit code {}", self.code()),
         }
     }
+}
+
+/// Ranks to be started as processes of this machine.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// Ranks in all, on whatever machines.
+    pub ranks: usize,
+    /// Those of this machine. Whoever starts rank 0 lets the others in.
+    pub local: Range<usize>,
+    /// Where the ranks meet, `HOST:PORT`; a free port of this machine when all ranks are its own.
+    pub rendezvous: Option<String>,
+    /// How long to wait for ranks that do not come or give no sign of life.
+    pub timeout: Duration,
+    /// The shared secret; one of its own when all ranks are this machine's.
+    pub token: Option<String>,
+}
+
+/// Starts this program with `arguments` once for every rank of this machine, each line of their output with the rank
+/// before it, and waits for their end; gives the first exit code that is not zero.
+///
+/// # Errors
+/// When there are no such ranks, the meeting point cannot be had, or a process cannot be started.
+pub fn launch(what: &Launch, arguments: &[OsString], interrupted: Arc<AtomicBool>) -> Result<u8> {
+    let Launch { ranks, local, timeout, .. } = what;
+    if local.is_empty() || local.end > *ranks {
+        let found = format!("ranks {} to {} of {ranks} cannot be started", local.start, local.end);
+        return Err(Error::usage(found).hint("there is at least one, and the last is one less than their number"));
+    }
+    let all_here = local.len() == *ranks;
+    let address = match &what.rendezvous {
+        Some(address) => address.as_str(),
+        None if all_here => "127.0.0.1:0",
+        None => return Err(Error::usage("ranks of several machines need a --rendezvous HOST:PORT")),
+    };
+    let token = match what.token.clone().or_else(|| std::env::var(TOKEN).ok()) {
+        Some(token) => token,
+        None if all_here => random_word()?,
+        None => {
+            return Err(Error::usage("ranks of several machines need a --cluster-token")
+                .hint(format!("any text that is the same on all of them, also in ${TOKEN}")));
+        }
+    };
+    let keeper = (local.start == 0)
+        .then(|| -> Result<Keeper> {
+            let terms = Terms { ranks: *ranks, run: random_word()?, token: token.clone(), timeout: *timeout };
+            Keeper::start(listen(address)?, terms).map_err(|e| Error::work("cannot listen").caused_by(e))
+        })
+        .transpose()?;
+    let rendezvous = match &keeper {
+        Some(keeper) => reachable(keeper.address()),
+        None => resolve(address)?,
+    };
+    let appointed = local.clone().map(|rank| Appointed {
+        rank,
+        ranks: *ranks,
+        rendezvous: rendezvous.to_string(),
+        run: None,
+        local: local.len(),
+    });
+    let appointed: Vec<Appointed> = appointed.collect();
+    let supervisor =
+        Supervisor::start(&appointed, arguments, &token, Output::Everything, keeper, interrupted)?;
+    Ok(supervisor.outcome(false).map_or(0, |ended| ended.code()))
 }
 
 /// How long ranks may take to end when one of them has failed.

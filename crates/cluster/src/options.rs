@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-/// `500ms`, `30s`, `2m`, `0.1ms`, `20us`.
-pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+/// A time: `500ms`, `30s`, `2m`, `0.1ms`, `20us`.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let units = [("ms", 1e-3), ("us", 1e-6), ("µs", 1e-6), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
     quantity(text, &units)
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
@@ -26,7 +29,10 @@ pub(crate) fn parse_bandwidth(text: &str) -> Result<f64, String> {
 }
 
 /// Bytes: `8`, `4K`, `1M`, `1G`, in powers of 1024.
-pub(crate) fn parse_bytes(text: &str) -> Result<usize, String> {
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn parse_bytes(text: &str) -> Result<usize, String> {
     let units = [("K", 1024.0), ("M", 1048576.0), ("G", 1073741824.0), ("", 1.0)];
     quantity(text, &units)
         .filter(|bytes| bytes.fract() == 0.0 && *bytes < (1u64 << 40) as f64)

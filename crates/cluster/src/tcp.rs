@@ -211,8 +211,10 @@ impl Shared {
     /// Opens the connection to a rank.
     fn connect(self: &Arc<Self>, to: usize) -> Result<TcpStream, ClusterError> {
         let call = || -> Result<TcpStream, String> {
-            let mut stream = connect_until(self.addresses[to], Instant::now() + self.place.timeout)
-                .map_err(|e| e.to_string())?;
+            // It listens since before its address was known: one that cannot be reached now is gone.
+            let address = reachable(self.addresses[to]);
+            let mut stream =
+                TcpStream::connect_timeout(&address, self.place.timeout).map_err(|e| e.to_string())?;
             greet(&mut stream, End::Caller, &self.place.token)?;
             let hello = Hello { run: self.run.clone(), from: self.place.rank, to };
             say(&mut stream, &hello).map_err(|e| e.to_string())?;

@@ -260,11 +260,6 @@ impl<T> Present<'_, T> {
         self.seats[rank].send_len
     }
 
-    /// Length of what a rank receives into.
-    pub fn into_len(&self, rank: usize) -> usize {
-        self.seats[rank].into_len
-    }
-
     /// A part of what a rank sends.
     ///
     /// # Safety
