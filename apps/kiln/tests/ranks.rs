@@ -25,7 +25,9 @@ fn children(parent: &Child) -> Vec<u32> {
     let id = parent.id();
     let tasks = fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()).collect()
+    lists
+        .flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>())
+        .collect()
 }
 
 fn environment(process: u32, name: &str) -> Option<String> {
@@ -148,7 +150,11 @@ fn strangers_do_not_disturb_the_ranks() {
 fn a_port_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
-    let output = kiln(&format!("launch -n 2 --rendezvous 127.0.0.1:{port} -- cluster probe")).output().unwrap();
+    let output =
+        kiln(&format!("launch -n 2 --rendezvous 127.0.0.1:{port} -- cluster probe")).output().unwrap();
     let text = text(&output);
-    assert!(text.contains(&format!("cannot listen at 127.0.0.1:{port}")) && text.contains("ss -ltnp"), "{text}");
+    assert!(
+        text.contains(&format!("cannot listen at 127.0.0.1:{port}")) && text.contains("ss -ltnp"),
+        "{text}"
+    );
 }

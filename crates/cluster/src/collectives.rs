@@ -195,14 +195,7 @@ impl Communicator {
             if step.shares_memory() {
                 return direct::meet::<u8, ()>(step, &[], &mut [], |_| ());
             }
-            // After round k everyone has heard of its 2^k predecessors on the ring.
-            let mut distance = 1;
-            while distance < step.size() {
-                step.send::<u8>((step.rank() + distance) % step.size(), &[])?;
-                step.recv::<u8>((step.rank() + step.size() - distance) % step.size(), &mut [])?;
-                distance *= 2;
-            }
-            Ok(())
+            step.meet_by_messages()
         })
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kiln_core::Result;
 
 use crate::call::{Call, Operation};
-use crate::element::Element;
+use crate::element::{Element, Op};
 use crate::emulate::{self, EmulatedLink, Emulator};
 use crate::error::ClusterError;
 use crate::mailbox::{Absent, Address, Ticket};
@@ -279,7 +279,6 @@ impl<T: Element> Receiving<T> {
     /// Whether the message is there, so that [`wait`](Self::wait) returns at once.
     pub fn test(&self) -> bool {
         let transport = &self.comm.endpoint.transport;
-        transport.progress();
         self.ticket
             .and_then(|ticket| transport.mailbox().arrived(ticket))
             .is_some_and(|due| due <= emulate::now())
@@ -480,6 +479,32 @@ impl Step<'_> {
         );
         calls.sort();
         ClusterError::Mismatch { calls }
+    }
+
+    /// Reduces by the back end's own all-reduce, where it has one; whether it had. Before that everyone makes sure
+    /// that all call the same.
+    pub fn reduce_natively<T: Element>(&self, buffer: &mut [T], op: Op) -> Result<bool, ClusterError> {
+        let transport = &self.comm.endpoint.transport;
+        if self.comm.endpoint.emulator.is_some() || !transport.reduces(T::KIND, op) {
+            return Ok(false);
+        }
+        self.meet_by_messages()?;
+        let bytes = bytemuck::cast_slice_mut(buffer);
+        transport.all_reduce(self.comm.group, &self.comm.members, T::KIND, op, bytes);
+        Ok(true)
+    }
+
+    /// Waits until all ranks have made this call: after round k everyone has heard of its 2^k predecessors on the
+    /// ring.
+    pub fn meet_by_messages(&self) -> Result<(), ClusterError> {
+        let (rank, ranks) = (self.rank(), self.size());
+        let mut distance = 1;
+        while distance < ranks {
+            self.send::<u8>((rank + distance) % ranks, &[])?;
+            self.recv::<u8>((rank + ranks - distance) % ranks, &mut [])?;
+            distance *= 2;
+        }
+        Ok(())
     }
 
     fn world_rank(&self, rank: usize) -> Result<usize, ClusterError> {

@@ -147,7 +147,9 @@ pub fn launch(what: &Launch, arguments: &[OsString], interrupted: Arc<AtomicBool
     let Launch { ranks, local, timeout, .. } = what;
     if local.is_empty() || local.end > *ranks {
         let found = format!("ranks {} to {} of {ranks} cannot be started", local.start, local.end);
-        return Err(Error::usage(found).hint("there is at least one, and the last is one less than their number"));
+        return Err(
+            Error::usage(found).hint("there is at least one, and the last is one less than their number")
+        );
     }
     let all_here = local.len() == *ranks;
     let address = match &what.rendezvous {

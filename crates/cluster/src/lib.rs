@@ -12,12 +12,15 @@ mod groups;
 mod launch;
 mod mailbox;
 mod measure;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod options;
 mod run;
 mod tcp;
 mod threads;
 mod traffic;
 mod transport;
+mod wire;
 
 pub use call::{Algorithm, Operation};
 pub use collectives::{chunk, cost};

@@ -30,7 +30,8 @@ impl Communicator {
     /// # Errors
     /// When a rank is lost or late.
     pub fn probe(&self) -> Result<Link> {
-        let link = if self.size() > 1 { self.probe_pair(0, 1)? } else { Link { latency: 0.0, bandwidth: 1e12 } };
+        let link =
+            if self.size() > 1 { self.probe_pair(0, 1)? } else { Link { latency: 0.0, bandwidth: 1e12 } };
         *lock(&self.endpoint().link) = (link.latency, link.bandwidth);
         Ok(link)
     }

@@ -28,6 +28,8 @@ pub enum Backend {
     Threads,
     /// Processes joined by TCP: those of `kiln launch`, or as many as needed on this machine
     Tcp,
+    /// Processes of `mpirun`; needs a kiln that was built with `--features mpi`
+    Mpi,
 }
 
 /// Where the ranks of a command live and how they talk to each other.
@@ -90,6 +92,7 @@ impl ClusterArgs {
             (_, Some(appointed)) => self.as_appointed(&appointed, ranks, cx, &body),
             (Backend::Threads, None) => on_threads(ranks, self, cx.threads, Stuck::EndProcess, &body),
             (Backend::Tcp, None) => self.with_processes(ranks, cx, &body),
+            (Backend::Mpi, None) => self.over_mpi(ranks, cx, &body),
         }
     }
 
@@ -194,6 +197,45 @@ impl ClusterArgs {
                 Err(error)
             }
         }
+    }
+
+    /// As the rank that `mpirun` made this process.
+    #[cfg(feature = "mpi")]
+    fn over_mpi<R: Send>(
+        &self,
+        ranks: usize,
+        cx: &Context,
+        body: &(impl Fn(Communicator) -> Result<R> + Sync),
+    ) -> Result<Vec<R>> {
+        launch::only_once()?;
+        let (_universe, transport) = crate::mpi::join()?; // dropped in reverse order: the universe last
+        if transport.size() != ranks {
+            let found = transport.size();
+            return Err(Error::usage(format!(
+                "the command runs on {ranks} ranks, but MPI has started {found}"
+            ))
+            .hint(format!("start it with `mpirun -n {ranks} kiln …`")));
+        }
+        let pool = pool((cx.threads / transport.local()).max(1))?;
+        let transport = Arc::new(transport);
+        let endpoint = Endpoint::new(transport.clone(), self.timeout, self.emulate.as_ref());
+        let result = pool.install(|| guarded(transport.rank(), || body(Communicator::world(endpoint))));
+        if let Err(error) = &result {
+            transport.fail(as_seen_by_others(transport.rank(), error));
+        }
+        transport.finish()?;
+        Ok(vec![result?])
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    fn over_mpi<R: Send>(
+        &self,
+        _ranks: usize,
+        _cx: &Context,
+        _body: &(impl Fn(Communicator) -> Result<R> + Sync),
+    ) -> Result<Vec<R>> {
+        Err(Error::usage("this kiln was built without MPI")
+            .hint("build it with `cargo build --release --features mpi`, which needs libopenmpi-dev and libclang-dev"))
     }
 
     fn token(&self) -> String {

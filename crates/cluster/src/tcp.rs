@@ -6,7 +6,6 @@
 
 mod greeting;
 pub(crate) mod keeper;
-mod wire;
 
 use std::collections::BTreeSet;
 use std::io::{self, IoSlice, Read, Write};
@@ -20,12 +19,12 @@ use serde::{Deserialize, Serialize};
 
 use self::greeting::{End, greet, hear, say};
 use self::keeper::{BEAT, ToKeeper, ToRank, reachable};
-use self::wire::{Frame, HEADER};
 use crate::call::Call;
 use crate::communicator::lock;
 use crate::error::ClusterError;
 use crate::mailbox::Mailbox;
 use crate::transport::{Header, Message, Payload, Transport};
+use crate::wire::{Frame, HEADER};
 
 /// Which rank of which world a process is.
 #[derive(Debug, Clone)]

@@ -3,7 +3,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use crate::ElementKind;
 use crate::call::Call;
+use crate::element::Op;
 use crate::error::ClusterError;
 use crate::mailbox::Mailbox;
 use crate::threads::Meetings;
@@ -23,11 +25,6 @@ pub(crate) trait Transport: Send + Sync {
     /// Where messages for this rank arrive.
     fn mailbox(&self) -> &Mailbox;
 
-    /// Looks for arrived messages, where nothing else does so; called while a rank waits.
-    fn progress(&self) -> Progress {
-        Progress::ByItself
-    }
-
     /// Tells everyone else what this rank is doing, for their error messages.
     fn announce(&self, _call: Option<Call>) {}
 
@@ -44,15 +41,17 @@ pub(crate) trait Transport: Send + Sync {
         None
     }
 
+    /// Whether the back end has an all-reduce of its own for these.
+    fn reduces(&self, _element: ElementKind, _op: Op) -> bool {
+        false
+    }
+
+    /// The back end's own all-reduce, where it has one. All ranks of the group have said that they call it.
+    fn all_reduce(&self, _group: u64, _members: &[usize], _element: ElementKind, _op: Op, _bytes: &mut [u8]) {
+    }
+
     /// Latency in seconds and bandwidth in bytes per second, as assumed before it is measured.
     fn assumed_link(&self) -> (f64, f64);
-}
-
-/// Who looks for arrived messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// Threads of the transport; a rank that waits may sleep.
-    ByItself,
 }
 
 /// What goes before a message's payload.

@@ -1,13 +1,14 @@
 //! The suite over TCP, each rank with its own sockets in this process.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod failure;
 mod suite;
 
 use std::time::Duration;
 
 use kiln_cluster::{ClusterArgs, Communicator, run_over_loopback};
 use kiln_core::Result;
-use suite::{Engine, case, failure, program};
+use suite::{Engine, case, program};
 
 struct Loopback {
     options: ClusterArgs,

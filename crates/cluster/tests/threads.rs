@@ -1,13 +1,14 @@
 //! The suite on ranks that are threads.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod failure;
 mod suite;
 
 use std::time::Duration;
 
 use kiln_cluster::{ClusterArgs, Communicator};
 use kiln_core::{Context, Result};
-use suite::{Engine, case, failure, program};
+use suite::{Engine, case, program};
 
 struct Threads {
     options: ClusterArgs,

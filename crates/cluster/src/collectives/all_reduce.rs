@@ -15,6 +15,9 @@ pub(crate) fn all_reduce<T: Element>(
     if step.size() == 1 {
         return Ok(()); // the average of one is itself
     }
+    if algorithm == Algorithm::Auto && step.reduce_natively(buffer, op)? {
+        return Ok(());
+    }
     match resolve(step, algorithm, size_of_val(buffer)) {
         Algorithm::Ring => ring(step, buffer, op),
         Algorithm::Tree => tree(step, buffer, op),

@@ -152,12 +152,10 @@ fn bring<T: Sample>(comm: &Communicator, len: usize) -> Result<()> {
     let count = |from: usize, to: usize| (from + 2 * to) % 3;
     let send_counts: Vec<usize> = (0..ranks).map(|to| count(rank, to)).collect();
     let receive_counts: Vec<usize> = (0..ranks).map(|from| count(from, rank)).collect();
-    let send: Vec<T> =
-        (0..ranks).flat_map(|to| vec![sample(rank, to); count(rank, to)]).collect();
+    let send: Vec<T> = (0..ranks).flat_map(|to| vec![sample(rank, to); count(rank, to)]).collect();
     let mut into = zeros(receive_counts.iter().sum());
     comm.all_to_all_v(&send, &send_counts, &mut into, &receive_counts)?;
-    let expected: Vec<T> =
-        (0..ranks).flat_map(|from| vec![sample(from, rank); count(from, rank)]).collect();
+    let expected: Vec<T> = (0..ranks).flat_map(|from| vec![sample(from, rank); count(from, rank)]).collect();
     assert_eq!(into, expected);
 
     for root in 0..ranks {

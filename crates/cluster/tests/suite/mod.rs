@@ -1,7 +1,6 @@
 //! What every back end must do, written once. A case gets a function that runs a body on some ranks.
 
 pub mod case;
-pub mod failure;
 pub mod program;
 
 use kiln_cluster::Communicator;

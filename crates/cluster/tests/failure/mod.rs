@@ -5,7 +5,7 @@ use std::time::Duration;
 use kiln_cluster::{Algorithm, ClusterError, Communicator, Op};
 use kiln_core::Error;
 
-use super::Engine;
+use crate::suite::Engine;
 
 fn lost(error: &Error, who: usize) {
     assert!(
