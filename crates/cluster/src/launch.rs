@@ -301,10 +301,9 @@ fn watch(
                 _ = kill(pid(child), Signal::SIGINT);
             }
         }
-        if first.is_some() || lock(state).own_part_failed {
-            if ending.get_or_insert_with(Instant::now).elapsed() > GRACE {
-                end(&mut children);
-            }
+        let failed = first.is_some() || lock(state).own_part_failed;
+        if failed && ending.get_or_insert_with(Instant::now).elapsed() > GRACE {
+            end(&mut children);
         }
         thread::sleep(Duration::from_millis(10));
     }

@@ -57,6 +57,7 @@ pub struct StageOptions {
 
 /// What a stage is given and passes on.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a tensor's handle is moved once a layer")]
 pub enum Flow {
     /// The tokens themselves, before the first stage.
     Tokens,
@@ -78,6 +79,7 @@ struct Layer {
 
 /// What the backward pass of a layer needs.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a tensor's handle is moved once a layer")]
 enum LayerSaved {
     /// All of it.
     Whole(Box<Activations>),
@@ -98,6 +100,7 @@ struct Activations {
 
 /// The attention core's state, or what it is computed from.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a tensor's handle is moved once a layer")]
 enum Core {
     Kept(CoreSaved),
     Input(Tensor<2>),

@@ -136,7 +136,7 @@ fn all_kinds_of_text_are_read() {
         &train("--tokens @rows.npy --steps 3").replacen("--steps 2", "", 1),
         "expected at least [3, 4, 17]",
     );
-    desk.write("cut.npy", &npy(&[1, 2, 3], "(200,)"));
+    desk.write("cut.npy", npy(&[1, 2, 3], "(200,)"));
     desk.assert_refused(&train("--data @cut.npy"), "cut.npy");
     desk.assert_refused(
         "train --data @a.txt --out @n --init @m --hidden 32 --seq 16",
