@@ -2,6 +2,7 @@
 
 mod bench;
 mod memcheck;
+mod mpi;
 mod onnx;
 mod readme;
 mod test;
@@ -29,6 +30,8 @@ enum Chore {
     Readme,
     /// Compare ONNX models in Kiln and ONNX Runtime
     Onnx,
+    /// Run the cluster crate's suite on processes of MPI
+    Mpi,
 }
 
 /// What a component's own suite came to.
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Chore::Bench { slug, pairs } => bench::run(&slug, pairs),
         Chore::Readme => readme::run(),
         Chore::Onnx => onnx::check().map(|counted| counted.failed == 0),
+        Chore::Mpi => mpi::check().map(|counted| counted.failed == 0),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::workspace::cargo;
+use crate::workspace::{cargo, has, install};
 
 /// What running under valgrind came to.
 pub enum Memcheck {
@@ -19,7 +19,7 @@ pub enum Memcheck {
 /// Runs the unit tests of `kiln-ops` around its `unsafe` blocks.
 pub fn check() -> Result<Memcheck, Box<dyn std::error::Error>> {
     println!("== valgrind, kiln-ops");
-    if !has_valgrind() && !install() {
+    if !has("valgrind") && !install(&["valgrind"]) {
         return Ok(Memcheck::Skipped("valgrind, with `apt-get install valgrind`"));
     }
     let mut valgrind = Command::new("valgrind");
@@ -27,22 +27,6 @@ pub fn check() -> Result<Memcheck, Box<dyn std::error::Error>> {
     // The allocator's settings, and memory that is filled once; the third kind is a hint that touches no memory.
     let status = valgrind.args(["memory::", "blocks::"]).status()?;
     Ok(Memcheck::Ran(status.success()))
-}
-
-fn has_valgrind() -> bool {
-    let version =
-        Command::new("valgrind").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    version.is_ok_and(|status| status.success())
-}
-
-/// Installs valgrind on Debian where this process may.
-fn install() -> bool {
-    let apt = |arguments: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null());
-        command.status().is_ok_and(|status| status.success())
-    };
-    apt(&["update", "-qq"]) && apt(&["install", "-y", "-qq", "valgrind"]) && has_valgrind()
 }
 
 /// The program with the unit tests of `kiln-ops`, built as the test step builds it.

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use crate::memcheck::{self, Memcheck};
 use crate::workspace::{cargo, each_line};
-use crate::{Outcome, onnx, readme};
+use crate::{Outcome, mpi, onnx, readme};
 
 /// Tests seen so far.
 #[derive(Default, Debug, PartialEq)]
@@ -30,10 +30,11 @@ pub fn run() -> Outcome {
             count.skipped += 1;
         }
     }
-    let models = onnx::check()?;
-    count.passed += models.passed;
-    count.failed += models.failed;
-    count.skipped += models.skipped;
+    for counted in [onnx::check()?, mpi::check()?] {
+        count.passed += counted.passed;
+        count.failed += counted.failed;
+        count.skipped += counted.skipped;
+    }
     // What the READMEs tell people to type.
     let (worked, did_not) = readme::check()?;
     count.passed += worked;

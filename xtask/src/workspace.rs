@@ -42,3 +42,19 @@ pub fn each_line(command: &mut Command, mut line: impl FnMut(&str)) -> std::io::
     }
     child.wait()
 }
+
+/// Whether there is a program of this name.
+pub fn has(program: &str) -> bool {
+    let version = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    version.is_ok_and(|status| status.success())
+}
+
+/// Installs packages on Debian where this process may.
+pub fn install(packages: &[&str]) -> bool {
+    let apt = |arguments: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.args(arguments).env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null());
+        command.status().is_ok_and(|status| status.success())
+    };
+    apt(&["update", "-qq"]) && apt(&[&["install", "-y", "-qq"], packages].concat())
+}

@@ -60,6 +60,12 @@ pub(crate) fn appointed() -> Result<Option<Appointed>> {
     Ok(Some(Appointed { rank, ranks, rendezvous, run: std::env::var(RUN).ok(), local: local.max(1) }))
 }
 
+/// How many ranks this process is one of, where `kiln launch` or Open MPI's `mpirun` has started it.
+pub fn started_ranks() -> Option<usize> {
+    let told = |name: &str| std::env::var(name).ok()?.parse().ok();
+    told(RANKS).or_else(|| told("OMPI_COMM_WORLD_SIZE"))
+}
+
 /// Fails when this process has already run something on ranks that are processes.
 pub(crate) fn only_once() -> Result<()> {
     static DONE: AtomicBool = AtomicBool::new(false);

@@ -29,7 +29,7 @@ pub use element::{Element, ElementKind, Op};
 pub use emulate::EmulatedLink;
 pub use error::ClusterError;
 pub use groups::Mesh;
-pub use launch::{Launch, launch};
+pub use launch::{Launch, launch, started_ranks};
 pub use measure::{Link, MEASURED, Timing, time};
 pub use options::{parse_bytes, parse_duration};
 pub use run::{Backend, ClusterArgs, run_over_loopback, run_threads};

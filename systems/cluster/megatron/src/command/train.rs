@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use kiln_cluster::{ClusterArgs, ClusterError, Communicator, Op};
+use kiln_cluster::{ClusterArgs, ClusterError, Communicator, Op, started_ranks};
 use kiln_core::{Context, Error, ModelFolder, Result, write_atomic};
 use kiln_data::Tokenizer;
 use kiln_nn::{Decay, Schedule as LrSchedule};
@@ -25,7 +25,7 @@ use crate::trainer::{BUCKET_BYTES, TrainOptions, Trainer};
 #[derive(Debug, Args)]
 pub struct TrainArgs {
     /// Text file, folder of text files, .jsonl file, or .npy array of token ids
-    #[arg(long, required_unless_present = "tokens")]
+    #[arg(long, visible_alias = "text", required_unless_present = "tokens")]
     data: Option<PathBuf>,
     /// .npy array [steps, batch, seq + 1] of token ids, used in order
     #[arg(long, conflicts_with = "data")]
@@ -84,9 +84,10 @@ struct DivisionArgs {
     /// Ranks that have layers one after another
     #[arg(long, default_value_t = 1)]
     pipeline: usize,
-    /// Ranks that have the same layers and other samples
-    #[arg(long, default_value_t = 1)]
-    data_parallel: usize,
+    /// Ranks that have the same layers and other samples [default: what is left of the ranks that `kiln launch` or
+    /// `mpirun` has started, otherwise 1]
+    #[arg(long)]
+    data_parallel: Option<usize>,
     /// Chunks of layers on each pipeline rank; more than 1 need --schedule interleaved
     #[arg(long, default_value_t = 1)]
     chunks: usize,
@@ -222,10 +223,14 @@ impl TrainArgs {
 
     fn layout(&self) -> ParallelLayout {
         let division = &self.division;
+        let left = || {
+            let copy = division.tensor.saturating_mul(division.pipeline).max(1);
+            started_ranks().map_or(1, |started| (started / copy).max(1))
+        };
         ParallelLayout {
             tensor: division.tensor,
             pipeline: division.pipeline,
-            data: division.data_parallel,
+            data: division.data_parallel.unwrap_or_else(left),
             chunks: division.chunks,
             stage_layers: division.stage_layers.clone(),
         }
