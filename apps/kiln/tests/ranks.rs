@@ -158,3 +158,57 @@ fn a_port_in_use_is_named() {
         "{text}"
     );
 }
+
+/// Step and loss of each line of a training's log.
+fn losses(folder: &std::path::Path) -> Vec<(String, String)> {
+    let log = fs::read_to_string(folder.join("log.csv")).unwrap();
+    let cells = log.lines().skip(1).map(|line| line.split(',').map(str::to_string).collect::<Vec<_>>());
+    cells.map(|cells| (cells[0].clone(), cells[1].clone())).collect()
+}
+
+#[test]
+fn a_training_survives_the_loss_of_a_rank() {
+    let desk = tempfile::tempdir().unwrap();
+    let text = desk.path().join("a.txt");
+    fs::write(&text, "to be or not to be, that is the question. ".repeat(60)).unwrap();
+    let train = |out: &str| {
+        let (text, out) = (text.display(), desk.path().join(out));
+        format!(
+            "megatron train --text {text} --out {} --steps 400 --save-every 20 --layers 2 --hidden 32 --heads 2 \
+             --seq 32 --batch 8 --tensor 2 --quiet",
+            out.display()
+        )
+    };
+    // Threads, processes: the same bits, for sums are in rank order on both.
+    let whole = kiln(&train("whole")).output().unwrap();
+    assert!(whole.status.success(), "{}", self::text(&whole));
+
+    let launcher = kiln(&format!("launch -n 2 -- {}", train("cut"))).spawn().unwrap();
+    let checkpoints = desk.path().join("cut");
+    let started = Instant::now();
+    while !complete(&checkpoints) {
+        assert!(started.elapsed() < Duration::from_secs(60), "no checkpoint");
+        thread::sleep(Duration::from_millis(2));
+    }
+    let ranks = children(&launcher);
+    let second = ranks.into_iter().find(|&rank| environment(rank, "KILN_RANK").as_deref() == Some("1"));
+    let killed = Command::new("kill").args(["-KILL", &second.unwrap().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let output = launcher.wait_with_output().unwrap();
+    assert!(!output.status.success(), "the run was over before the rank was killed");
+    assert!(self::text(&output).contains("rank 1 was lost"), "{}", self::text(&output));
+    assert!(losses(&checkpoints).len() < 400);
+
+    let resumed = kiln(&format!("launch -n 2 -- {} --resume", train("cut"))).output().unwrap();
+    assert!(resumed.status.success(), "{}", self::text(&resumed));
+    assert_eq!(losses(&checkpoints), losses(&desk.path().join("whole")));
+}
+
+/// Whether a folder has a finished checkpoint.
+fn complete(folder: &std::path::Path) -> bool {
+    let inside = |folder: &std::path::Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    inside(folder).any(|entry| {
+        entry.path().join("COMPLETE").exists()
+            || inside(&entry.path()).any(|entry| entry.path().join("COMPLETE").exists())
+    })
+}
