@@ -17,6 +17,7 @@ mod mpi;
 mod options;
 mod run;
 mod tcp;
+mod tensor;
 mod threads;
 mod traffic;
 mod transport;

@@ -29,13 +29,14 @@ impl Engine for Mpi<'_> {
 }
 
 fn main() {
-    let cases: [(&str, fn(&dyn Engine)); 7] = [
+    let cases: [(&str, fn(&dyn Engine)); 8] = [
         ("reductions_match_a_serial_sum", case::reductions_match_a_serial_sum),
         ("everything_comes_to_its_place", case::everything_comes_to_its_place),
         ("requests_keep_their_order", case::requests_keep_their_order),
         ("groups_number_their_members", case::groups_number_their_members),
         ("traffic_is_what_the_formulas_say", case::traffic_is_what_the_formulas_say),
         ("sums_are_the_same_to_the_bit", |engine| case::sums_are_the_same_to_the_bit(engine, false)),
+        ("tensors_are_reduced_as_their_elements", case::tensors_are_reduced_as_their_elements),
         ("random_programs_agree", program::random_programs_agree),
     ];
     let ranks: usize = std::env::var("OMPI_COMM_WORLD_SIZE").map_or(1, |size| size.parse().unwrap());

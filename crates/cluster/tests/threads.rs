@@ -63,6 +63,11 @@ fn sums_are_the_same_to_the_bit() {
 }
 
 #[test]
+fn tensors_are_reduced_as_their_elements() {
+    case::tensors_are_reduced_as_their_elements(&threads());
+}
+
+#[test]
 fn random_programs_agree() {
     program::random_programs_agree(&threads());
 }

@@ -1,5 +1,6 @@
 //! The collectives against sums worked out in one place.
 
+use burn::tensor::Tensor;
 use kiln_cluster::{Algorithm, Communicator, Element, Mesh, Op, chunk};
 use kiln_core::Result;
 
@@ -343,5 +344,29 @@ pub fn sums_are_the_same_to_the_bit(engine: &dyn Engine, auto_is_canonical: bool
             };
             assert!(!ordered || bits == expected, "{algorithm} on {ranks} ranks");
         }
+    }
+}
+
+/// Tensors, with the bits that their elements alone would have.
+pub fn tensors_are_reduced_as_their_elements(engine: &dyn Engine) {
+    let body = |comm: Communicator| {
+        let device = burn::tensor::Device::flex();
+        let own: Vec<f32> = (0..24).map(|index| delicate(comm.rank(), index)).collect();
+        let tensor = Tensor::<1>::from_data(own.as_slice(), &device).reshape([2, 3, 4]);
+        let reduced = comm.all_reduce_tensor::<3>(tensor.clone(), Op::Sum)?;
+        let mut values = own.clone();
+        comm.all_reduce(&mut values, Op::Sum)?;
+        assert_eq!(reduced.into_data().try_to_vec::<f32>().unwrap(), values);
+        // What else holds the tensor sees the old values, and a view is as good as what it looks at.
+        assert_eq!(tensor.clone().into_data().try_to_vec::<f32>().unwrap(), own);
+        let turned = comm.all_reduce_tensor(tensor.swap_dims(0, 2), Op::Sum)?.swap_dims(0, 2);
+        assert_eq!(turned.into_data().try_to_vec::<f32>().unwrap(), values);
+        let whole = Tensor::<1, burn::tensor::Int>::from_data([1i64, 2], &device).float();
+        let doubled = comm.all_reduce_tensor(whole, Op::Prod)?;
+        assert_eq!(doubled.into_data().try_to_vec::<f32>().unwrap(), [1.0, 2f32.powi(comm.size() as i32)]);
+        Ok(())
+    };
+    for &ranks in engine.sizes() {
+        engine.run(ranks, &body).unwrap();
     }
 }

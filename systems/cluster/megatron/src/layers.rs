@@ -139,7 +139,7 @@ impl ColumnParallelLinear {
         let mut gradients = pull_back(saved.output, upstream);
         parameters.add_gradient(self.weight, &gradient(&saved.weight, &mut gradients));
         parameters.add_gradient(self.bias, &gradient(&saved.bias, &mut gradients));
-        all_reduce::<T>(gradient(&saved.x, &mut gradients), ranks)
+        ranks.tensor.all_reduce_tensor(gradient(&saved.x, &mut gradients), Op::Sum)
     }
 }
 
@@ -184,7 +184,7 @@ impl RowParallelLinear {
     ) -> Result<(Tensor<2>, RowSaved)> {
         let weight = parameters.matrix(self.weight);
         let partial = matmul(x.clone(), weight.clone());
-        Ok((all_reduce::<T>(partial, ranks)?, RowSaved { x, weight }))
+        Ok((ranks.tensor.all_reduce_tensor(partial, Op::Sum)?, RowSaved { x, weight }))
     }
 
     /// The gradient of the divided input, given that of the output.
@@ -197,17 +197,6 @@ impl RowParallelLinear {
         parameters.add_gradient(self.weight, &matmul(x.transpose(), upstream.clone()));
         matmul(upstream, weight.transpose())
     }
-}
-
-/// Adds up a tensor over the tensor group.
-fn all_reduce<T: Real>(x: Tensor<2>, ranks: &Ranks) -> Result<Tensor<2>> {
-    if ranks.tensor.size() == 1 {
-        return Ok(x);
-    }
-    let (dims, device) = (x.dims(), x.device());
-    let mut values: Vec<T> = real::into_vec(x);
-    ranks.tensor.all_reduce(&mut values, Op::Sum)?;
-    Ok(real::tensor(values, dims, &device))
 }
 
 /// `x + (y + bias) factors`: bias, dropout and residual in one pass. No factors are ones.
