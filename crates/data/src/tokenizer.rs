@@ -33,8 +33,16 @@ impl Tokenizer {
         let path = Path::new(spec);
         let json = fs::read_to_string(path)
             .map_err(|e| Error::io("read", path)(e).hint("give \"byte\" or the path of a tokenizer.json"))?;
+        Self::from_json(json, path.display())
+    }
+
+    /// The tokenizer that a `tokenizer.json` describes; `source` names it in errors.
+    ///
+    /// # Errors
+    /// When the text is not a tokenizer.
+    pub fn from_json(json: String, source: impl std::fmt::Display) -> Result<Self> {
         let tokenizer = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| {
-            Error::input(path.display(), "is not a tokenizer in the Hugging Face format").caused_by(e)
+            Error::input(source, "is not a tokenizer in the Hugging Face format").caused_by(e)
         })?;
         Ok(Self::HuggingFace(Box::new(tokenizer), json))
     }

@@ -25,7 +25,7 @@ pub struct ContinueText {
     #[arg(long)]
     prompt_file: Option<PathBuf>,
     /// Most tokens to write
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, visible_alias = "length", default_value_t = 200)]
     max_tokens: usize,
     /// Above 1 wilder, below 1 tamer
     #[arg(long, default_value_t = 0.8)]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use kiln_core::{Error, ModelFolder, Result, random_stream, write_atomic};
+use kiln_core::{Error, Result, random_stream};
 use kiln_data::{Corpus, Tokenizer, Windows};
 use npyz::NpyFile;
 use rand::RngExt;
@@ -207,30 +207,21 @@ pub(crate) fn read_npy(path: &Path) -> Result<(Vec<u32>, Vec<usize>)> {
 }
 
 /// The tokenizer of a name: `bytes`, `char` (every character that occurs in `data` is a token), or the path of a
-/// `tokenizer.json`; put into the model folder. Also says how the configuration calls it.
+/// `tokenizer.json`. Also says how the configuration calls it.
 ///
 /// # Errors
 /// When it or the text cannot be read.
-pub fn make_tokenizer(
-    name: &str,
-    data: Option<&Path>,
-    text_field: &str,
-    folder: &ModelFolder,
-) -> Result<(Tokenizer, String)> {
-    let own = folder.file("tokenizer.json");
+pub fn make_tokenizer(name: &str, data: Option<&Path>, text_field: &str) -> Result<(Tokenizer, String)> {
     let (tokenizer, called) = match name {
         "bytes" | "byte" => (Tokenizer::Byte, "bytes"),
         "char" => {
             let data =
                 data.ok_or_else(|| Error::usage("--tokenizer char is made from --data, which is missing"))?;
-            folder.create()?;
-            write_atomic(&own, character_tokenizer(&text_bytes(data, text_field)?, data)?.as_bytes())?;
-            (Tokenizer::load(&own.to_string_lossy())?, "char")
+            let json = character_tokenizer(&text_bytes(data, text_field)?, data)?;
+            (Tokenizer::from_json(json, data.display())?, "char")
         }
         path => (Tokenizer::load(path)?, "tokenizer.json"),
     };
-    folder.create()?;
-    tokenizer.save(folder)?;
     Ok((tokenizer, called.into()))
 }
 

@@ -40,7 +40,7 @@ Repeat the whole line with --resume; the layout may be another. Writes model.saf
     Eval(model::EvalArgs),
     /// Continue a text with a trained model
     #[command(after_help = "Example:
-  kiln megatron generate --model model/ --prompt \"To be\" --max-tokens 100 --temperature 1 --top-k 40")]
+  kiln megatron generate --model model/ --prompt \"To be\" --length 100 --temperature 1 --top-k 40")]
     Generate(model::GenerateArgs),
     /// Bring a model or a checkpoint into the parts of another layout, into one file, or into GPT-2's names and back
     #[command(after_help = "Examples:

@@ -165,6 +165,13 @@ struct RunFile {
     recipe: Recipe,
 }
 
+/// What a run begins with: the network, how text becomes tokens, and the tokens.
+struct Start {
+    whole: Whole,
+    tokenizer: Tokenizer,
+    tokens: Tokens,
+}
+
 /// What `train` prints.
 #[derive(Debug, Clone, Serialize)]
 struct Summary {
@@ -185,18 +192,16 @@ struct Summary {
 impl TrainArgs {
     pub fn run(&self, cx: &Context) -> Result<()> {
         let folder = ModelFolder::new(&self.out);
-        let (whole, tokens) = self.prepare(&folder, cx)?;
+        let mut start = self.prepare(&folder, cx)?;
         let layout = self.layout();
         let options = self.options(cx.seed);
-        options.check(&whole.config, &layout)?;
+        options.check(&start.whole.config, &layout)?;
         self.check_rates()?;
-        let whole = match self.resume {
-            true => self.resumed(whole, &folder, cx)?,
-            false => whole,
-        };
-        let results = self
-            .cluster
-            .run(layout.ranks(), cx, |comm| self.train_rank(&whole, &tokens, &layout, &options, comm, cx));
+        if self.resume {
+            start.whole = self.resumed(start.whole, &folder, cx)?;
+        }
+        let results =
+            self.cluster.run(layout.ranks(), cx, |comm| self.train_rank(&start, &layout, &options, comm, cx));
         let results = results.map_err(|error| self.with_way_on(error))?;
         // Only the first rank speaks, wherever it lives.
         let Some(mut summary) = results.into_iter().flatten().next() else { return Ok(()) };
@@ -273,8 +278,8 @@ impl TrainArgs {
         Ok(())
     }
 
-    /// The network to begin with and the tokens.
-    fn prepare(&self, folder: &ModelFolder, cx: &Context) -> Result<(Whole, Tokens)> {
+    /// What a run begins with.
+    fn prepare(&self, folder: &ModelFolder, cx: &Context) -> Result<Start> {
         let start = match &self.init {
             Some(init) => Some(Whole::read(init)?),
             None => None,
@@ -283,13 +288,10 @@ impl TrainArgs {
         let (tokenizer, name) = match (&start, &self.init) {
             // A network knows the tokens that it was trained on.
             (Some(start), Some(init)) => {
-                let tokenizer = Tokenizer::open(&ModelFolder::new(init))?;
-                folder.create()?;
-                tokenizer.save(folder)?;
-                (tokenizer, start.config.tokenizer.clone())
+                (Tokenizer::open(&ModelFolder::new(init))?, start.config.tokenizer.clone())
             }
             _ if self.resume && self.tokenizer == "char" => (Tokenizer::open(folder)?, "char".into()),
-            _ => make_tokenizer(&self.tokenizer, data, &self.text_field, folder)?,
+            _ => make_tokenizer(&self.tokenizer, data, &self.text_field)?,
         };
         let (tokens, place) = match (&self.tokens, data) {
             (Some(path), _) => (read_samples(path)?, path),
@@ -344,7 +346,7 @@ impl TrainArgs {
             whole.config.vocab,
             &place.display().to_string(),
         )?;
-        Ok((whole, tokens))
+        Ok(Start { whole, tokenizer, tokens })
     }
 
     /// The state of the last finished checkpoint, which must be of the same run.
@@ -395,20 +397,20 @@ impl TrainArgs {
     /// What one rank does; the first one returns what is printed.
     fn train_rank(
         &self,
-        whole: &Whole,
-        tokens: &Tokens,
+        start: &Start,
         layout: &ParallelLayout,
         options: &TrainOptions,
         comm: Communicator,
         cx: &Context,
     ) -> Result<Option<Summary>> {
+        let Start { whole, tokens, .. } = start;
         let ranks = Ranks::new(layout, comm)?;
         let mut trainer = Trainer::<f32>::new(&whole.config, options, ranks, |name| whole.weight(name), cx)?;
         whole.restore(&mut trainer)?;
         let first = trainer.ranks.world.rank() == 0;
         let mut log = None;
         if first {
-            log = Some(self.begin_log(whole, trainer.step, cx)?);
+            log = Some(self.begin_log(start, trainer.step, cx)?);
         }
         let bar = first.then(|| cx.progress(self.steps as u64, "training"));
         if let Some(bar) = &bar {
@@ -481,7 +483,7 @@ impl TrainArgs {
     }
 
     /// Prepares the model folder.
-    fn begin_log(&self, whole: &Whole, step: usize, cx: &Context) -> Result<Log> {
+    fn begin_log(&self, start: &Start, step: usize, cx: &Context) -> Result<Log> {
         let folder = ModelFolder::new(&self.out);
         folder.create()?;
         if step == 0 {
@@ -491,7 +493,8 @@ impl TrainArgs {
                 std::fs::remove_dir_all(&old).map_err(Error::io("remove", &old))?;
             }
         }
-        folder.save_config(KIND, &whole.config)?;
+        folder.save_config(KIND, &start.whole.config)?;
+        start.tokenizer.save(&folder)?;
         let run = serde_json::to_vec_pretty(&self.run_file(cx.seed))
             .map_err(|e| Error::work("cannot write the options as JSON").caused_by(e))?;
         write_atomic(&folder.file(RUN_FILE), &run)?;
