@@ -15,6 +15,7 @@ mod measure;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod options;
+mod patience;
 mod run;
 mod tcp;
 mod tensor;

@@ -5,6 +5,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::ClusterError;
+use crate::patience::{Changes, Patience};
 use crate::transport::{Channel, Message};
 
 /// Messages for one rank, by the group, the sender and the channel.
@@ -12,6 +13,7 @@ use crate::transport::{Channel, Message};
 pub(crate) struct Mailbox {
     state: Mutex<State>,
     changed: Condvar,
+    changes: Changes,
 }
 
 #[derive(Default)]
@@ -70,8 +72,7 @@ impl Mailbox {
         if !wanted {
             state.tidy(address);
         }
-        drop(state);
-        self.changed.notify_all();
+        self.wake(state);
     }
 
     /// Draws the number of the next message of a stream.
@@ -86,9 +87,19 @@ impl Mailbox {
     /// Waits for a message. On an error the ticket is used up.
     pub fn take(&self, ticket: Ticket, deadline: Instant) -> Result<Message, Absent> {
         let mut state = self.lock();
+        let mut patience = Patience::new();
         loop {
             if let Some(message) = state.remove(ticket) {
                 return Ok(message);
+            }
+            if state.failure.is_none() {
+                let seen = self.changes.seen();
+                drop(state);
+                let changed = patience.look(&self.changes, seen);
+                state = self.lock();
+                if changed || self.changes.seen() != seen {
+                    continue;
+                }
             }
             let absent = match &state.failure {
                 Some(failure) => Absent::Failed(failure.clone()),
@@ -119,8 +130,9 @@ impl Mailbox {
 
     /// A rank will send nothing more.
     pub fn finish(&self, rank: usize) {
-        self.lock().finished.insert(rank);
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.finished.insert(rank);
+        self.wake(state);
     }
 
     /// Whether a rank will send nothing more.
@@ -133,8 +145,7 @@ impl Mailbox {
         let mut state = self.lock();
         let first = state.failure.is_none();
         state.failure.get_or_insert(error);
-        drop(state);
-        self.changed.notify_all();
+        self.wake(state);
         first
     }
 
@@ -162,6 +173,13 @@ impl Mailbox {
         let of_rank = state.queues.iter().filter(|(address, _)| address.from == from);
         let mut unread = of_rank.filter_map(|(_, queue)| queue.messages.iter().flatten().next());
         unread.next().map(|message| message.header.call.to_string())
+    }
+
+    /// Tells of a change that was made under this lock: who then takes the lock sees both.
+    fn wake(&self, state: MutexGuard<'_, State>) {
+        self.changes.tell();
+        drop(state);
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::call::Call;
 use crate::communicator::lock;
 use crate::error::ClusterError;
 use crate::mailbox::Mailbox;
+use crate::patience::{Changes, Patience};
 use crate::transport::{Header, Message, Payload, Transport};
 
 /// What the ranks of one process have in common.
@@ -119,8 +120,7 @@ impl Meetings {
     /// Lets every waiting rank look again whether it still has something to wait for.
     fn wake(&self) {
         for meeting in lock(&self.of_groups).values() {
-            drop(lock(&meeting.state));
-            meeting.changed.notify_all();
+            meeting.tell(lock(&meeting.state));
         }
     }
 }
@@ -130,6 +130,7 @@ impl Meetings {
 pub(crate) struct Meeting {
     state: Mutex<State>,
     changed: Condvar,
+    changes: Changes,
 }
 
 struct State {
@@ -170,7 +171,28 @@ pub(crate) enum Missed {
 impl Meeting {
     fn new(size: usize) -> Self {
         let state = State { seats: vec![None; size], finished: 0, held: 0 };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        Self { state: Mutex::new(state), changed: Condvar::new(), changes: Changes::default() }
+    }
+
+    /// Wakes those who wait here for a change that was made under this lock: who then takes the lock sees both.
+    fn tell(&self, state: MutexGuard<'_, State>) {
+        self.changes.tell();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits for a change, at first without sleeping.
+    fn look<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        patience: &mut Patience,
+        sleep: impl FnOnce(MutexGuard<'a, State>) -> MutexGuard<'a, State>,
+    ) -> MutexGuard<'a, State> {
+        let seen = self.changes.seen();
+        drop(state);
+        let changed = patience.look(&self.changes, seen);
+        let state = lock(&self.state);
+        if changed || self.changes.seen() != seen { state } else { sleep(state) }
     }
 
     /// Brings `send` and `into`, waits for all others, and does this rank's part of the work.
@@ -199,8 +221,10 @@ impl Meeting {
         let held = state.held;
         state.seats[rank] = Some(seat);
         if state.seats.iter().all(Option::is_some) {
-            self.changed.notify_all();
+            self.tell(state);
+            state = lock(&self.state);
         }
+        let mut patience = Patience::new();
         // Until all have come a rank may still leave, and take its buffers with it.
         while !state.seats.iter().all(Option::is_some) {
             let absent = |rank: usize| state.seats[rank].is_none();
@@ -212,9 +236,10 @@ impl Meeting {
                 state.seats[rank] = None;
                 return Err(missed);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let waited = self.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = self.look(state, &mut patience, |state| {
+                let left = deadline.saturating_duration_since(Instant::now());
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+            });
         }
         let seats: Vec<Seat> = state.seats.iter().flatten().copied().collect();
         drop(state);
@@ -237,11 +262,13 @@ impl Meeting {
             state.seats.fill(None);
             state.finished = 0;
             state.held += 1;
-            drop(state);
-            self.changed.notify_all();
+            self.tell(state);
         } else {
+            let mut patience = Patience::new();
             while state.held == held {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.look(state, &mut patience, |state| {
+                    self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+                });
             }
         }
         result.map(|done| done.unwrap_or_else(|panicked| panic::resume_unwind(panicked)))

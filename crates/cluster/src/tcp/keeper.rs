@@ -258,7 +258,9 @@ impl Shared {
                 continue;
             }
             let silent = state.seats.iter().flatten();
-            let silent = silent.map(|seat| !seat.finished && seat.heard.elapsed() > self.terms.timeout);
+            // One sign of life may come late on a busy machine.
+            let patience = self.terms.timeout.max(3 * BEAT);
+            let silent = silent.map(|seat| !seat.finished && seat.heard.elapsed() > patience);
             if let Some(rank) = silent.enumerate().find_map(|(rank, silent)| silent.then_some(rank)) {
                 drop(state);
                 self.fail(lost_rank(rank, "it gives no sign of life"));
