@@ -1,5 +1,6 @@
 //! Published neural systems on your own data: the facade over Kiln's crates, and the table of systems.
 
+pub use kiln_cluster as cluster;
 pub use kiln_compiler as compiler;
 pub use kiln_core as core;
 pub use kiln_data as data;
