@@ -1,0 +1,481 @@
+//! Running the physical graph: every rank computes its nodes, one after another or as actors.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use burn::backend::ir::{FloatOperationIr as Float, HandleKind, NumericOperationIr as Numeric, OperationIr, TensorIr, TensorStatus};
+use burn::tensor::{BoolStore, DType, Distribution, TensorData};
+use burn_flex::{Flex, FlexDevice, FlexTensor};
+use burn_router::TensorInterpreter;
+use kiln_cluster::Communicator;
+use kiln_compiler::catch_panic;
+use kiln_core::{Error, Result};
+
+use crate::actor::{Course, Queue, run};
+use crate::exchange::Lines;
+use crate::graph::Logical;
+use crate::local::{Local, localise};
+use crate::optimiser::{Optimiser, State};
+use crate::physical::{Node, Physical, QUEUES, Work};
+use crate::sbp::{Region, copy_box};
+
+/// Gives every input of a piece, whole.
+pub type Feed<'a> = dyn Fn(usize) -> Result<Vec<TensorData>> + Sync + 'a;
+
+/// How a graph is run.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// How often.
+    pub pieces: usize,
+    /// Registers of every value; `None` runs the nodes one after another, without actors.
+    pub registers: Option<usize>,
+    /// How variables change.
+    pub optimiser: Optimiser,
+    /// Seed of random operations.
+    pub seed: u64,
+    /// Whether every register is searched for values that are no numbers.
+    pub checked: bool,
+    /// Whether acts are noted.
+    pub traced: bool,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self { pieces: 1, registers: Some(2), optimiser: Optimiser::default(), seed: 0, checked: false, traced: false }
+    }
+}
+
+/// What one rank did.
+#[derive(Debug)]
+pub struct Done {
+    /// Its parts of the outputs, by piece.
+    pub outputs: Vec<Vec<TensorData>>,
+    /// Its parts of the variables.
+    pub variables: Vec<TensorData>,
+    /// Bytes that it sent.
+    pub bytes_sent: u64,
+    /// Bytes of registers that it held at once at most, variables apart.
+    pub peak_bytes: usize,
+    /// What its actors did; nothing where there were none.
+    pub course: Option<Course>,
+}
+
+/// One rank's part of a physical graph.
+pub struct Rank<'a> {
+    physical: &'a Physical,
+    logical: &'a Logical,
+    lines: Lines,
+    /// What is computed here, for every node that computes.
+    locals: Vec<Option<Local>>,
+    variables: Mutex<Vec<Option<State>>>,
+    constants: HashMap<usize, FlexTensor>,
+}
+
+impl<'a> Rank<'a> {
+    /// Takes a place in the mesh. All ranks of `world` call it.
+    ///
+    /// # Errors
+    /// When there are more or fewer ranks than devices, or one is lost.
+    pub fn new(physical: &'a Physical, logical: &'a Logical, world: &Communicator) -> Result<Self> {
+        let lines = Lines::new(world, &physical.placement.mesh)?;
+        let at = |node: &Node| match &node.work {
+            Work::Compute(operation, signature) => Some(localise(operation, signature, lines.mesh(), lines.coordinate())),
+            _ => None,
+        };
+        let locals = physical.nodes.iter().map(at).collect();
+        let mut variables: Vec<Option<State>> = logical.variables.iter().map(|_| None).collect();
+        let mut constants = HashMap::new();
+        for (number, node) in physical.nodes.iter().enumerate() {
+            let part = |data: &TensorData| {
+                let value = &physical.values[node.outputs[0]];
+                cut(data, &Region::local(&value.shape, lines.mesh(), &value.sbp, lines.coordinate()))
+            };
+            match node.work {
+                Work::Variable(variable) => {
+                    variables[variable] = Some(State::new(FlexTensor::from_data(part(&logical.variables[variable].value)?)));
+                }
+                Work::Constant(id) => {
+                    let data = logical.graph.constants.get(&id);
+                    let data = data.ok_or_else(|| Error::work(format!("constant %{} is not there", id.value())))?;
+                    constants.insert(number, FlexTensor::from_data(part(data)?));
+                }
+                _ => {}
+            }
+        }
+        Ok(Self { physical, logical, lines, locals, variables: Mutex::new(variables), constants })
+    }
+
+    /// Runs pieces through the graph. All ranks call it.
+    ///
+    /// # Errors
+    /// When an operation does not fit its operands, a register holds no numbers and is searched for them, or a rank is lost.
+    pub fn run(&self, options: &Run, feed: &Feed<'_>) -> Result<Done> {
+        let sent = self.lines.bytes_sent();
+        let outputs = Mutex::new(vec![vec![None; self.logical.graph.outputs.len()]; options.pieces]);
+        let (course, peak_bytes) = match options.registers {
+            Some(registers) => {
+                let course = self.run_actors(registers, options, feed, &outputs)?;
+                let network = self.physical.network(registers);
+                let bytes = |value: usize| self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate());
+                let values = 0..self.physical.values.len();
+                let peak = values.filter(|&value| !self.is_kept(network.channels[value].from));
+                let peak = peak.map(|value| bytes(value) * course.peak_registers[value]).sum();
+                (Some(course), peak)
+            }
+            None => (None, self.run_in_order(options, feed, &outputs)?),
+        };
+        let outputs = outputs.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let variables = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Done {
+            outputs: outputs.into_iter().map(|piece| piece.into_iter().flatten().collect()).collect(),
+            variables: variables.iter().flatten().map(|state| state.value.clone().into_data()).collect(),
+            bytes_sent: self.lines.bytes_sent() - sent,
+            peak_bytes,
+            course,
+        })
+    }
+
+    /// Whether a node's value is kept over pieces.
+    fn is_kept(&self, node: usize) -> bool {
+        matches!(self.physical.nodes[node].work, Work::Variable(_) | Work::Constant(_))
+    }
+
+    /// Every node after the one before it: the baseline of the actors. The most bytes of values that were held at once.
+    fn run_in_order(&self, options: &Run, feed: &Feed<'_>, outputs: &Mutex<Outputs>) -> Result<usize> {
+        let mut last = vec![0; self.physical.values.len()];
+        for (at, node) in self.physical.nodes.iter().enumerate() {
+            node.inputs.iter().chain(&node.outputs).for_each(|&value| last[value] = at);
+        }
+        let mut hands = Hands::new(self, options, feed, outputs);
+        let mut peak = 0;
+        for piece in 0..options.pieces {
+            let mut values: Vec<Option<FlexTensor>> = vec![None; self.physical.values.len()];
+            let mut held = 0;
+            for (at, node) in self.physical.nodes.iter().enumerate() {
+                let inputs: Vec<FlexTensor> = node.inputs.iter().filter_map(|&value| values[value].clone()).collect();
+                let results = hands.act(at, piece, inputs)?;
+                for (&value, result) in node.outputs.iter().zip(results) {
+                    values[value] = Some(result);
+                    held += if self.is_kept(at) { 0 } else { self.bytes(value) };
+                }
+                peak = peak.max(held);
+                for &value in node.inputs.iter().chain(&node.outputs) {
+                    if last[value] == at && values[value].take().is_some() && !self.writes_kept(value) {
+                        held -= self.bytes(value);
+                    }
+                }
+            }
+        }
+        Ok(peak)
+    }
+
+    fn bytes(&self, value: usize) -> usize {
+        self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate())
+    }
+
+    fn writes_kept(&self, value: usize) -> bool {
+        let writer = self.physical.nodes.iter().position(|node| node.outputs.contains(&value));
+        writer.is_some_and(|node| self.is_kept(node))
+    }
+
+    fn run_actors(&self, registers: usize, options: &Run, feed: &Feed<'_>, outputs: &Mutex<Outputs>) -> Result<Course> {
+        let network = self.physical.network(registers);
+        let nodes = &self.physical.nodes;
+        let queue = |number: usize| {
+            let mut hands = Hands::new(self, options, feed, outputs);
+            Queue {
+                name: QUEUES[number].into(),
+                act: Box::new(move |actor: usize, piece: usize, inputs: &[FlexTensor]| {
+                    // Registers come in the order of values; a token of an update comes last and is not read.
+                    let node = &nodes[actor];
+                    let mut places: Vec<usize> = (0..node.inputs.len()).collect();
+                    places.sort_by_key(|&place| node.inputs[place]);
+                    let mut read: Vec<Option<FlexTensor>> = vec![None; node.inputs.len()];
+                    places.into_iter().zip(inputs).for_each(|(place, value)| read[place] = Some(value.clone()));
+                    let mut results = hands.act(actor, piece, read.into_iter().flatten().collect())?;
+                    // What is written goes out in the order of values too.
+                    let mut order: Vec<usize> = (0..results.len()).collect();
+                    order.sort_by_key(|&place| node.outputs[place]);
+                    results = order.into_iter().map(|place| results[place].clone()).collect();
+                    if matches!(node.work, Work::Update(_)) {
+                        results.push(token());
+                    }
+                    Ok(results)
+                }),
+                // Collectives must meet, so they keep to the order of pieces and nodes.
+                ordered: number == crate::physical::NETWORK,
+            }
+        };
+        run(&network, options.pieces, (0..QUEUES.len()).map(queue).collect(), |_| token(), self.lines.coordinate().iter().fold(0, |at, c| at * 64 + c), options.traced)
+    }
+}
+
+type Outputs = Vec<Vec<Option<TensorData>>>;
+
+/// What a control edge carries.
+fn token() -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(vec![0f32], [1]))
+}
+
+/// What one thread works with.
+struct Hands<'r, 'a> {
+    rank: &'r Rank<'a>,
+    options: &'r Run,
+    feed: &'r Feed<'r>,
+    outputs: &'r Mutex<Outputs>,
+    interpreter: TensorInterpreter<Flex>,
+    /// The inputs of the piece that was read last.
+    fed: Option<(usize, Vec<TensorData>)>,
+}
+
+impl<'r, 'a> Hands<'r, 'a> {
+    fn new(rank: &'r Rank<'a>, options: &'r Run, feed: &'r Feed<'r>, outputs: &'r Mutex<Outputs>) -> Self {
+        Self { rank, options, feed, outputs, interpreter: TensorInterpreter::new(FlexDevice), fed: None }
+    }
+
+    fn act(&mut self, at: usize, piece: usize, inputs: Vec<FlexTensor>) -> Result<Vec<FlexTensor>> {
+        let node = &self.rank.physical.nodes[at];
+        let results = self.work(at, piece, inputs)?;
+        if self.options.checked {
+            for (result, &value) in results.iter().zip(&node.outputs) {
+                let broken = result.dtype() == DType::F32
+                    && result.to_contiguous().as_slice::<f32>().is_some_and(|values| values.iter().any(|x| x.is_nan()));
+                if broken {
+                    let name = &self.rank.physical.values[value].name;
+                    return Err(Error::work(format!("{} wrote values for {name} that are not numbers, in piece {piece}", node.name))
+                        .hint("is the learning rate too high, or an input not a number?"));
+                }
+            }
+        }
+        Ok(results)
+    }
+
+    fn work(&mut self, at: usize, piece: usize, mut inputs: Vec<FlexTensor>) -> Result<Vec<FlexTensor>> {
+        let rank = self.rank;
+        let node = &rank.physical.nodes[at];
+        let lost = || Error::work(format!("{} misses an operand", node.name));
+        match &node.work {
+            Work::Input(port) => {
+                if self.fed.as_ref().is_none_or(|(fed, _)| *fed != piece) {
+                    self.fed = Some((piece, (self.feed)(piece)?));
+                }
+                let data = self.fed.as_ref().and_then(|(_, data)| data.get(*port)).ok_or_else(lost)?;
+                let value = &rank.physical.values[node.outputs[0]];
+                let boundary = &rank.logical.graph.inputs[*port].port;
+                if data.shape().to_vec() != boundary.shape {
+                    let found = format!("has shape {:?}, the graph takes {:?}", data.shape().to_vec(), boundary.shape);
+                    return Err(Error::input(format!("input \"{}\"", boundary.name), found));
+                }
+                let region = Region::local(&value.shape, rank.lines.mesh(), &value.sbp, rank.lines.coordinate());
+                let data = if data.dtype() == value.dtype { cut(data, &region)? } else { cut(&data.clone().convert_dtype(value.dtype), &region)? };
+                Ok(vec![FlexTensor::from_data(data)])
+            }
+            Work::Constant(_) => Ok(vec![rank.constants.get(&at).cloned().ok_or_else(lost)?]),
+            Work::Variable(variable) => {
+                let variables = rank.variables.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(vec![variables[*variable].as_ref().ok_or_else(lost)?.value.clone()])
+            }
+            Work::Compute(operation, signature) => {
+                let local = rank.locals[at].as_ref().ok_or_else(lost)?;
+                if let Some(distribution) = random(operation) {
+                    let out = &rank.physical.values[node.outputs[0]];
+                    let region = Region::local(&out.shape, rank.lines.mesh(), &signature.output(0), rank.lines.coordinate());
+                    let key = key(self.options.seed, at as u64, piece as u64);
+                    return Ok(vec![draw(&out.shape, out.dtype, &region, distribution, key)]);
+                }
+                compute(&mut self.interpreter, local, inputs).map_err(|found| {
+                    Error::work(format!("{} does not fit its operands: {found}", node.name))
+                        .hint("are indices within range? If they are, the graph is damaged: write it again")
+                })
+            }
+            Work::Boxing(path) => {
+                let from = &rank.physical.values[node.inputs[0]];
+                let local = inputs.pop().ok_or_else(lost)?;
+                Ok(vec![rank.lines.convert(local, &from.shape, &from.sbp, path)?])
+            }
+            Work::Update(variable) => {
+                let gradient = inputs.pop().ok_or_else(lost)?;
+                // The step needs the value alone, so that it can be made in place.
+                let state = rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable].take();
+                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, piece);
+                rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable] = Some(state);
+                Ok(Vec::new())
+            }
+            Work::Output(port) => {
+                let value = inputs.pop().ok_or_else(lost)?;
+                let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
+                outputs[piece][*port] = Some(value.into_data());
+                Ok(Vec::new())
+            }
+        }
+    }
+}
+
+/// The part of a whole tensor in a region.
+pub fn cut(data: &TensorData, region: &Region) -> Result<TensorData> {
+    let whole = Region::whole(data.shape());
+    if *region == whole {
+        return Ok(data.clone());
+    }
+    /// One arm a type.
+    macro_rules! by_type {
+        ($($dtype:pat => $type:ty),+) => {
+            match data.dtype() {
+                $($dtype => {
+                    let values = data.try_view::<$type>().map_err(|e| Error::work(format!("a tensor cannot be read: {e:?}")))?;
+                    let values: &[$type] = &values;
+                    let mut out = vec![<$type>::default(); region.elements()];
+                    copy_box(values, &whole, &mut out, region, region);
+                    Ok(TensorData::new(out, region.size.clone()))
+                })+
+                DType::Bool(store) => {
+                    let mut out = vec![0u8; region.elements()];
+                    copy_box(data.as_bytes(), &whole, &mut out, region, region);
+                    Ok(bools(out, &region.size, store))
+                }
+                other => Err(Error::work(format!("tensors of {other:?} cannot be split"))),
+            }
+        };
+    }
+    by_type!(DType::F32 => f32, DType::F64 => f64, DType::I64 => i64, DType::I32 => i32)
+}
+
+fn bools(bytes: Vec<u8>, shape: &[usize], store: BoolStore) -> TensorData {
+    let (bytes, shape, _) = TensorData::new(bytes, shape.to_vec()).into_parts();
+    TensorData::from_bytes(bytes, shape, DType::Bool(store))
+}
+
+/// The whole of a tensor from the parts of all devices, in rank order.
+///
+/// # Errors
+/// When parts have another type or size than their form says, or are partial.
+pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &crate::sbp::NdSbp, parts: &[TensorData]) -> Result<TensorData> {
+    let whole = Region::whole(shape);
+    let first = parts.first().ok_or_else(|| Error::work("there are no parts to assemble"))?;
+    if sbp.is_partial() {
+        return Err(Error::work(format!("{sbp} has no parts that can be put side by side")));
+    }
+    /// One arm a type.
+    macro_rules! by_type {
+        ($($dtype:pat => $type:ty),+) => {
+            match first.dtype() {
+                $($dtype => {
+                    let mut out = vec![<$type>::default(); whole.elements()];
+                    for (index, part) in parts.iter().enumerate() {
+                        let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
+                        let values = part.try_view::<$type>().map_err(|e| Error::work(format!("a part cannot be read: {e:?}")))?;
+                        copy_box(&values, &region, &mut out, &whole, &region);
+                    }
+                    Ok(TensorData::new(out, shape.to_vec()))
+                })+
+                DType::Bool(store) => {
+                    let mut out = vec![0u8; whole.elements()];
+                    for (index, part) in parts.iter().enumerate() {
+                        let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
+                        copy_box(part.as_bytes(), &region, &mut out, &whole, &region);
+                    }
+                    Ok(bools(out, shape, store))
+                }
+                other => Err(Error::work(format!("tensors of {other:?} cannot be put together"))),
+            }
+        };
+    }
+    by_type!(DType::F32 => f32, DType::F64 => f64, DType::I64 => i64, DType::I32 => i32)
+}
+
+/// Runs one device's part of an operation.
+pub(crate) fn compute(
+    interpreter: &mut TensorInterpreter<Flex>,
+    local: &Local,
+    inputs: Vec<FlexTensor>,
+) -> Result<Vec<FlexTensor>, String> {
+    if local.operations.is_empty() {
+        return Ok(local.outputs.iter().map(|out| filled(out, local.fill)).collect());
+    }
+    catch_panic(|| {
+        for (tensor, value) in local.inputs.iter().zip(inputs) {
+            interpreter.register_tensor_to_device(tensor.id, handle(value));
+        }
+        local.operations.iter().for_each(|operation| interpreter.register_op(operation.clone()));
+        let results = local.outputs.iter().map(|out| take(interpreter, out)).collect();
+        // Operands and what lies between are needed no more.
+        let made = local.operations.iter().flat_map(|operation| operation.outputs());
+        for tensor in local.inputs.iter().chain(made.filter(|made| local.outputs.iter().all(|out| out.id != made.id))) {
+            interpreter.register_op(OperationIr::Drop(TensorIr { status: TensorStatus::ReadWrite, ..tensor.clone() }));
+        }
+        results
+    })
+}
+
+fn handle(value: FlexTensor) -> HandleKind<Flex> {
+    match value.dtype() {
+        dtype if dtype.is_float() => HandleKind::Float(value),
+        DType::Bool(_) => HandleKind::Bool(value),
+        _ => HandleKind::Int(value),
+    }
+}
+
+fn take(interpreter: &mut TensorInterpreter<Flex>, tensor: &TensorIr) -> FlexTensor {
+    match interpreter.get_tensor(&TensorIr { status: TensorStatus::ReadWrite, ..tensor.clone() }) {
+        HandleKind::Float(value) | HandleKind::Int(value) | HandleKind::Bool(value) => value,
+        HandleKind::Quantized(_) => unreachable!("no captured graph is quantised"),
+    }
+}
+
+fn filled(tensor: &TensorIr, fill: f64) -> FlexTensor {
+    let data = match tensor.dtype {
+        DType::Bool(_) => TensorData::new(vec![false; tensor.shape.num_elements()], tensor.shape.clone()),
+        dtype => TensorData::new(vec![fill; tensor.shape.num_elements()], tensor.shape.clone()).convert_dtype(dtype),
+    };
+    FlexTensor::from_data(data)
+}
+
+/// The distribution that an operation draws from.
+pub(crate) fn random(operation: &OperationIr) -> Option<Distribution> {
+    match operation {
+        OperationIr::Float(_, Float::Random(op)) => Some(op.distribution),
+        OperationIr::NumericInt(_, Numeric::IntRandom(op)) => Some(op.distribution),
+        _ => None,
+    }
+}
+
+/// Mixes numbers into one, as SplitMix64 does.
+fn mixed(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+fn key(seed: u64, node: u64, piece: u64) -> u64 {
+    mixed(mixed(mixed(seed) ^ node) ^ piece)
+}
+
+/// Random numbers that depend on their place in the whole tensor, so that every way to split it draws the same.
+pub(crate) fn draw(shape: &[usize], dtype: DType, region: &Region, distribution: Distribution, key: u64) -> FlexTensor {
+    let uniform = |number: u64| (mixed(key ^ number) >> 11) as f64 / (1u64 << 53) as f64;
+    let one = |number: u64| match distribution {
+        Distribution::Default => uniform(2 * number),
+        Distribution::Uniform(low, high) => low + (high - low) * uniform(2 * number),
+        Distribution::Bernoulli(share) => f64::from(u8::from(uniform(2 * number) < share)),
+        // Box and Muller's method.
+        Distribution::Normal(mean, deviation) => {
+            let (radius, angle) = (1.0 - uniform(2 * number), uniform(2 * number + 1));
+            mean + deviation * (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
+        }
+    };
+    let mut index = region.start.clone();
+    let mut values = Vec::with_capacity(region.elements());
+    for _ in 0..region.elements() {
+        let number = index.iter().zip(shape).fold(0u64, |at, (&i, &size)| at * size as u64 + i as u64);
+        values.push(one(number));
+        for axis in (0..index.len()).rev() {
+            index[axis] += 1;
+            if index[axis] < region.start[axis] + region.size[axis] {
+                break;
+            }
+            index[axis] = region.start[axis];
+        }
+    }
+    FlexTensor::from_data(TensorData::new(values, region.size.clone()).convert_dtype(dtype))
+}

@@ -1,0 +1,85 @@
+//! Steps of variables: every rank makes them on its own parts, since variable, gradient and state are split alike.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_flex::FlexTensor;
+use clap::ValueEnum;
+use kiln_ops::{AdamWStep, Parameter, SgdStep};
+use serde::{Deserialize, Serialize};
+
+/// How variables change.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Optimiser {
+    /// Which step.
+    pub kind: Kind,
+    /// The learning rate.
+    pub lr: f64,
+}
+
+/// Which step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Gradient descent with momentum 0.9
+    Sgd,
+    /// Adam, with decoupled weight decay 0
+    Adam,
+}
+
+const MOMENTUM: f64 = 0.9;
+const BETAS: (f64, f64) = (0.9, 0.999);
+const EPSILON: f64 = 1e-8;
+
+impl Default for Optimiser {
+    fn default() -> Self {
+        Self { kind: Kind::Adam, lr: 1e-3 }
+    }
+}
+
+/// A rank's part of a variable, with what the optimiser keeps of it.
+pub struct State {
+    /// Its value.
+    pub value: FlexTensor,
+    kept: Vec<Tensor<1>>,
+}
+
+impl State {
+    /// Before the first step.
+    pub fn new(value: FlexTensor) -> Self {
+        Self { value, kept: Vec::new() }
+    }
+}
+
+impl Optimiser {
+    /// The variable after step `piece`, counted from 0.
+    pub fn step(&self, state: State, gradient: FlexTensor, piece: usize) -> State {
+        let device = Device::flex();
+        let shape = state.value.layout().shape().to_vec();
+        let flat = |tensor: FlexTensor| {
+            let data = tensor.into_data();
+            let len = data.shape().iter().product::<usize>();
+            let (bytes, _, dtype) = data.into_parts();
+            Tensor::<1>::from_data(TensorData::from_bytes(bytes, [len], dtype), &device)
+        };
+        let (value, gradient) = (flat(state.value), flat(gradient));
+        let zeros = || Tensor::<1>::zeros(value.shape(), &device);
+        let mut kept = state.kept.into_iter();
+        let mut next = || kept.next().unwrap_or_else(zeros);
+        let (value, kept) = match self.kind {
+            Kind::Sgd => {
+                let step = SgdStep { lr: self.lr, momentum: MOMENTUM, nesterov: false, scale: 1.0 };
+                let state = [next()];
+                let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
+                stepped.into_iter().map(|p| (p.value, p.state.to_vec())).next().expect("one parameter went in")
+            }
+            Kind::Adam => {
+                let step = i32::try_from(piece + 1).unwrap_or(i32::MAX);
+                let step = AdamWStep { lr: self.lr, betas: BETAS, epsilon: EPSILON, step, scale: 1.0 };
+                let state = [next(), next()];
+                let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
+                stepped.into_iter().map(|p| (p.value, p.state.to_vec())).next().expect("one parameter went in")
+            }
+        };
+        let (bytes, _, dtype) = value.into_data().into_parts();
+        State { value: FlexTensor::from_data(TensorData::from_bytes(bytes, shape, dtype)), kept }
+    }
+}
