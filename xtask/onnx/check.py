@@ -95,6 +95,42 @@ def exported(name, *training):
     compare(np.load(here / "out.npz"), runtime((here / "model.onnx").read_bytes(), inputs))
 
 
+def quantised_network(bits):
+    """A network that Kiln quantised, by its own kernels and by ONNX Runtime's, as it is written and fused."""
+    here = FOLDER / "quantised" / bits
+    here.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((60, 8, 8), np.float32)
+    for number, image in enumerate(pixels):
+        image += random.integers(0, 6, (8, 8))
+        place = random.integers(0, 8)
+        image[(place, slice(None)) if number % 2 else (slice(None), place)] = 16
+    rows = [",".join(f"{p:g}" for p in image.ravel()) + f",{number % 2}" for number, image in enumerate(pixels)]
+    data = here / "rows.csv"
+    data.write_text("\n".join([",".join(f"p{p}" for p in range(64)) + ",label", *rows]))
+    kiln("ptq", "train", "--arch", "mobilenetv2-s", "--width", "0.25", "--batch", 16, "--data", data, "--epochs", 4, "--out", here / "m")
+    kiln("ptq", "quantize", "--model", here / "m", "--calib", data, "--valid", data, "--examples", 16, "--probes", 1, "--no-pairs",
+         "--bits", bits, "--target", 0.01, "--out", here / "q", "--export", here / "q.onnx")
+    kiln("ptq", "predict", "--model", here / "q", "--input", data, "--out", here / "y.npz")
+    ours = np.load(here / "y.npz")["y"]
+    model = onnx.load(here / "q.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        raise RuntimeError("is not quantised")
+    name = model.graph.input[0].name
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        # Without VNNI its kernels overflow otherwise.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        session = onnxruntime.InferenceSession(here / "q.onnx", options, providers=["CPUExecutionProvider"])
+        theirs = np.concatenate([session.run(None, {name: image[None, None] / 16})[0] for image in pixels])
+        gap = np.abs(theirs - ours).max(axis=1) / np.abs(ours).max()
+        # A number at the border of two steps may go either way, and later units amplify it.
+        if np.mean(gap < 1e-4) < 0.9 or gap.max() > 0.1:
+            raise RuntimeError(f"{level}: differs by {gap.max():.2e}, {np.mean(gap < 1e-4):.0%} of the rows agree")
+
+
 # Models of one operator.
 
 def f32(*shape):
@@ -311,3 +347,5 @@ for name, model, inputs, dims in networks():
     check(name, lambda: imported(name, model, inputs, dims))
 for name, training in TRAINED.items():
     check(f"trained {name}", lambda: exported(name, *training))
+for bits in ("16,8", "16,8,4"):
+    check(f"quantised {bits}", lambda: quantised_network(bits))

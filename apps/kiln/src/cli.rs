@@ -282,6 +282,8 @@ pub enum Target {
     Interp,
     /// A WebAssembly module
     Wasm,
+    /// Compute shaders for WebGPU; only `build`
+    Wgsl,
 }
 
 #[derive(Debug, Subcommand)]
@@ -289,7 +291,8 @@ pub enum CompileVerb {
     /// Write a program as its target has it, with the text and the JSON of what the passes made of it
     #[command(after_help = "Examples:\n  kiln compile build --program relu.txt --out relu/\n  \
         kiln compile build --program relu.json --passes simplify,vectorize:4 --target interp --out relu/\n  \
-        kiln compile build --model my-model --out module/\n\n\
+        kiln compile build --model my-model --out module/\n  \
+        kiln compile build --model my-model --target wgsl --out shaders/\n\n\
         A network's parameters stand in constants.npz: its module takes them as inputs beside the network's own.")]
     Build {
         #[command(flatten)]

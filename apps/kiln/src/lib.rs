@@ -8,6 +8,7 @@ pub use kiln_gla as gla;
 pub use kiln_http as http;
 pub use kiln_hypernet as hypernet;
 pub use kiln_kronecker_attention as kronecker_attention;
+pub use kiln_megatron as megatron;
 pub use kiln_mip as mip;
 pub use kiln_neumeta as neumeta;
 pub use kiln_nn as nn;
@@ -30,4 +31,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_neumeta::NeuMeta,
     &kiln_stitch::Stitch,
     &kiln_ptq::Ptq,
+    &kiln_megatron::Megatron,
 ];

@@ -7,7 +7,7 @@ use std::path::Path;
 use kiln::compiler::Graph;
 use kiln::compiler::loops::{
     Buffer, Checked, Outcome, Pass, Program, check, default_passes, interpret, read_buffers, to_wasm,
-    write_buffers,
+    to_wgsl, write_buffers,
 };
 use kiln::core::{Context, Error, Result, write_atomic};
 use serde_json::json;
@@ -37,29 +37,44 @@ struct Prepared {
 /// Writes a program as its target has it, beside the text and the JSON of what the passes made of it.
 fn build(prepared: &Prepared, target: Target, out: &Path, cx: &Context) -> Result<()> {
     let Prepared { program, checked, constants } = prepared;
-    fs::create_dir_all(out).map_err(Error::io("create", out))?;
-    let file = |name: &str| out.join(name);
-    let json = serde_json::to_vec_pretty(program)
-        .map_err(|e| Error::work("cannot write the program").caused_by(e))?;
-    write_atomic(&file("program.json"), &json)?;
-    write_atomic(&file("program.txt"), program.to_string().as_bytes())?;
-    let mut written = vec!["program.json", "program.txt"];
-    if !constants.is_empty() {
-        write_buffers(&file("constants.npz"), constants)?;
-        written.push("constants.npz");
+    let failed = |e| Error::work("cannot write the program as JSON").caused_by(e);
+    // Everything is made before anything is written.
+    let mut files: Vec<(String, Vec<u8>)> = vec![
+        ("program.json".into(), serde_json::to_vec_pretty(program).map_err(failed)?),
+        ("program.txt".into(), program.to_string().into_bytes()),
+    ];
+    match target {
+        Target::Interp => {}
+        Target::Wasm => {
+            let module = to_wasm(program, checked)?;
+            let params = program.params.iter().zip(&module.offsets);
+            let params: Vec<_> = params
+                .map(|(param, offset)| {
+                    json!({ "name": param.name, "dtype": param.dtype, "shape": param.shape, "io": param.io, "offset": offset })
+                })
+                .collect();
+            let layout =
+                json!({ "params": params, "memory": module.memory, "assertions": module.assertions });
+            files.push(("module.wasm".into(), module.bytes));
+            files.push(("layout.json".into(), layout.to_string().into_bytes()));
+        }
+        Target::Wgsl => {
+            let shaders = to_wgsl(program, checked)?;
+            let kernels = shaders.kernels.iter().enumerate();
+            files.extend(
+                kernels.map(|(number, kernel)| {
+                    (format!("kernel{number}.wgsl"), kernel.text.clone().into_bytes())
+                }),
+            );
+            files.push(("plan.json".into(), serde_json::to_vec_pretty(&shaders).map_err(failed)?));
+        }
     }
-    if target == Target::Wasm {
-        let module = to_wasm(program, checked)?;
-        let params = program.params.iter().zip(&module.offsets);
-        let params: Vec<_> = params
-            .map(|(param, offset)| {
-                json!({ "name": param.name, "dtype": param.dtype, "shape": param.shape, "io": param.io, "offset": offset })
-            })
-            .collect();
-        let layout = json!({ "params": params, "memory": module.memory, "assertions": module.assertions });
-        write_atomic(&file("module.wasm"), &module.bytes)?;
-        write_atomic(&file("layout.json"), layout.to_string().as_bytes())?;
-        written.extend(["module.wasm", "layout.json"]);
+    fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    files.iter().try_for_each(|(name, bytes)| write_atomic(&out.join(name), bytes))?;
+    let mut written: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+    if !constants.is_empty() {
+        write_buffers(&out.join("constants.npz"), constants)?;
+        written.push("constants.npz");
     }
     cx.emit(&json!({ "out": out, "files": written }), |_| {
         format!("{} in {}\n", written.join(", "), out.display())
@@ -80,6 +95,10 @@ fn run(
     let outcome: Outcome = match target {
         Target::Interp => interpret(&program, &checked, &arrays, max_steps)?,
         Target::Wasm => to_wasm(&program, &checked)?.run(&arrays)?,
+        Target::Wgsl => {
+            return Err(Error::usage("Kiln runs no shaders itself")
+                .hint("`kiln compile build --target wgsl` writes them, with a plan, for WebGPU"));
+        }
     };
     let results =
         outcome.map_err(|trap| Error::work(format!("the program \"{}\" trapped: {trap}", program.name)))?;

@@ -84,6 +84,11 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             desk.json("anchor --width 4 --depth 2 --heads 2 --patch 2 --batch 4 --data @data.csv --steps 2 --out @m");
             2
         }
+        "megatron" => {
+            desk.write("a.txt", "to be or not to be. ".repeat(40));
+            desk.json("train --data @a.txt --out @m --steps 2 --hidden 16 --layers 2 --heads 2 --seq 16 --batch 4 --tensor 2");
+            256
+        }
         "ptq" => {
             let pixels = |i: usize| (0..16).map(|p| format!("{},", (i * p) % 10)).collect::<String>();
             let row = |i: usize| format!("{}{}\n", pixels(i), ["up", "down"][i % 2]);
@@ -420,6 +425,21 @@ fn programs_are_compiled_and_run_from_the_command_line() {
     refused(here, "compile run --program bad.txt --inputs in.npz --out trap.npz", "trapped: out of bounds");
     assert!(!here.join("trap.npz").exists());
     std::fs::write(here.join("worse.txt"), program.replace("max", "mox")).unwrap();
+    succeed(here, "compile build --program relu.txt --target wgsl --out shaders");
+    let shader = std::fs::read_to_string(here.join("shaders/kernel0.wgsl")).unwrap();
+    assert!(shader.contains("@compute") && shader.contains("max(b0["), "{shader}");
+    let plan: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(here.join("shaders/plan.json")).unwrap()).unwrap();
+    assert_eq!(plan["kernels"][0]["bindings"], serde_json::json!([0, 1]), "{plan}");
+    refused(
+        here,
+        "compile run --program relu.txt --target wgsl --inputs in.npz --out x.npz",
+        "runs no shaders",
+    );
+    std::fs::write(here.join("wide.txt"), program.replace("f32[5]", "f64[5]").replace("0.0f32", "0.0f64"))
+        .unwrap();
+    refused(here, "compile build --program wide.txt --target wgsl --out wide", "holds f64");
+    assert!(!here.join("wide").exists());
     refused(here, "compile build --program worse.txt --out x", "not \"mox\"");
     refused(here, "compile build --program relu.txt --passes fly --out x", "there are: simplify");
     refused(here, "compile build --program none.txt --out x", "none.txt");

@@ -23,6 +23,10 @@ pub enum Op {
     Avg,
 }
 
+impl Op {
+    pub(crate) const ALL: [Self; 5] = [Self::Sum, Self::Max, Self::Min, Self::Prod, Self::Avg];
+}
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -4,9 +4,10 @@ use std::fmt;
 use std::time::Duration;
 
 use kiln_core::Error;
+use serde::{Deserialize, Serialize};
 
 /// Why ranks cannot go on. Ranks are those of the world.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClusterError {
     /// A rank panicked, failed, was killed, or closed its connection.
     PeerLost {

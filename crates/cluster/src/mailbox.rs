@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::error::ClusterError;
 use crate::transport::{Channel, Message};
@@ -128,10 +128,27 @@ impl Mailbox {
         self.lock().finished.contains(&rank)
     }
 
-    /// Everything fails from here on; the first reason stays.
-    pub fn fail(&self, error: ClusterError) {
-        self.lock().failure.get_or_insert(error);
+    /// Everything fails from here on. The first reason stays; whether this is it.
+    pub fn fail(&self, error: ClusterError) -> bool {
+        let mut state = self.lock();
+        let first = state.failure.is_none();
+        state.failure.get_or_insert(error);
+        drop(state);
         self.changed.notify_all();
+        first
+    }
+
+    /// Waits until these ranks will send nothing more.
+    pub fn wait_for_end(&self, of: &BTreeSet<usize>) -> Result<(), ClusterError> {
+        let going_on = |state: &mut State| state.failure.is_none() && !state.finished.is_superset(of);
+        let state = self.changed.wait_while(self.lock(), going_on).unwrap_or_else(PoisonError::into_inner);
+        state.failure.clone().map_or(Ok(()), Err)
+    }
+
+    /// The failure, when there is one within this time.
+    pub fn wait_for_failure(&self, time: Duration) -> Option<ClusterError> {
+        let waited = self.changed.wait_timeout_while(self.lock(), time, |state| state.failure.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.failure.clone()
     }
 
     /// Why nothing works any more.

@@ -1,4 +1,17 @@
 //! Writing graphs operation by operation, with shapes checked on the way.
+//!
+//! ```
+//! use burn::tensor::{DType, TensorData};
+//! use kiln_compiler::builder::Builder;
+//!
+//! let mut builder = Builder::new(0);
+//! let x = builder.provided(&[2, 3], DType::F32);
+//! let scale = builder.constant(TensorData::from([1.0f32, 2.0, 3.0]));
+//! let y = builder.mul(&x, &scale)?; // [2, 3]
+//! assert_eq!(y.shape.to_vec(), [2, 3]);
+//! assert!(builder.matmul(&x, &y).is_err());
+//! # Ok::<(), String>(())
+//! ```
 
 use std::collections::BTreeMap;
 
@@ -13,7 +26,7 @@ use burn::tensor::{BoolStore, DType, Shape, Slice, TensorData};
 use crate::Graph;
 
 /// A result, or how operands do not fit.
-pub(crate) type Fit<T> = Result<T, String>;
+pub type Fit<T> = Result<T, String>;
 
 /// Truth values.
 pub(crate) const BOOL: DType = DType::Bool(BoolStore::Native);
@@ -23,13 +36,15 @@ const MOST_ELEMENTS: u64 = 1 << 40;
 /// Most elements of whole numbers or truth values that are computed at once where they depend on constants alone.
 const MOST_KNOWN: u64 = 1 << 16;
 
-/// A graph in the making. Every function adds an operation and returns its result.
-pub(crate) struct Builder {
+/// A graph in the making. Every function adds an operation and returns its result, or says how its operands do not fit.
+pub struct Builder {
+    /// What was added so far.
     pub operations: Vec<OperationIr>,
+    /// Numbers that are known.
     pub constants: BTreeMap<TensorId, TensorData>,
     next: u64,
     /// Whether arithmetic of shapes is done at once.
-    pub known: bool,
+    pub(crate) known: bool,
 }
 
 impl Builder {
@@ -53,6 +68,7 @@ impl Builder {
         TensorId::new(self.next - 1)
     }
 
+    /// Numbers that are known.
     pub fn constant(&mut self, data: TensorData) -> TensorIr {
         let tensor = self.provided(&data.shape().to_vec(), data.dtype());
         self.constants.insert(tensor.id, data);
@@ -116,6 +132,7 @@ impl Builder {
 
     // Shapes.
 
+    /// The same numbers in order under another shape.
     pub fn reshape(&mut self, x: &TensorIr, shape: &[usize]) -> Fit<TensorIr> {
         if x.shape.to_vec() == shape {
             return Ok(x.clone());
@@ -157,6 +174,7 @@ impl Builder {
         Ok((self.of_rank(x, shape.len())?, self.of_rank(y, shape.len())?, shape))
     }
 
+    /// The axes in another order.
     pub fn permute(&mut self, x: &TensorIr, axes: &[usize]) -> Fit<TensorIr> {
         let mut sorted = axes.to_vec();
         sorted.sort_unstable();
@@ -193,6 +211,7 @@ impl Builder {
         self.slice(x, &ranges)
     }
 
+    /// Tensors behind one another along an axis.
     pub fn cat(&mut self, tensors: &[TensorIr], axis: usize) -> Fit<TensorIr> {
         let [first, others @ ..] = tensors else { return Err("nothing to join".into()) };
         let fits = |other: &TensorIr| {
@@ -237,12 +256,14 @@ impl Builder {
 
     // Numbers.
 
+    /// One value everywhere.
     pub fn full(&mut self, value: f64, shape: &[usize], dtype: DType) -> Fit<TensorIr> {
         let id = self.fresh();
         let operation = FullOpIr::create(Shape::from(shape.to_vec()), dtype, scalar(value, dtype), || id);
         self.push(numeric(dtype, NumericOperationIr::Full(operation)))
     }
 
+    /// An operation on the elements of two tensors, each repeated along axes of size 1 where the other is longer.
     pub fn binary(
         &mut self,
         x: &TensorIr,
@@ -255,22 +276,27 @@ impl Builder {
         self.push(numeric(dtype, kind(BinaryOpIr::create(x, y, || id))))
     }
 
+    /// `x + y`
     pub fn add(&mut self, x: &TensorIr, y: &TensorIr) -> Fit<TensorIr> {
         self.binary(x, y, NumericOperationIr::Add)
     }
 
+    /// `x - y`
     pub fn sub(&mut self, x: &TensorIr, y: &TensorIr) -> Fit<TensorIr> {
         self.binary(x, y, NumericOperationIr::Sub)
     }
 
+    /// `x · y`, element by element.
     pub fn mul(&mut self, x: &TensorIr, y: &TensorIr) -> Fit<TensorIr> {
         self.binary(x, y, NumericOperationIr::Mul)
     }
 
+    /// `x / y`, element by element.
     pub fn div(&mut self, x: &TensorIr, y: &TensorIr) -> Fit<TensorIr> {
         self.binary(x, y, NumericOperationIr::Div)
     }
 
+    /// An operation on each element and a number.
     pub fn scalar(
         &mut self,
         x: &TensorIr,
@@ -282,10 +308,12 @@ impl Builder {
         self.push(numeric(x.dtype, kind(operation)))
     }
 
+    /// `x + y`
     pub fn add_scalar(&mut self, x: &TensorIr, y: f64) -> Fit<TensorIr> {
         self.scalar(x, y, NumericOperationIr::AddScalar)
     }
 
+    /// `x · y`
     pub fn mul_scalar(&mut self, x: &TensorIr, y: f64) -> Fit<TensorIr> {
         self.scalar(x, y, NumericOperationIr::MulScalar)
     }
@@ -297,17 +325,20 @@ impl Builder {
         self.push(OperationIr::Float(x.dtype, FloatOperationIr::PowfScalar(operation)))
     }
 
+    /// A function of each element of floats.
     pub fn float(&mut self, x: &TensorIr, kind: fn(UnaryOpIr) -> FloatOperationIr) -> Fit<TensorIr> {
         floats(x)?;
         let id = self.fresh();
         self.push(OperationIr::Float(x.dtype, kind(UnaryOpIr::create(x.clone(), || id))))
     }
 
+    /// A function of each element.
     pub fn unary(&mut self, x: &TensorIr, kind: fn(UnaryOpIr) -> NumericOperationIr) -> Fit<TensorIr> {
         let id = self.fresh();
         self.push(numeric(x.dtype, kind(UnaryOpIr::create(x.clone(), || id))))
     }
 
+    /// An activation of each element.
     pub fn activation(
         &mut self,
         x: &TensorIr,
@@ -318,6 +349,7 @@ impl Builder {
         self.push(OperationIr::Activation(kind(UnaryOpIr::create(x.clone(), || id))))
     }
 
+    /// An activation along an axis, such as softmax.
     pub fn along(
         &mut self,
         x: &TensorIr,
@@ -329,6 +361,7 @@ impl Builder {
         self.push(OperationIr::Activation(kind(DimOpIr::create(x.clone(), axis, || id))))
     }
 
+    /// Each element brought within `min` and `max`.
     pub fn clamp(&mut self, x: &TensorIr, min: f64, max: f64) -> Fit<TensorIr> {
         let (id, [min, max]) = (self.fresh(), [min, max].map(|bound| scalar(bound, x.dtype)));
         let operation = ClampOpIr::create(x.clone(), min, max, || id);
@@ -375,6 +408,7 @@ impl Builder {
         self.push(OperationIr::Float(dtype, FloatOperationIr::Matmul(MatmulOpIr::create(x, y, || id))))
     }
 
+    /// An operation of which the caller makes the description, such as a convolution, for a number of its result.
     pub fn module(&mut self, make: impl FnOnce(TensorId) -> ModuleOperationIr) -> Fit<TensorIr> {
         let id = self.fresh();
         self.push(OperationIr::Module(make(id)))
@@ -388,6 +422,7 @@ impl Builder {
 
     // Truth values.
 
+    /// A comparison of the elements of two tensors, as truth values.
     pub fn compare(
         &mut self,
         x: &TensorIr,
@@ -401,6 +436,7 @@ impl Builder {
         self.push(numeric(dtype, kind(BinaryOpIr::create_comparison(x, y, BOOL, || id))))
     }
 
+    /// A comparison of each element with a number, as truth values.
     pub fn compare_scalar(
         &mut self,
         x: &TensorIr,
@@ -412,6 +448,7 @@ impl Builder {
         self.push(numeric(x.dtype, kind(operation)))
     }
 
+    /// `x = y`, as truth values.
     pub fn equal(&mut self, x: &TensorIr, y: &TensorIr) -> Fit<TensorIr> {
         same_type(x, y)?;
         let (x, y, shape) = self.aligned(x, y)?;
@@ -420,6 +457,7 @@ impl Builder {
         self.push(base(dtype, BaseOperationIr::Equal(BinaryOpIr::create_comparison(x, y, BOOL, || id))))
     }
 
+    /// An operation on truth values.
     pub fn logic(
         &mut self,
         x: &TensorIr,
@@ -433,6 +471,7 @@ impl Builder {
         self.push(OperationIr::Bool(kind(BinaryOpIr::create(x, y, || id))))
     }
 
+    /// The opposite of truth values.
     pub fn not(&mut self, x: &TensorIr) -> Fit<TensorIr> {
         let id = self.fresh();
         self.push(OperationIr::Bool(BoolOperationIr::Not(UnaryOpIr::create(x.clone(), || id))))

@@ -7,7 +7,7 @@
 //! and comes from ONNX files. [`loops`] is the level below: programs of loops over buffers, with an interpreter that
 //! defines what they mean.
 
-mod builder;
+pub mod builder;
 mod capture;
 mod cpu;
 mod disk;

@@ -425,6 +425,46 @@ fn every_operation_agrees_on_odd_values_on_every_target() {
 }
 
 #[test]
+fn lanes_and_unchecked_indices_change_no_result_and_no_trap() {
+    let body = [
+        // Lanes, with a value that all turns share, a comparison and a rest of up to three turns.
+        "Y[i] = select(X[i] > X[0], X[i] * X[3] - 0.5f32, sqrt(abs(X[i])))",
+        "Y[i] = Y[i] + X[i + 2]",
+        // No lanes: turns that depend on each other, and a stride.
+        "Y[i + 1] = Y[i] + X[i]",
+        "Y[i * 2] = X[i]",
+        // Indices that a condition keeps within, that nothing keeps within, and that wrap in 32 bits.
+        "if (i - 3 >= 0) & (i - 3 < 4) { Y[i - 3] = X[i] }",
+        "Y[i] = X[i - 1]",
+        "Y[i] = X[i64(2147483647i32 + 1i32) - 2147483648 + i]",
+        "let k = 2147483647i32 + 1i32 { Y[i64(k)] = X[i] }",
+    ];
+    let mut trapped = 0;
+    for (body, count) in body.into_iter().flat_map(|body| (0..12).map(move |count| (body, count))) {
+        let text = format!(
+            "program p(in X: f32[14], out Y: f32[14]) {{ vectorized for i in 0 count {count} {{ {body} }} }}"
+        );
+        let text = text.replace("i64(", "cast_i64(");
+        let program: Program = text.parse().unwrap_or_else(|e| panic!("{text}: {e}"));
+        let values = (0..14).map(|i| [0.5, -1.5, f32::NAN, 3.0, -0.0, f32::INFINITY, 7.25][i % 7]).collect();
+        let x = Buffer { shape: vec![14], elements: Elements::F32(values) };
+        let inputs = BTreeMap::from([("X".to_string(), x)]);
+        let expected = run(&program, &inputs);
+        trapped += usize::from(expected.is_err());
+        assert_same(&program, run_as_wasm(&program, &inputs), &expected);
+    }
+    assert!(trapped > 12, "{trapped}");
+    // Lanes are really there: the same loop without the mark is another module.
+    let modules = ["vectorized for", "for"].map(|word| {
+        let text =
+            format!("program p(in X: f32[8], out Y: f32[8]) {{ {word} i in 0 count 8 {{ Y[i] = X[i] }} }}");
+        let program: Program = text.parse().unwrap();
+        to_wasm(&program, &check(&program).unwrap()).unwrap().bytes.len()
+    });
+    assert!(modules[0] > modules[1], "{modules:?}");
+}
+
+#[test]
 fn lowest_integers_and_zero_divisors_wrap_and_trap() {
     let of = |value: &str, a: i64, b: i64| {
         let program: Program =

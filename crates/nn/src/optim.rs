@@ -28,6 +28,8 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// Gradients are scaled down to this Euclidean norm over all parameters; 0 leaves them as they are.
     pub clip_norm: f64,
+    /// Each number of the gradients is first cut to this size; 0 leaves them as they are.
+    pub clip_value: f64,
     /// How many steps each parameter has made: one that has no gradient in a step makes none.
     steps: HashMap<ParamId, i32>,
     /// Running means of every parameter's gradient and squared gradient, flattened.
@@ -42,6 +44,7 @@ impl AdamW {
             epsilon: 1e-8,
             weight_decay,
             clip_norm,
+            clip_value: 0.0,
             steps: HashMap::new(),
             moments: HashMap::new(),
         }
@@ -56,7 +59,7 @@ impl AdamW {
         if gradients.is_empty() || !norm.is_finite() {
             return (module, norm);
         }
-        let scale = clipping(norm, self.clip_norm);
+        let (gradients, scale) = clipped(gradients, norm, self.clip_value, self.clip_norm);
         let numbers: Vec<i32> = gradients.iter().map(|(id, _)| self.count(*id)).collect();
         let step = |step| AdamWStep { lr, betas: self.betas, epsilon: self.epsilon, step, scale };
         let decay = |axes| if axes >= 2 { self.weight_decay } else { 0.0 };
@@ -144,13 +147,22 @@ pub struct Sgd {
     pub weight_decay: f64,
     /// Gradients are scaled down to this Euclidean norm over all parameters; 0 leaves them as they are.
     pub clip_norm: f64,
+    /// Each number of the gradients is first cut to this size; 0 leaves them as they are.
+    pub clip_value: f64,
     buffers: HashMap<ParamId, [Tensor<1>; 1]>,
 }
 
 impl Sgd {
     /// An optimiser before its first step, without Nesterov's momentum, weight decay and clipping.
     pub fn new(momentum: f64) -> Self {
-        Self { momentum, nesterov: false, weight_decay: 0.0, clip_norm: 0.0, buffers: HashMap::new() }
+        Self {
+            momentum,
+            nesterov: false,
+            weight_decay: 0.0,
+            clip_norm: 0.0,
+            clip_value: 0.0,
+            buffers: HashMap::new(),
+        }
     }
 
     /// One step against the gradients. Parameters without a gradient stay as they are.
@@ -165,7 +177,7 @@ impl Sgd {
         if gradients.is_empty() || !norm.is_finite() {
             return (module, norm);
         }
-        let scale = clipping(norm, self.clip_norm);
+        let (gradients, scale) = clipped(gradients, norm, self.clip_value, self.clip_norm);
         let step = SgdStep { lr, momentum: self.momentum, nesterov: self.nesterov, scale };
         let module = update(module, gradients, &mut self.buffers, |_| self.weight_decay, |p| step.apply(p));
         (module, norm)
@@ -218,9 +230,19 @@ impl Default for Adagrad {
     }
 }
 
-/// What scales gradients of this norm down to the largest allowed, where one is.
-fn clipping(norm: f64, largest: f64) -> f64 {
-    if largest > 0.0 && norm > largest { largest / norm } else { 1.0 }
+/// Gradients of this norm with every number cut to `value`, and what then scales them down to the norm `largest`.
+fn clipped(
+    mut gradients: Vec<(ParamId, Tensor<1>)>,
+    mut norm: f64,
+    value: f64,
+    largest: f64,
+) -> (Vec<(ParamId, Tensor<1>)>, f64) {
+    if value > 0.0 {
+        gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.clamp(-value, value))).collect();
+        let cut: Vec<Tensor<1>> = gradients.iter().map(|(_, gradient)| gradient.clone()).collect();
+        norm = gradient_norm(&cut);
+    }
+    (gradients, if largest > 0.0 && norm > largest { largest / norm } else { 1.0 })
 }
 
 /// The gradients of the module's parameters, flattened and in the order of its fields, and their norm.
@@ -448,6 +470,21 @@ mod tests {
         let moment = |name| f64::from(file.get(name).unwrap().as_floats().unwrap()[0]);
         assert_close([moment("exp_avg.weight"), moment("exp_avg.bias")], [0.06, -0.08]);
         assert_close([moment("exp_avg_sq.weight"), moment("exp_avg_sq.bias")], [0.36e-3, 0.64e-3]);
+    }
+
+    #[test]
+    fn clipping_by_value_cuts_each_number_before_the_norm_is_clipped() {
+        let mut optimiser = AdamW::new(0.0, 1.0);
+        optimiser.clip_value = 3.0;
+        let layer = layer();
+        let grads = gradients(&layer, 4.0, -30.0);
+        let (layer, norm) = optimiser.step(layer, grads, 0.01);
+        assert!((norm - 916f64.sqrt()).abs() < 1e-4, "{norm}"); // before any clipping
+        let mut file = TensorFile::new();
+        optimiser.export(&layer, &mut file);
+        let moment = |name| f64::from(file.get(name).unwrap().as_floats().unwrap()[0]);
+        // (3, -3) / √18 in place of (4, -30) / √916
+        assert_close([moment("exp_avg.weight"), moment("exp_avg.bias")], [0.070711, -0.070711]);
     }
 
     #[test]

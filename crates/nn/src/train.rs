@@ -68,6 +68,9 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Largest global norm of the gradients; 0 leaves them unclipped.
     pub clip_norm: f64,
+    /// Largest size of each number of the gradients, before their norm is clipped; 0 leaves them.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub clip_value: f64,
     /// Steps between evaluations; the last step is always evaluated. 0: only the last.
     pub eval_every: usize,
     /// Steps between checkpoints; the end of a run always writes one. 0: only the end.
@@ -77,6 +80,10 @@ pub struct TrainConfig {
     /// What makes a step; gradient descent knows no betas, and weight decay is part of its gradient.
     #[serde(default, skip_serializing_if = "Method::is_default")]
     pub method: Method,
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 impl Default for TrainConfig {
@@ -90,6 +97,7 @@ impl Default for TrainConfig {
             betas: (0.9, 0.999),
             weight_decay: 0.01,
             clip_norm: 1.0,
+            clip_value: 0.0,
             eval_every: 200,
             checkpoint_every: 200,
             patience: None,
@@ -107,6 +115,7 @@ impl TrainConfig {
         let not_negative = [
             ("weight decay", self.weight_decay),
             ("clip norm", self.clip_norm),
+            ("clip value", self.clip_value),
             ("minimum learning rate ratio", self.min_lr_ratio),
         ];
         if let Some((name, value)) = not_negative.into_iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
@@ -448,12 +457,13 @@ impl Optimiser {
         match config.method {
             Method::AdamW => {
                 let mut adam = AdamW::new(config.weight_decay, config.clip_norm);
-                adam.betas = config.betas;
+                (adam.betas, adam.clip_value) = (config.betas, config.clip_value);
                 Self::AdamW(adam)
             }
             Method::Sgd { momentum } => {
                 let mut sgd = Sgd::new(momentum);
-                (sgd.weight_decay, sgd.clip_norm) = (config.weight_decay, config.clip_norm);
+                sgd.weight_decay = config.weight_decay;
+                (sgd.clip_norm, sgd.clip_value) = (config.clip_norm, config.clip_value);
                 Self::Sgd(sgd)
             }
         }

@@ -60,7 +60,7 @@ pub(super) enum Step {
 }
 
 /// An expression with places instead of names.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Code {
     Constant(Value),
     Variable(usize),

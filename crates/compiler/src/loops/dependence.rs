@@ -4,9 +4,11 @@
 //! never meet in different turns when, along some axis, both have the same `c` and the rest can differ by less than |c|:
 //! variables from outside of the loop are the same in both, those of loops inside run over their ranges.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::program::{BinOp, Expr, For, Stmt};
+use super::check::{Checked, Step};
+use super::program::{BinOp, Expr, For, Program, Stmt};
+use super::ranges::Range;
 
 /// A whole number as a sum of multiples of variables and a constant; the constant's name is empty.
 type Affine = BTreeMap<String, i64>;
@@ -14,8 +16,39 @@ type Affine = BTreeMap<String, i64>;
 /// A larger step from turn to turn could come round to an earlier index where integers wrap.
 const MOST_STEP: u64 = 1 << 31;
 
-/// The lowest and the highest value of a variable.
-type Range = (i64, i64);
+/// The variables, by their places, of those of the wanted loops whose turns are independent.
+pub(super) fn independent_loops(
+    program: &Program,
+    checked: &Checked,
+    wanted: impl Fn(&For) -> bool,
+) -> BTreeSet<usize> {
+    fn collect(body: &[Stmt], steps: &[Step], wanted: &impl Fn(&For) -> bool, found: &mut BTreeSet<usize>) {
+        for (statement, step) in body.iter().zip(steps) {
+            match (statement, step) {
+                (Stmt::For(loop_), Step::For { variable, body, .. }) => {
+                    if wanted(loop_) && loop_.is_independent() {
+                        found.insert(*variable);
+                    }
+                    collect(&loop_.body, body, wanted, found);
+                }
+                (Stmt::Alloc { body, .. }, Step::Alloc { body: steps, .. })
+                | (Stmt::Let { body, .. }, Step::Let { body: steps, .. }) => {
+                    collect(body, steps, wanted, found);
+                }
+                (Stmt::If { then, otherwise, .. }, Step::If { then: yes, otherwise: no, .. }) => {
+                    collect(then, yes, wanted, found);
+                    collect(otherwise, no, wanted, found);
+                }
+                _ => {}
+            }
+        }
+    }
+    let mut unique = program.clone();
+    unique.make_names_unique();
+    let mut found = BTreeSet::new();
+    collect(&unique.body, &checked.body, &wanted, &mut found);
+    found
+}
 
 impl For {
     /// Whether its turns can run in any order, and at once. Names in the program must be unique.

@@ -206,14 +206,19 @@ impl<'a> Writer<'a> {
         let shape = if found.axis.is_some() { vec![count] } else { vec![] };
         let name = format!("%quantised{}", self.temporaries);
         let scale = self.kept(format!("{name}_scale"), TensorData::new(found.scale.clone(), shape.clone()));
-        let zero = TensorData::new(found.zero.clone(), shape).convert_dtype(found.dtype);
-        let zero = self.kept(format!("{name}_zero"), zero);
+        let mut how = vec![scale];
+        // The standard knows no zero point of 32 bits.
+        if found.dtype != DType::I32 {
+            let zero = TensorData::new(found.zero.clone(), shape).convert_dtype(found.dtype);
+            how.push(self.kept(format!("{name}_zero"), zero));
+        }
         let axis: Vec<_> = found.axis.map(|axis| int("axis", axis as i64)).into_iter().collect();
+        let with = |x: String| std::iter::once(x).chain(how.iter().cloned()).collect();
         let mut x = self.name(found.x.id);
         if found.rounds {
-            x = self.node("QuantizeLinear", [&x, &scale, &zero], axis.clone());
+            x = self.node_of("QuantizeLinear", with(x), axis.clone());
         }
-        self.node("DequantizeLinear", [&x, &scale, &zero], axis);
+        self.node_of("DequantizeLinear", with(x), axis);
         last.outputs().next().is_some_and(|out| self.called(out))
     }
 
@@ -704,21 +709,24 @@ impl<'a> Writer<'a> {
             }
             outputs.push(described(&name, output));
         }
+        // Numbers of operations that another stands for are read no more.
+        let read: BTreeSet<&String> = self.nodes.iter().flat_map(|node| &node.input).collect();
         let constants = self.graph.constants.iter().map(|(id, data)| (self.name(*id), data));
         let numbers = self.numbers.iter().map(|(name, data)| (name.clone(), data));
-        let initializer = constants.chain(numbers).map(|(name, data)| {
-            let data_type = file_type(data.dtype()).ok_or_else(|| {
-                Error::work(format!("a constant of type {:?} cannot be written as ONNX", data.dtype()))
-            })?;
-            let dims = data.shape().iter().map(|&size| size as i64).collect();
-            Ok(TensorProto {
-                dims,
-                data_type,
-                name,
-                raw_data: data.as_bytes().to_vec(),
-                ..TensorProto::default()
-            })
-        });
+        let initializer =
+            constants.chain(numbers).filter(|(name, _)| read.contains(name)).map(|(name, data)| {
+                let data_type = file_type(data.dtype()).ok_or_else(|| {
+                    Error::work(format!("a constant of type {:?} cannot be written as ONNX", data.dtype()))
+                })?;
+                let dims = data.shape().iter().map(|&size| size as i64).collect();
+                Ok(TensorProto {
+                    dims,
+                    data_type,
+                    name,
+                    raw_data: data.as_bytes().to_vec(),
+                    ..TensorProto::default()
+                })
+            });
         let initializer = initializer.collect::<Result<_>>()?;
         let input = self.graph.inputs.iter().map(|input| described(&input.port.name, input)).collect();
         Ok(GraphProto {

@@ -10,7 +10,7 @@ use burn::tensor::{DType, TensorData};
 
 use crate::Graph;
 
-/// Numbers that are stored, or rounded, as 8-bit integers: `(q - zero) · scale`.
+/// Numbers that are rounded to 8-bit integers, or stored as such or as 32-bit ones: `(q - zero) · scale`.
 pub struct Quantised<'a> {
     /// The integers, or the floats that are rounded to them.
     pub x: &'a TensorIr,
@@ -103,7 +103,9 @@ fn matched<'a>(graph: &'a Graph, places: &[usize]) -> Option<(Quantised<'a>, usi
         }
         _ => return None,
     };
-    if !matches!(quantised.dtype, DType::I8 | DType::U8) {
+    // Biases are stored in 32 bits.
+    let stored = !quantised.rounds && quantised.dtype == DType::I32;
+    if !matches!(quantised.dtype, DType::I8 | DType::U8) && !stored {
         return None;
     }
     let mut zero = Vec::new();
@@ -126,7 +128,11 @@ fn matched<'a>(graph: &'a Graph, places: &[usize]) -> Option<(Quantised<'a>, usi
     if quantised.rounds && filled(std::mem::take(&mut quantised.zero))? != zero {
         return None;
     }
-    let range = if quantised.dtype == DType::I8 { -128..=127 } else { 0..=255 };
+    let range = match quantised.dtype {
+        DType::I8 => -128..=127,
+        DType::U8 => 0..=255,
+        _ => 0..=0,
+    };
     let within = zero.iter().all(|zero| range.contains(zero));
     within.then_some((Quantised { scale, zero, axis, ..quantised }, length))
 }

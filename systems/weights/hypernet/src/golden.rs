@@ -90,7 +90,7 @@ fn load(file: &TensorFile, scheme: &str, target: &Target, cx: &Context) -> Resul
     };
     let hidden: Vec<String> = if scheme == "heads" {
         for head in 0..spec.params().len() {
-            linear(&format!("heads.head{head}"), format!("heads.{head}"));
+            linear(&format!("heads.head{head}"), format!("makers.0.heads.{head}"));
         }
         vec!["heads.trunk".into()]
     } else {
@@ -100,17 +100,17 @@ fn load(file: &TensorFile, scheme: &str, target: &Target, cx: &Context) -> Resul
                 format!("\"{scheme}\" needs a hidden and an output layer"),
             ));
         };
-        linear(output, "heads.0".into());
+        linear(output, "makers.0.heads.0".into());
         hidden.to_vec()
     };
     for (number, layer) in hidden.iter().enumerate() {
-        linear(layer, format!("generator.layers.{number}"));
+        linear(layer, format!("makers.0.generator.layers.{number}"));
     }
     let widths =
         hidden.iter().map(|layer| Ok(shape(&format!("{layer}.weight"))?[0])).collect::<Result<Vec<_>>>()?;
     names.push(("task_emb".into(), "conditioner.tables.0".into()));
     let mut embedded = |name: &str| -> Result<usize> {
-        names.push((name.into(), "embeddings".into()));
+        names.push((name.into(), "makers.0.embeddings".into()));
         Ok(shape(name)?[1])
     };
     let scheme = match scheme {

@@ -12,21 +12,20 @@
 use std::ops::Range;
 
 use burn::module::{Module, Param};
-use burn::nn::Initializer;
-use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use burn::tensor::{Device, Distribution, Tensor};
 use clap::ValueEnum;
 use kiln_core::{Context, Error, Result};
-use kiln_nn::{Linear, LinearConfig, ParamSpec, WeightSpec, Weights, initialise};
+use kiln_nn::{ParamSpec, WeightSpec, Weights, initialise};
 use serde::{Deserialize, Serialize};
 
-use crate::conditioning::{Condition, Conditioner, Conditioning, NoiseLaw};
-use crate::generator::{Arch, Embeddings, Generator, Pieces};
+use crate::conditioning::{Code, Condition, Conditioner, Conditioning, NoiseLaw};
+use crate::generator::Arch;
+use crate::maker::Maker;
 
 /// How many codes the spread of the features is measured over.
 const PROBES: usize = 256;
-/// Standard deviation of biases that share an output layer with weights, as a part of the least of those; at exactly 0
-/// they could not be learned.
-const SHARED_BIAS: f64 = 0.01;
+/// The standard deviation of output layers that begin small, as a part of Kaiming's.
+const SMALL: f64 = 0.1;
 
 /// What the generator makes at a time (the review's second criterion).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +66,41 @@ pub enum Init {
     Base,
 }
 
+/// Which tensors of the target come from one generator; the codes they come from are everyone's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Share {
+    /// Every tensor has a generator of its own
+    None,
+    /// Every layer of the target has one, for its weight and its bias
+    Layer,
+    /// One generator makes all
+    #[default]
+    All,
+}
+
+impl Share {
+    /// The tensors in runs that share a generator.
+    fn groups(self, params: &[ParamSpec]) -> Vec<&[ParamSpec]> {
+        params
+            .chunk_by(|a, b| match self {
+                Self::None => false,
+                Self::Layer => layer_of(a) == layer_of(b),
+                Self::All => true,
+            })
+            .collect()
+    }
+
+    fn is_all(&self) -> bool {
+        *self == Self::All
+    }
+}
+
+/// `fc1` for `fc1.weight` and `fc1.bias`.
+pub(crate) fn layer_of(param: &ParamSpec) -> &str {
+    param.name.rsplit_once('.').map_or(&param.name, |(layer, _)| layer)
+}
+
 /// Configuration of a [`HyperNet`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HyperNetConfig {
@@ -82,6 +116,9 @@ pub struct HyperNetConfig {
     pub arch: Arch,
     /// How the output layer is drawn.
     pub init: Init,
+    /// Which tensors come from one generator.
+    #[serde(default, skip_serializing_if = "Share::is_all")]
+    pub share: Share,
     /// Makes changes of so low a rank to weights of the target that stay as they are (Hu et al., LoRA, arXiv 2106.09685).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<usize>,
@@ -100,6 +137,7 @@ impl HyperNetConfig {
             scheme: OutputScheme::Once,
             arch: Arch::Mlp(vec![32]),
             init: Init::Hyperfan,
+            share: Share::All,
             lora: None,
             spectral: false,
         }
@@ -139,6 +177,12 @@ impl HyperNetConfig {
     /// Another way to draw the output layer.
     pub fn with_init(mut self, init: Init) -> Self {
         self.init = init;
+        self
+    }
+
+    /// A generator for all tensors, for every layer, or for every tensor.
+    pub fn with_share(mut self, share: Share) -> Self {
+        self.share = share;
         self
     }
 
@@ -188,36 +232,6 @@ impl HyperNetConfig {
         if self.lora == Some(0) {
             return Err(Error::usage("changes of rank 0 change nothing").hint("raise --lora"));
         }
-        // What the generator makes: the tensors themselves, or factors of them.
-        let pieces_of: Vec<Piece> = made.params().iter().map(|param| Piece::of(param, self.lora)).collect();
-        let count: usize = pieces_of.iter().map(Piece::len).sum();
-        if self.arch.width() == 0 || matches!(&self.arch, Arch::Mlp(widths) if widths.contains(&0)) {
-            return Err(
-                Error::usage("the generator has a layer of width 0").hint("--hidden must be at least 1")
-            );
-        }
-        let (pieces, sizes) = match self.scheme {
-            OutputScheme::Once => (Pieces { count: 1, embedding: 0 }, vec![count]),
-            OutputScheme::Heads { by_layer } => {
-                (Pieces { count: 1, embedding: 0 }, head_sizes(made.params(), &pieces_of, by_layer))
-            }
-            OutputScheme::Component { emb_dim } => {
-                let largest = pieces_of.iter().map(Piece::len).max().unwrap_or(0);
-                (Pieces { count: made.params().len(), embedding: emb_dim }, vec![largest])
-            }
-            OutputScheme::Chunk { chunk: 0, .. } => {
-                return Err(Error::usage("a chunk must hold at least one number").hint("raise --chunk"));
-            }
-            OutputScheme::Chunk { chunk, emb_dim } => {
-                (Pieces { count: count.div_ceil(chunk), embedding: emb_dim }, vec![chunk])
-            }
-        };
-        let embedded = matches!(self.scheme, OutputScheme::Component { .. } | OutputScheme::Chunk { .. });
-        if embedded && pieces.embedding == 0 {
-            return Err(Error::usage("pieces need embeddings of at least one number").hint("raise --emb-dim"));
-        }
-        let dims: Vec<usize> = self.conditioning.iter().map(Conditioning::dim).collect();
-        let normal = Initializer::Normal { mean: 0.0, std: 1.0 };
         let base = match base {
             Some(base) if base.dims()[0] != self.target.numel() => {
                 let message = format!("{} base weights cannot fill {}", base.dims()[0], self.target.numel());
@@ -227,67 +241,28 @@ impl HyperNetConfig {
             None => draw_weights(&self.target, device),
         };
         let partial = made.numel() < self.target.numel() || self.lora.is_some();
+        let groups = self.share.groups(made.params());
+        let makers =
+            groups.iter().map(|group| Maker::new(self, group, device)).collect::<Result<Vec<_>>>()?;
         let mut hyper = HyperNet {
             conditioner: Conditioner::new(&self.conditioning, device)?,
-            embeddings: embedded.then(|| normal.init([pieces.count, pieces.embedding], device)),
-            generator: Generator::new(&self.arch, &dims, &pieces, self.spectral, device),
-            heads: sizes
-                .iter()
-                .map(|&size| LinearConfig::new(self.arch.width(), size).init(device))
-                .collect(),
+            makers,
             base: (partial || self.init == Init::Base).then(|| Param::from_tensor(base)),
-            scale: None,
             made: ranges(&self.target, &made),
-            pieces: pieces_of,
             config: self.clone(),
         };
-        hyper.draw_output(&made, device)?;
+        // Changes to weights that are there begin small, whatever the weights.
+        let init = if self.lora.is_some() { Init::Small } else { self.init };
+        let largest_fan_in = made.params().iter().filter_map(ParamSpec::fan_in).max().unwrap_or(1);
+        let probes = if init == Init::Hyperfan { Some(hyper.probes(device)?) } else { None };
+        for (maker, group) in hyper.makers.iter_mut().zip(&groups) {
+            match &probes {
+                Some(probes) => maker.draw_hyperfan(group, probes, largest_fan_in, device),
+                None => maker.draw(if init == Init::Kaiming { 1.0 } else { SMALL }, device),
+            }
+        }
         Ok(hyper)
     }
-}
-
-/// What the generator makes for one tensor.
-#[derive(Debug, Clone)]
-enum Piece {
-    /// All its elements.
-    Whole(usize),
-    /// Two factors of a matrix.
-    Factors { rows: usize, columns: usize, rank: usize },
-}
-
-impl Piece {
-    fn of(param: &ParamSpec, rank: Option<usize>) -> Self {
-        let whole = Self::Whole(param.len());
-        let ([rows, rest @ ..], Some(rank)) = (&param.shape[..], rank) else { return whole };
-        let factors = Self::Factors { rows: *rows, columns: rest.iter().product(), rank };
-        if factors.len() < param.len() { factors } else { whole }
-    }
-
-    /// Numbers that are made.
-    fn len(&self) -> usize {
-        match *self {
-            Self::Whole(count) => count,
-            Self::Factors { rows, columns, rank } => rank * (rows + columns),
-        }
-    }
-
-    /// What they come to, `[batch, elements of the tensor]`.
-    fn multiplied(&self, made: Tensor<2>) -> Tensor<2> {
-        let Self::Factors { rows, columns, rank } = *self else { return made };
-        let batch = made.dims()[0];
-        let left = made.clone().narrow(1, 0, rows * rank).reshape([batch, rows, rank]);
-        let right = made.narrow(1, rows * rank, rank * columns).reshape([batch, rank, columns]);
-        (kiln_ops::matmul(left, right) / rank as f64).reshape([batch, rows * columns])
-    }
-}
-
-/// Lengths of the output layers: of every tensor, or of all tensors of a layer (`fc1.weight` and `fc1.bias`).
-fn head_sizes(params: &[ParamSpec], pieces: &[Piece], by_layer: bool) -> Vec<usize> {
-    let layer =
-        |param: &ParamSpec| param.name.rsplit_once('.').map_or(param.name.clone(), |(layer, _)| layer.into());
-    let mut pieces = pieces.iter().map(Piece::len);
-    let groups = params.chunk_by(|a, b| by_layer && layer(a) == layer(b));
-    groups.map(|group| pieces.by_ref().take(group.len()).sum()).collect()
 }
 
 /// Where the tensors of a part lie among those of the whole.
@@ -326,23 +301,13 @@ fn is_scale(param: &ParamSpec) -> bool {
 pub struct HyperNet {
     /// From conditions to codes.
     pub conditioner: Conditioner,
-    /// Of the pieces, `[pieces, emb_dim]`
-    pub embeddings: Option<Param<Tensor<2>>>,
-    /// From codes to features of every piece.
-    pub generator: Generator,
-    /// From features to weights.
-    pub heads: Vec<Linear>,
+    /// From codes to the weights, in order; one where all tensors share it.
+    pub makers: Vec<Maker>,
     /// Weights of the target that are learned directly, `[N]`: added to what is made.
     pub base: Option<Param<Tensor<1>>>,
-    /// Fixed factors of what is made, `[1, made]`, where the output layer is shared between tensors.
-    #[module(skip)]
-    scale: Option<Tensor<2>>,
     /// Where among the N numbers those that are made lie.
     #[module(skip)]
     made: Vec<Range<usize>>,
-    /// What is made for each of these tensors.
-    #[module(skip)]
-    pieces: Vec<Piece>,
     #[module(skip)]
     config: HyperNetConfig,
 }
@@ -413,17 +378,8 @@ impl HyperNet {
     /// When the condition does not fit the conditioning.
     pub fn generate(&self, condition: &Condition) -> Result<Theta> {
         let code = self.conditioner.encode(condition)?;
-        let features = self.generator.forward(&code, self.embedded());
-        let made = self.outputs(features);
+        let made = Tensor::cat(self.makers.iter().map(|maker| maker.forward(&code)).collect(), 1);
         let batch = made.dims()[0];
-        let made = match &self.scale {
-            None => made,
-            Some(scale) => made * scale.clone(),
-        };
-        let made = match self.config.lora {
-            None => made,
-            Some(_) => self.multiplied(made),
-        };
         let flat = match &self.base {
             None => made,
             // Weights that stay take no part in training.
@@ -434,49 +390,6 @@ impl HyperNet {
             Some(base) => self.spread(made) + base.val().unsqueeze::<2>().expand([batch, self.target_len()]),
         };
         Ok(Theta { flat, spec: self.config.target.clone() })
-    }
-
-    /// Embeddings of the pieces: before C for chunks, after it for tensors.
-    fn embedded(&self) -> Option<Embeddings> {
-        let embeddings = self.embeddings.as_ref()?.val();
-        Some(match self.config.scheme {
-            OutputScheme::Component { .. } => Embeddings::After(embeddings),
-            _ => Embeddings::Before(embeddings),
-        })
-    }
-
-    /// Features `[batch, pieces, width]` to the numbers that are made, `[batch, made]`.
-    fn outputs(&self, features: Tensor<3>) -> Tensor<2> {
-        let batch = features.dims()[0];
-        let count: usize = self.pieces.iter().map(Piece::len).sum();
-        match self.config.scheme {
-            OutputScheme::Once | OutputScheme::Heads { .. } => {
-                let features = features.squeeze_dim::<2>(1);
-                Tensor::cat(self.heads.iter().map(|head| head.forward(features.clone())).collect(), 1)
-            }
-            OutputScheme::Component { .. } => {
-                let x = self.heads[0].forward(features); // [batch, tensors, largest]
-                let crop = |(number, piece): (usize, &Piece)| {
-                    x.clone().narrow(1, number, 1).narrow(2, 0, piece.len()).squeeze_dim::<2>(1)
-                };
-                Tensor::cat(self.pieces.iter().enumerate().map(crop).collect(), 1)
-            }
-            OutputScheme::Chunk { .. } => {
-                let x = self.heads[0].forward(features); // [batch, chunks, chunk]
-                x.reshape([batch as isize, -1]).narrow(1, 0, count)
-            }
-        }
-    }
-
-    /// Factors to the changes that they stand for.
-    fn multiplied(&self, made: Tensor<2>) -> Tensor<2> {
-        let mut at = 0;
-        let parts = self.pieces.iter().map(|piece| {
-            let part = made.clone().narrow(1, at, piece.len());
-            at += piece.len();
-            piece.multiplied(part)
-        });
-        Tensor::cat(parts.collect(), 1)
     }
 
     /// Puts the numbers that are made at their places, with zeros between them: `[batch, N]`.
@@ -497,56 +410,8 @@ impl HyperNet {
         Tensor::cat(parts, 1)
     }
 
-    /// Draws the output layers. Hyperfan-in measures how large the features are on codes drawn at random, where Chang et
-    /// al. assume it.
-    fn draw_output(&mut self, made: &WeightSpec, device: &Device) -> Result<()> {
-        let width = self.config.arch.width() as f64;
-        // Changes to weights that are there begin small, whatever the weights.
-        let init = if self.config.lora.is_some() { Init::Small } else { self.config.init };
-        let std = match init {
-            Init::Hyperfan => (width * self.mean_square_feature(device)?).sqrt().recip(),
-            Init::Kaiming => (2.0 / width).sqrt(),
-            Init::Small | Init::Base => 0.1 * (2.0 / width).sqrt(),
-        };
-        for head in &mut self.heads {
-            let [inputs, outputs] = head.weight.val().dims();
-            let weight = Tensor::random([inputs, outputs], Distribution::Normal(0.0, std), device);
-            head.weight = Param::from_tensor(weight);
-            head.bias = Some(Param::from_tensor(Tensor::zeros([outputs], device)));
-        }
-        if init != Init::Hyperfan {
-            return Ok(());
-        }
-        let shared = self.embeddings.is_some();
-        let least = made.params().iter().filter_map(ParamSpec::fan_in).max().unwrap_or(1);
-        let factor = |param: &ParamSpec| match param.fan_in() {
-            Some(fan_in) => (2.0 / fan_in as f64).sqrt(),
-            None if shared => SHARED_BIAS * (2.0 / least as f64).sqrt(),
-            None => 0.0,
-        };
-        let scale: Vec<f32> = made
-            .params()
-            .iter()
-            .flat_map(|param| std::iter::repeat_n(factor(param) as f32, param.len()))
-            .collect();
-        if shared {
-            let count = scale.len();
-            self.scale = Some(Tensor::from_data(TensorData::new(scale, [1, count]), device));
-            return Ok(());
-        }
-        let mut start = 0;
-        for head in &mut self.heads {
-            let [inputs, outputs] = head.weight.val().dims();
-            let scale = TensorData::new(scale[start..start + outputs].to_vec(), [1, outputs]);
-            let weight = head.weight.val() * Tensor::<2>::from_data(scale, device).expand([inputs, outputs]);
-            head.weight = Param::from_tensor(weight);
-            start += outputs;
-        }
-        Ok(())
-    }
-
-    /// The mean square of a feature over codes drawn from N(0, 1), or over the tasks' own.
-    fn mean_square_feature(&self, device: &Device) -> Result<f64> {
+    /// Codes drawn from N(0, 1), or the tasks' own, over which the spread of features is measured.
+    fn probes(&self, device: &Device) -> Result<Code> {
         let normal = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), device);
         let mut condition = Condition::default();
         for part in &self.config.conditioning {
@@ -561,10 +426,7 @@ impl HyperNet {
                 Conditioning::Given { dim } => condition.given = Some(normal([PROBES, dim])),
             }
         }
-        let code = self.conditioner.encode(&condition)?;
-        let features = self.generator.forward(&code, self.embedded());
-        let square: f32 = features.square().mean().into_scalar();
-        Ok(f64::from(square).max(1e-6))
+        self.conditioner.encode(&condition)
     }
 
     /// Adds one more task; its vector begins as the mean of the others.

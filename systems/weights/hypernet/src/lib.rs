@@ -29,6 +29,7 @@ mod experiment;
 pub mod generator;
 pub mod golden;
 pub mod hypernet;
+pub mod maker;
 pub mod model;
 pub mod table;
 pub mod target;
@@ -41,7 +42,7 @@ use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
 pub use conditioning::{Condition, Conditioning, NoiseLaw};
 pub use generator::Arch;
-pub use hypernet::{HyperNet, HyperNetConfig, Init, OutputRegularizer, OutputScheme, Theta};
+pub use hypernet::{HyperNet, HyperNetConfig, Init, OutputRegularizer, OutputScheme, Share, Theta};
 pub use target::{Layer, Target};
 
 /// The system, as the binary sees it.

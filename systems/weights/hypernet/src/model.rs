@@ -179,7 +179,7 @@ impl Task<HyperNet> for ClassificationTask<'_> {
                 .conditioner
                 .tables
                 .iter()
-                .chain(&hyper.embeddings)
+                .chain(hyper.makers.iter().filter_map(|maker| maker.embeddings.as_ref()))
                 .fold(loss, |loss, table| loss + table.val().square().sum() * strength),
         };
         Ok((loss, self.batch))

@@ -61,18 +61,19 @@ fn of(scheme: OutputScheme, hidden: &[usize], names: Vec<(String, String)>) -> H
 fn chunked() -> HyperNet {
     let names = layers(
         &[
-            ("chunk.layer0", "generator.layers.0"),
-            ("chunk.layer1", "generator.layers.1"),
-            ("chunk.layer2", "heads.0"),
+            ("chunk.layer0", "makers.0.generator.layers.0"),
+            ("chunk.layer1", "makers.0.generator.layers.1"),
+            ("chunk.layer2", "makers.0.heads.0"),
         ],
-        &[("chunk_emb", "embeddings")],
+        &[("chunk_emb", "makers.0.embeddings")],
     );
     of(OutputScheme::Chunk { chunk: 11, emb_dim: 3 }, &[6, 5], names)
 }
 
 #[test]
 fn all_weights_at_once() {
-    let names = layers(&[("once.layer0", "generator.layers.0"), ("once.layer1", "heads.0")], &[]);
+    let names =
+        layers(&[("once.layer0", "makers.0.generator.layers.0"), ("once.layer1", "makers.0.heads.0")], &[]);
     assert_close(theta(&of(OutputScheme::Once, &[6], names)), "once.theta");
 }
 
@@ -80,11 +81,11 @@ fn all_weights_at_once() {
 fn a_head_for_every_tensor() {
     let names = layers(
         &[
-            ("heads.trunk", "generator.layers.0"),
-            ("heads.head0", "heads.0"),
-            ("heads.head1", "heads.1"),
-            ("heads.head2", "heads.2"),
-            ("heads.head3", "heads.3"),
+            ("heads.trunk", "makers.0.generator.layers.0"),
+            ("heads.head0", "makers.0.heads.0"),
+            ("heads.head1", "makers.0.heads.1"),
+            ("heads.head2", "makers.0.heads.2"),
+            ("heads.head3", "makers.0.heads.3"),
         ],
         &[],
     );
@@ -94,8 +95,8 @@ fn a_head_for_every_tensor() {
 #[test]
 fn a_call_for_every_tensor() {
     let names = layers(
-        &[("comp.layer0", "generator.layers.0"), ("comp.layer1", "heads.0")],
-        &[("comp.emb", "embeddings")],
+        &[("comp.layer0", "makers.0.generator.layers.0"), ("comp.layer1", "makers.0.heads.0")],
+        &[("comp.emb", "makers.0.embeddings")],
     );
     assert_close(theta(&of(OutputScheme::Component { emb_dim: 3 }, &[6], names)), "comp.theta");
 }
@@ -120,6 +121,6 @@ fn the_regulariser_and_its_gradient_at_the_snapshot() {
     let value = OutputRegularizer::snapshot(&hyper, 2).unwrap().value(&hyper).unwrap();
     assert_eq!(value.clone().into_scalar::<f32>(), 0.0);
     let gradients = value.backward();
-    let gradient = hyper.heads[0].weight.val().grad(&gradients).unwrap();
+    let gradient = hyper.makers[0].heads[0].weight.val().grad(&gradients).unwrap();
     assert_eq!(gradient.abs().max().into_scalar::<f32>(), 0.0);
 }

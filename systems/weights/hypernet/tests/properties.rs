@@ -5,7 +5,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
 use kiln_core::{TensorFile, random_stream};
 use kiln_hypernet::{
-    Arch, Condition, Conditioning, HyperNet, HyperNetConfig, Init, Layer, NoiseLaw, OutputScheme, Target,
+    Arch, Condition, Conditioning, HyperNet, HyperNetConfig, Init, Layer, NoiseLaw, OutputScheme, Share,
+    Target,
 };
 use kiln_nn::{LinearConfig, WeightSpec, initialise};
 
@@ -41,15 +42,18 @@ fn assert_close<const D: usize>(found: Tensor<D>, expected: Tensor<D>, tolerance
 fn parameter_counts_are_those_of_the_review() {
     // N = 6·5 + 5 + 5·3 + 3 = 53; features of width 8; every output layer has a bias.
     let heads = |scheme| -> usize {
-        init(&config().with_scheme(scheme), 0).heads.iter().map(|h| h.num_params()).sum()
+        init(&config().with_scheme(scheme), 0).makers[0].heads.iter().map(|h| h.num_params()).sum()
     };
     assert_eq!(heads(OutputScheme::Once), 8 * 53 + 53);
     assert_eq!(heads(OutputScheme::Heads { by_layer: false }), 8 * 53 + 53);
     assert_eq!(heads(OutputScheme::Component { emb_dim: 2 }), 8 * 30 + 30);
     assert_eq!(heads(OutputScheme::Chunk { chunk: 10, emb_dim: 2 }), 8 * 10 + 10);
     let hyper = init(&config().with_scheme(OutputScheme::Chunk { chunk: 10, emb_dim: 2 }), 0);
-    assert_eq!(hyper.embeddings.unwrap().val().dims(), [6, 2]); // ⌈53 / 10⌉
-    assert_eq!(init(&config().with_scheme(OutputScheme::Heads { by_layer: true }), 0).heads.len(), 2);
+    assert_eq!(hyper.makers[0].embeddings.clone().unwrap().val().dims(), [6, 2]); // ⌈53 / 10⌉
+    assert_eq!(
+        init(&config().with_scheme(OutputScheme::Heads { by_layer: true }), 0).makers[0].heads.len(),
+        2
+    );
 }
 
 #[test]
@@ -63,16 +67,16 @@ fn one_chunk_of_n_is_all_at_once() {
     // The constant embedding is as good as a bias of the first layer.
     let once = init(&config().with_init(Init::Kaiming), 0);
     let mut weights = TensorFile::from_module(&chunk);
-    let embedding = weights.take("embeddings").unwrap();
-    let first = weights.take("generator.layers.0.weight").unwrap(); // [8, 2 + 8]
-    let bias = weights.take("generator.layers.0.bias").unwrap();
+    let embedding = weights.take("makers.0.embeddings").unwrap();
+    let first = weights.take("makers.0.generator.layers.0.weight").unwrap(); // [8, 2 + 8]
+    let bias = weights.take("makers.0.generator.layers.0.bias").unwrap();
     let rows = first.as_floats().unwrap().chunks(10);
     let embedding = embedding.as_floats().unwrap();
     let folded = rows.clone().zip(bias.as_floats().unwrap());
     let folded = folded.map(|(row, bias)| bias + row[0] * embedding[0] + row[1] * embedding[1]);
-    weights.insert("generator.layers.0.bias", kiln_core::HostTensor::float([8], folded.collect()));
+    weights.insert("makers.0.generator.layers.0.bias", kiln_core::HostTensor::float([8], folded.collect()));
     let rest = rows.flat_map(|row| row[2..].to_vec()).collect();
-    weights.insert("generator.layers.0.weight", kiln_core::HostTensor::float([8, 8], rest));
+    weights.insert("makers.0.generator.layers.0.weight", kiln_core::HostTensor::float([8, 8], rest));
     let once = weights.into_module(once).unwrap();
     assert_close(once.generate(&Condition::noise(noise)).unwrap().flat, from_chunk, 1e-5);
 }
@@ -219,7 +223,7 @@ fn tensors_that_are_not_made_are_learned_directly() {
     assert_ne!(floats(second.clone().narrow(0, 0, 1)), floats(second.narrow(0, 1, 1)));
     let gradients = target().forward(theta.flat, x).square().sum().backward();
     assert!(hyper.base.unwrap().val().grad(&gradients).is_some());
-    assert_eq!(hyper.heads[0].weight.val().dims(), [8, 18]);
+    assert_eq!(hyper.makers[0].heads[0].weight.val().dims(), [8, 18]);
 }
 
 #[test]
@@ -248,9 +252,45 @@ fn changes_of_a_low_rank_leave_the_weights_that_they_are_added_to() {
         }
         let gradients = theta.flat.square().sum().backward();
         assert!(hyper.base.as_ref().unwrap().val().grad(&gradients).is_none());
-        assert!(hyper.heads[0].weight.val().grad(&gradients).is_some());
+        assert!(hyper.makers[0].heads[0].weight.val().grad(&gradients).is_some());
     }
     assert!(config().with_lora(0).init(None, &device).unwrap_err().to_string().contains("rank 0"));
+}
+
+#[test]
+fn a_generator_of_its_own_makes_every_layer_or_every_tensor() {
+    let expected = [(Share::All, vec![53]), (Share::Layer, vec![35, 18]), (Share::None, vec![30, 5, 15, 3])];
+    for (share, counts) in expected {
+        for scheme in [OutputScheme::Once, OutputScheme::Chunk { chunk: 10, emb_dim: 2 }] {
+            let hyper = init(&config().with_scheme(scheme).with_share(share), 0).train();
+            let made: Vec<usize> = counts.clone();
+            let pieces = |count: usize| match scheme {
+                OutputScheme::Chunk { chunk, .. } => count.div_ceil(chunk),
+                _ => count,
+            };
+            let sizes = hyper.makers.iter().map(|maker| match &maker.embeddings {
+                Some(embeddings) => embeddings.val().dims()[0],
+                None => maker.heads[0].weight.val().dims()[1],
+            });
+            assert_eq!(sizes.collect::<Vec<_>>(), made.iter().map(|&n| pieces(n)).collect::<Vec<_>>());
+            // Weights of a tensor move only the generator that makes it.
+            let theta = hyper.generate(&Condition::noise(random([2, 8]))).unwrap();
+            let gradients = theta.tensor::<3>("fc2.weight").unwrap().square().sum().backward();
+            for (number, maker) in hyper.makers.iter().enumerate() {
+                let moved = maker.heads[0]
+                    .weight
+                    .val()
+                    .grad(&gradients)
+                    .is_some_and(|gradient| floats(gradient).iter().any(|&x| x != 0.0));
+                let its = match share {
+                    Share::All => 0,
+                    Share::Layer => 1,
+                    Share::None => 2,
+                };
+                assert_eq!(moved, number == its, "{share:?}, {scheme:?}, {number}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -262,7 +302,7 @@ fn any_module_becomes_a_target() {
     let hyper = config.init(Some(spec.read(&net).unwrap()), &device).unwrap().train();
     let theta = hyper.generate(&Condition::noise(random([1, 8]))).unwrap();
     let y = theta.weights(0).unwrap().fill(&net).unwrap().forward(random::<2>([4, 3]));
-    assert!(hyper.heads[0].weight.val().grad(&y.sum().backward()).is_some());
+    assert!(hyper.makers[0].heads[0].weight.val().grad(&y.sum().backward()).is_some());
 }
 
 #[test]

@@ -13,7 +13,10 @@ use tokenizers::normalizers::bert::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::arch::{Arch, Batch, Input, PAD};
+use crate::arch::{Arch, Batch, ClassifierConfig, Input, PAD};
+
+/// Word pieces that are learnt from texts.
+pub const VOCABULARY: usize = 4000;
 
 /// The token that a text begins with.
 const START: i64 = 2;
@@ -360,4 +363,22 @@ pub fn image_input(arch: Arch, images: &Images) -> Result<Input> {
         }
         _ => Ok(Input::Image(images.shape)),
     }
+}
+
+/// The network for texts, texts to train it on and texts held out.
+///
+/// # Errors
+/// When a file cannot be read, or the texts held out have other classes.
+pub fn learnt_texts(
+    train: &Path,
+    test: &Path,
+    length: usize,
+) -> Result<(ClassifierConfig, Examples, Examples)> {
+    let texts = Texts::read(train, true)?;
+    let tokenizer = texts.learn_vocabulary(VOCABULARY)?;
+    let classes = texts.classes();
+    let input = Input::Text { vocabulary: tokenizer.get_vocab_size(true), length };
+    let config = ClassifierConfig::new(Arch::Bert, input, classes.len());
+    let test_examples = Texts::read(test, true)?.encode(&tokenizer, length, &classes, test)?;
+    Ok((config, texts.encode(&tokenizer, length, &classes, train)?, test_examples))
 }

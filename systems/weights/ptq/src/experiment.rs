@@ -11,9 +11,8 @@ use kiln_nn::{TrainConfig, initialise, train};
 
 use crate::arch::{Arch, ClassifierConfig, Input};
 use crate::checkpoint::Trained;
-use crate::command::{compiled_seconds, learnt_texts};
-use crate::data::Examples;
-use crate::latency::{Profile, measure};
+use crate::data::{Examples, learnt_texts};
+use crate::latency::{Profile, compiled_seconds, measure};
 use crate::program::Program;
 use crate::quantise::{Metric, Quantiser, SearchPlan, sample, score};
 use crate::quantiser::Calibrator;

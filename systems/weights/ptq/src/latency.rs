@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use burn::backend::ir::TensorId;
+use kiln_compiler::{Executor, Graph};
 use kiln_core::{Error, Result};
 use kiln_ops::flex;
 use kiln_ops::quantised::Ends;
@@ -13,7 +14,7 @@ use crate::program::Program;
 use crate::quantise::batches;
 use crate::quantiser::{Asymmetric, Calibrator, Symmetric};
 use crate::search::Bits;
-use crate::unit::{Ranges, Ready, Unit, Weights, Window, Work};
+use crate::unit::{Numbers, Ranges, Ready, Unit, Weights, Window, Work};
 
 /// Runs before those that count.
 const WARM_UP: usize = 5;
@@ -132,7 +133,10 @@ impl Probe {
         };
         let ready = match bits {
             16 => Ready::float(&self.unit),
-            bits => Ready::whole(&self.unit, &Weights::of(&self.unit, bits, Calibrator::Minmax), &ranges),
+            bits => {
+                let weights = Weights::of(&self.unit, bits, Calibrator::Minmax);
+                Ready::whole(&self.unit, &Numbers { weights, ranges })
+            }
         };
         median(15, || {
             std::hint::black_box(ready.compute(&self.unit, x.clone(), second.clone()));
@@ -210,6 +214,16 @@ pub fn measure(program: &Program, ready: &[Ready], examples: &Examples, runs: us
         .ok_or_else(|| Error::usage("there are no examples to run"))?;
     let inputs = [inputs];
     timing(runs, || program.run(&inputs, ready).map(|_| ()))
+}
+
+/// Seconds of a network in floats, compiled: what a user would run otherwise.
+///
+/// # Errors
+/// When the graph does not compile or run.
+pub fn compiled_seconds(graph: &Graph, examples: &Examples, runs: usize) -> Result<f64> {
+    let mut executor = Executor::new(graph.clone())?;
+    let inputs = [examples.batch(&[0])];
+    Ok(timing(runs, || executor.run(&inputs).map(|_| ()))?.median)
 }
 
 /// Times of work that can fail.

@@ -42,6 +42,7 @@ pub mod search;
 pub mod store;
 pub mod training;
 pub mod unit;
+pub mod written;
 
 use std::path::Path;
 

@@ -181,6 +181,11 @@ impl Program {
         sound.then_some(program)
     }
 
+    /// One more than the largest number of a tensor.
+    pub fn tensors(&self) -> usize {
+        self.tensors
+    }
+
     /// Examples at once.
     pub fn batch(&self) -> usize {
         self.batch

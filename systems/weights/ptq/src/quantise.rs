@@ -16,7 +16,7 @@ use crate::mlp::{log_sum_exp, random_signs};
 use crate::program::Program;
 use crate::quantiser::{Calibrator, Observer};
 use crate::search::{Augment, Bits, Goal, Measured, Order, Trials, Tried, least_first, search};
-use crate::unit::{Ranges, Ready, Weights, Work};
+use crate::unit::{Numbers, Ranges, Ready, Weights, Work};
 
 /// Examples that a program computes at once, where the network allows.
 const BATCH: usize = 64;
@@ -52,10 +52,8 @@ pub struct Quantiser {
     batched: Program,
     /// How weights of 4 bits, and activations, get their range.
     calibrator: Calibrator,
-    /// Of the operands of every unit.
-    pub ranges: Vec<Ranges>,
-    /// Whole-number weights at 8 and 4 bits.
-    pub weights: Vec<[Arc<Weights>; 2]>,
+    /// Whole numbers of every unit at 8 and 4 bits.
+    pub numbers: Vec<[Arc<Numbers>; 2]>,
     floats: Vec<Ready>,
     halves: Vec<Ready>,
     rounded: Vec<[Ready; 2]>,
@@ -110,17 +108,18 @@ impl Quantiser {
             Ranges::of(&observers[0], second, calibrator)
         };
         let ranges: Vec<Ranges> = program.units.iter().zip(&observers).map(range).collect();
-        let weights_of = |unit: &crate::unit::Unit| {
-            let eight = Weights::of(unit, 8, Calibrator::Minmax);
-            [Arc::new(eight), Arc::new(Weights::of(unit, 4, Calibrator::Mse))]
+        let numbers_of = |(unit, ranges): (&crate::unit::Unit, &Ranges)| {
+            [(8, Calibrator::Minmax), (4, Calibrator::Mse)].map(|(bits, calibrator)| {
+                Arc::new(Numbers { weights: Weights::of(unit, bits, calibrator), ranges: ranges.clone() })
+            })
         };
-        let weights: Vec<[Arc<Weights>; 2]> = program.units.iter().map(weights_of).collect();
-        let both = program.units.iter().zip(&weights).zip(&ranges);
+        let numbers: Vec<[Arc<Numbers>; 2]> = program.units.iter().zip(&ranges).map(numbers_of).collect();
+        let both = program.units.iter().zip(&numbers);
         let rounded = both
-            .map(|((unit, weights), ranges)| weights.each_ref().map(|w| Ready::rounded(unit, w, ranges)))
+            .map(|(unit, numbers)| numbers.each_ref().map(|numbers| Ready::rounded(unit, numbers)))
             .collect();
         let halves = program.units.iter().map(Ready::half).collect();
-        Ok(Self { program, batched, calibrator, ranges, weights, floats, halves, rounded })
+        Ok(Self { program, batched, calibrator, numbers, floats, halves, rounded })
     }
 
     /// How ranges were chosen.
@@ -142,11 +141,7 @@ impl Quantiser {
     pub fn real(&self, bits: &Bits) -> Vec<Ready> {
         let unit = |(at, &bits): (usize, &u8)| match bits {
             16 => self.halves[at].clone(),
-            bits => Ready::whole(
-                &self.program.units[at],
-                &self.weights[at][usize::from(bits == 4)],
-                &self.ranges[at],
-            ),
+            bits => Ready::whole(&self.program.units[at], &self.numbers[at][usize::from(bits == 4)]),
         };
         bits.iter().enumerate().map(unit).collect()
     }
@@ -282,7 +277,7 @@ impl Quantiser {
 
     /// `‖δ‖²` of a unit's weights.
     fn noise(&self, unit: usize, precision: usize) -> f64 {
-        let values = self.weights[unit][precision].values();
+        let values = self.numbers[unit][precision].weights.values();
         let pairs = self.program.units[unit].weight.iter().zip(&values);
         pairs.map(|(w, q)| f64::from(w - q).powi(2)).sum()
     }

@@ -17,7 +17,7 @@ use crate::program::Program;
 use crate::quantise::{Found, Quantiser, SearchPlan};
 use crate::quantiser::Calibrator;
 use crate::search::Bits;
-use crate::unit::{Ranges, Ready, Unit, Weights, Window, Work, half_precision};
+use crate::unit::{Numbers, Ranges, Ready, Unit, Weights, Window, Work, half_precision};
 
 const GRAPH: &str = "graph";
 const UNITS: &str = "units.json";
@@ -128,7 +128,7 @@ pub fn save(folder: &ModelFolder, quantiser: &Quantiser, bits: &Bits, config: &C
             if bits == 16 {
                 tensors.push((format!("{name}.weight"), Stored::halves(&unit.weight, &unit.shape)));
             } else {
-                let weights = &quantiser.weights[at][usize::from(bits == 4)];
+                let weights = &quantiser.numbers[at][usize::from(bits == 4)].weights;
                 let (dtype, bytes) = (if bits == 4 { Dtype::U8 } else { Dtype::I8 }, weights.stored());
                 let shape = vec![unit.shape[0], bytes.len() / unit.shape[0].max(1)];
                 tensors.push((format!("{name}.q"), Stored { dtype, shape, bytes }));
@@ -138,7 +138,7 @@ pub fn save(folder: &ModelFolder, quantiser: &Quantiser, bits: &Bits, config: &C
         if !unit.bias.is_empty() && !unit.weight.is_empty() {
             tensors.push((format!("{name}.bias"), Stored::floats(&unit.bias)));
         }
-        units.push(Kept::of(unit, bits, &quantiser.ranges[at]));
+        units.push(Kept::of(unit, bits, &quantiser.numbers[at][0].ranges));
     }
     let bytes = safetensors::serialize(tensors, None)
         .map_err(|e| Error::work("cannot lay out the quantised weights").caused_by(e))?;
@@ -169,6 +169,8 @@ pub struct Quantised {
     pub bits: Bits,
     /// Its weights.
     pub ready: Vec<Ready>,
+    /// The whole numbers of every unit of 8 or 4 bits.
+    pub numbers: Vec<Option<Numbers>>,
 }
 
 /// Whether a folder holds a quantised network.
@@ -183,10 +185,13 @@ impl Quantised {
     /// When a file is missing or damaged; names what is wrong.
     pub fn open(path: &Path) -> Result<Self> {
         let folder = ModelFolder::new(path);
+        if folder.kind()? == KIND && !is_quantised(path) {
+            return Err(Error::input(path.display(), "holds a network that is not quantised")
+                .hint("`kiln ptq quantize` makes a quantised one of it"));
+        }
         let config: Config = folder.config(KIND)?;
         let file = folder.file(UNITS);
-        let text = std::fs::read(&file)
-            .map_err(|e| Error::io("read", &file)(e).hint("`kiln ptq quantize` writes such a folder"))?;
+        let text = std::fs::read(&file).map_err(Error::io("read", &file))?;
         let document: Document = serde_json::from_slice(&text).map_err(|e| {
             Error::input(file.display(), "does not describe the units of a network").caused_by(e)
         })?;
@@ -194,7 +199,7 @@ impl Quantised {
         let mut tensors = TensorFile::read(&folder.file(WEIGHTS))?;
         let wrong =
             |name: &str, found: &str| Error::input(file.display(), format!("unit \"{name}\" {found}"));
-        let (mut units, mut ready, mut bits) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut units, mut ready, mut numbers, mut bits) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for kept in document.units {
             let (name, of) = (kept.name.clone(), kept.bits);
             if !matches!(of, 16 | 8 | 4) {
@@ -209,11 +214,11 @@ impl Quantised {
             }
             let mut unit =
                 kept.into_unit().ok_or_else(|| wrong(&name, "is of a kind that Kiln does not know"))?;
-            let (rows, numbers) = (unit.shape[0], unit.shape.iter().product::<usize>());
+            let (rows, count) = (unit.shape[0], unit.shape.iter().product::<usize>());
             let mut weights = Weights { bits: of, q: Vec::new(), scales: Vec::new() };
             if unit.work != Work::Product {
                 if of == 16 {
-                    unit.weight = floats(&mut tensors, &format!("{name}.weight"), numbers)?;
+                    unit.weight = floats(&mut tensors, &format!("{name}.weight"), count)?;
                 } else {
                     let scales = floats(&mut tensors, &format!("{name}.scale"), rows)?;
                     let q = tensors.take(&format!("{name}.q"))?;
@@ -221,7 +226,7 @@ impl Quantised {
                         return Err(wrong(&name, "has weights that are floats"));
                     };
                     let bytes: Vec<u8> = q.iter().map(|&q| q as u8).collect();
-                    weights = Weights::from_stored(of, &bytes, scales, numbers / rows)
+                    weights = Weights::from_stored(of, &bytes, scales, count / rows)
                         .ok_or_else(|| wrong(&name, "has another number of weights than its shape says"))?;
                     unit.weight = weights.values();
                 }
@@ -229,13 +234,18 @@ impl Quantised {
                     unit.bias = floats(&mut tensors, &format!("{name}.bias"), rows)?;
                 }
             }
-            ready.push(if of == 16 { Ready::float(&unit) } else { Ready::whole(&unit, &weights, &ranges) });
+            let whole = (of != 16).then_some(Numbers { weights, ranges });
+            ready.push(match &whole {
+                Some(numbers) => Ready::whole(&unit, numbers),
+                None => Ready::float(&unit),
+            });
+            numbers.push(whole);
             bits.push(of);
             units.push(unit);
         }
         let program = Program::assemble(graph, units, &document.steps)
             .ok_or_else(|| Error::input(file.display(), "its steps do not fit the units and the graph"))?;
-        Ok(Self { config, program, bits, ready })
+        Ok(Self { config, program, bits, ready, numbers })
     }
 
     /// As many examples at once as the network allows, up to `most`.

@@ -156,6 +156,45 @@ impl Weights {
     }
 }
 
+/// A unit's whole numbers: weights, and how its operands are rounded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Numbers {
+    /// The weights, of 8 or 4 bits.
+    pub weights: Weights,
+    /// What calibration found.
+    pub ranges: Ranges,
+}
+
+impl Numbers {
+    fn at(&self) -> usize {
+        usize::from(self.weights.bits == 4)
+    }
+
+    /// How the input is rounded.
+    pub fn input(&self) -> Affine {
+        self.ranges.input[self.at()].affine()
+    }
+
+    /// How the second operand of a product is rounded.
+    pub fn second(&self) -> Option<Symmetric> {
+        self.ranges.second.map(|second| second[self.at()])
+    }
+
+    /// Scale of the input times that of each row: what one step of a sum is worth.
+    pub fn scales(&self) -> Vec<f32> {
+        let input = self.input();
+        self.weights.scales.iter().map(|scale| scale * input.scale).collect()
+    }
+
+    /// The bias in such steps; `None` where they are too many for 32 bits.
+    pub fn bias_steps(&self, bias: &[f32]) -> Option<Vec<i32>> {
+        let steps: Vec<f32> =
+            bias.iter().zip(self.scales()).map(|(b, s)| (b / s).round_ties_even()).collect();
+        let fits = steps.iter().all(|steps| steps.abs() <= MOST_BIAS);
+        fits.then(|| steps.iter().map(|&steps| steps as i32).collect())
+    }
+}
+
 impl Unit {
     /// Rows of the weights, each with a scale of its own.
     pub fn rows(&self) -> usize {
@@ -259,24 +298,19 @@ impl Ready {
         Self::Float(FloatWeights::of(unit, &half_precision(&unit.weight)))
     }
 
-    /// In floats that are rounded as the integers would be; `weights` at 8 or 4 bits.
-    pub fn rounded(unit: &Unit, weights: &Weights, ranges: &Ranges) -> Self {
-        let at = usize::from(weights.bits == 4);
+    /// In floats that are rounded as the integers would be.
+    pub fn rounded(unit: &Unit, numbers: &Numbers) -> Self {
         Self::Rounded {
-            weights: FloatWeights::of(unit, &weights.values()),
-            input: (unit.work != Work::Table).then(|| ranges.input[at].affine()),
-            second: ranges.second.map(|second| second[at]),
+            weights: FloatWeights::of(unit, &numbers.weights.values()),
+            input: (unit.work != Work::Table).then(|| numbers.input()),
+            second: numbers.second(),
         }
     }
 
     /// In whole numbers.
-    pub fn whole(unit: &Unit, weights: &Weights, ranges: &Ranges) -> Self {
-        let at = usize::from(weights.bits == 4);
-        let input = ranges.input[at].affine();
-        let scales: Vec<f32> = weights.scales.iter().map(|scale| scale * input.scale).collect();
-        let steps: Vec<f32> = unit.bias.iter().zip(&scales).map(|(b, s)| (b / s).round_ties_even()).collect();
-        let late_bias = steps.iter().any(|steps| steps.abs() > MOST_BIAS);
-        let bias = steps.iter().map(|&steps| if late_bias { 0 } else { steps as i32 }).collect();
+    pub fn whole(unit: &Unit, numbers: &Numbers) -> Self {
+        let Numbers { weights, .. } = numbers;
+        let steps = numbers.bias_steps(&unit.bias);
         let whole = match unit.work {
             Work::Linear => {
                 let panels = Panels::from_rows(&weights.q, unit.shape[0], unit.shape[1]);
@@ -288,8 +322,14 @@ impl Ready {
             Work::Table => WholeWeights::Table(weights.clone()),
             Work::Product => WholeWeights::None,
         };
-        let second = ranges.second.map(|second| second[at]);
-        Self::Whole { weights: whole, input, scales, bias, late_bias, second }
+        Self::Whole {
+            weights: whole,
+            input: numbers.input(),
+            scales: numbers.scales(),
+            late_bias: steps.is_none(),
+            bias: steps.unwrap_or_else(|| vec![0; unit.bias.len()]),
+            second: numbers.second(),
+        }
     }
 
     /// The unit's result.

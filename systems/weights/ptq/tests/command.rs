@@ -77,6 +77,16 @@ fn a_network_is_quantised_run_compared_and_evaluated() {
     assert_eq!(same["output_max"], 0.0);
     assert!(desk.json("bench --model @q --data @data.csv --runs 2 --batch 4")["bytes"].as_u64().unwrap() > 0);
 
+    // As a file for other runtimes, and as a graph that takes several examples at once.
+    desk.json("export --model @q --to @q.onnx");
+    let graph = Graph::from_onnx(&desk.path("q.onnx"), &OnnxOptions::default()).unwrap();
+    assert_eq!(graph.inputs[0].port.shape, [1, 1, 6, 6]);
+    desk.json("export --model @q --to @graph --batch 4");
+    assert_eq!(Graph::load(&desk.path("graph")).unwrap().inputs[0].port.shape, [4, 1, 6, 6]);
+    desk.assert_refused("export --model @q --to @none.onnx --batch 0", "0 examples at once");
+    desk.assert_refused("export --model @m --to @none.onnx", "is not quantised");
+    assert!(!desk.path("none.onnx").exists());
+
     // The same command knows every configuration already; another is refused.
     let again = desk.json(&line);
     assert_eq!((&again["metric"], &again["evaluations"]), (&result["metric"], &result["evaluations"]));

@@ -37,7 +37,7 @@ impl Statistics {
     /// The averages over batches of these images of what the batch norms of the network see.
     ///
     /// # Errors
-    /// When one is not finite, or the user stopped it.
+    /// When one is not finite.
     pub fn compute<A: Anchor + ModuleDisplay>(
         mut net: Stitched<A>,
         images: &Images,
@@ -50,9 +50,6 @@ impl Statistics {
         let device = cx.device.clone().autodiff();
         let all: Vec<usize> = (0..images.len()).collect();
         for (number, batch) in batches(&all).enumerate() {
-            if cx.interrupted() {
-                return Err(Error::interrupted("stopped while batch norms were calibrated"));
-            }
             net.batch_norms().into_iter().for_each(|norm| norm.momentum = 1.0 / (number + 1) as f64);
             net.forward(scaling.tensor(images, batch, &device));
         }
@@ -100,7 +97,7 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
     /// training goes on from [`share_norms`](Self::share_norms).
     ///
     /// # Errors
-    /// As [`Statistics::compute`], and when there are fewer than two images.
+    /// As [`Statistics::compute`], when there are fewer than two images, and when the user stopped it.
     pub fn calibrate(
         &mut self,
         ids: Range<usize>,
@@ -118,6 +115,9 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
         let images = sample(images, IMAGES, &mut cx.rng("calibration", 0));
         let bar = cx.progress(ids.len() as u64, "batch norms");
         for id in ids {
+            if cx.interrupted() {
+                return Err(Error::interrupted("stopped while batch norms were calibrated"));
+            }
             let net = self.take_out(self.space().configuration(id)?);
             self.set_statistics(id, Statistics::compute(net, &images, scaling, cx)?);
             bar.inc(1);
@@ -125,7 +125,8 @@ impl<A: Anchor + ModuleDisplay> SnNet<A> {
         Ok(())
     }
 
-    fn has_batch_norms(&self) -> bool {
+    /// Whether networks of this space have running statistics at all.
+    pub(crate) fn has_batch_norms(&self) -> bool {
         self.anchors.iter().any(|anchor| !anchor.clone().batch_norms().is_empty())
     }
 

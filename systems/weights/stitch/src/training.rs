@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::anchor::Anchor;
-use crate::data::{Batches, Scaling};
+use crate::data::{Batches, Scaling, sample};
 use crate::evaluate::{predict, scores};
+use crate::norms::Statistics;
 use crate::snnet::SnNet;
 
 /// Images that judge a joint training at most: every network of the space classifies them.
@@ -173,12 +174,19 @@ impl<A: Anchor + ModuleDisplay> Task<SnNet<A>> for JointTask<'_, A> {
         Ok((sum.expect("a step trains a network") / count, self.batches.size()))
     }
 
-    /// The mean over all networks.
+    /// The mean over all networks, each with running statistics of its own, as it will have them after the training.
     fn validate(&mut self, model: &SnNet<A>) -> Result<f64> {
         let valid = crate::data::first(self.valid, JUDGES);
+        let seen = model
+            .has_batch_norms()
+            .then(|| sample(self.batches.images(), JUDGES, &mut self.cx.rng("validation", 0)));
         let mut sum = 0.0;
         for id in 0..model.space().len() {
-            let logits = predict(&valid, self.scaling, self.cx, |images| model.forward_with(id, images))?;
+            let mut net = model.export(id)?;
+            if let Some(images) = &seen {
+                net = Statistics::compute(net.clone(), images, self.scaling, self.cx)?.put_into(net);
+            }
+            let logits = predict(&valid, self.scaling, self.cx, |images| Ok(net.forward(images)))?;
             sum += scores(&logits, &valid.labels).nll;
         }
         Ok(sum / model.space().len() as f64)

@@ -13,7 +13,7 @@ use super::predict::{Scores, score};
 use crate::conditioning::{Conditioning, NoiseLaw};
 use crate::data::{Coding, Columns, Rows};
 use crate::generator::Arch;
-use crate::hypernet::{HyperNetConfig, Init, OutputScheme};
+use crate::hypernet::{HyperNetConfig, Init, OutputScheme, Share};
 use crate::model::{ClassificationTask, Config, KIND, split};
 use crate::target::Target;
 
@@ -71,6 +71,10 @@ struct Recipe {
     /// How the output layer is drawn
     #[arg(long, value_enum, default_value = "hyperfan", conflicts_with = "resume")]
     init: Init,
+    /// Which tensors of the target come from one generator
+    #[arg(long, value_enum, default_value = "all", conflicts_with = "resume")]
+    #[serde(default)]
+    share: Share,
     /// Divide the weights of the generator's linear layers by their largest singular value
     #[arg(long, conflicts_with = "resume")]
     #[serde(default)]
@@ -305,6 +309,7 @@ fn configure(recipe: &Recipe, coding: Coding) -> Result<Config> {
             ArchName::Attention => Arch::Attention(width),
         },
         init: recipe.init,
+        share: recipe.share,
         lora: recipe.lora,
         spectral: recipe.spectral,
     };

@@ -81,6 +81,10 @@ struct Pace {
     /// Largest norm of the gradients; 0 leaves them
     #[arg(long, default_value_t = 1.0, conflicts_with = "resume")]
     clip: f64,
+    /// Largest size of each number of the gradients before that, as the paper clips them (at 10); 0 leaves them
+    #[arg(long, default_value_t = 0.0, conflicts_with = "resume")]
+    #[serde(default)]
+    clip_value: f64,
 }
 
 impl Pace {
@@ -92,6 +96,7 @@ impl Pace {
             min_lr_ratio: 0.02,
             weight_decay: 0.0,
             clip_norm: self.clip,
+            clip_value: self.clip_value,
             eval_every: self.eval_every,
             checkpoint_every: self.checkpoint_every,
             ..TrainConfig::default()

@@ -4,8 +4,13 @@
 //! number of a trap: 1 for an index out of bounds, 2 for a division by zero, 3 and more for the program's assertions. It
 //! imports the functions that WebAssembly lacks from `math`, as far as it calls them: `exp`, `log`, `tanh`, `erf`, `fmod`
 //! and `fma` of f64, and `fmaf` of f32.
+//!
+//! Loops that are marked as vectorised, whose turns are independent and store neighbouring floats, run four turns at once
+//! with SIMD128. Indices that [`Ranges`] shows to lie within their buffers are not checked.
 
-use std::collections::BTreeMap;
+mod lanes;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_core::{Error, Result};
 use wasm_encoder::{
@@ -16,8 +21,10 @@ use wasmi::{Engine, Linker, Store};
 
 use super::buffer::{Buffer, Elements, fit};
 use super::check::{Checked, Code, Step};
+use super::dependence::independent_loops;
 use super::interpret::{Outcome, Trap};
-use super::program::{BinOp, Function, Io, Param, Program, ScalarType, UnOp};
+use super::program::{BinOp, Function, Io, LoopKind, Param, Program, ScalarType, UnOp};
+use super::ranges::Ranges;
 use super::value::Value;
 
 const OUT_OF_BOUNDS: i32 = 1;
@@ -67,6 +74,8 @@ pub fn to_wasm(program: &Program, checked: &Checked) -> Result<WasmModule> {
         variables: vec![(0, ScalarType::I64); checked.variables],
         imports: Vec::new(),
         assertions: Vec::new(),
+        ranges: Ranges::new(checked),
+        side_by_side: independent_loops(program, checked, |found| found.kind == LoopKind::Vectorized),
     };
     for (buffer, param) in program.params.iter().enumerate() {
         if param.io == Io::Out {
@@ -245,6 +254,9 @@ struct Emitter<'a> {
     variables: Vec<(u32, ScalarType)>,
     imports: Vec<Import>,
     assertions: Vec<String>,
+    ranges: Ranges,
+    /// The variables of vectorised loops whose turns are independent.
+    side_by_side: BTreeSet<usize>,
 }
 
 /// One instruction for each of two types.
@@ -309,7 +321,9 @@ impl Emitter<'_> {
             Step::If { condition, then, otherwise } => {
                 self.value(condition);
                 self.push(I::If(BlockType::Empty));
+                let known = self.ranges.enter_condition(condition);
                 self.steps(then);
+                self.ranges.leave(known);
                 if !otherwise.is_empty() {
                     self.push(I::Else);
                     self.steps(otherwise);
@@ -321,6 +335,7 @@ impl Emitter<'_> {
                 let local = self.local(ty);
                 self.push(I::LocalSet(local));
                 self.variables[*variable] = (local, ty);
+                self.ranges.enter_let(*variable, value);
                 self.steps(body);
             }
             Step::Assert { condition, message } => {
@@ -338,10 +353,14 @@ impl Emitter<'_> {
         self.push(I::LocalSet(first));
         self.value(extent);
         self.code.extend([I::LocalSet(count), I::I64Const(0), I::LocalSet(turn)]);
+        self.variables[variable] = (value, ScalarType::I64);
+        self.ranges.enter_loop(variable, min, extent);
+        if let Some(lanes) = self.lanes_of(variable, body) {
+            self.by_fours(lanes, [first, count, turn, value], body);
+        }
         self.code.extend([I::Block(BlockType::Empty), I::Loop(BlockType::Empty)]);
         self.code.extend([I::LocalGet(turn), I::LocalGet(count), I::I64GeS, I::BrIf(1)]);
         self.code.extend([I::LocalGet(first), I::LocalGet(turn), I::I64Add, I::LocalSet(value)]);
-        self.variables[variable] = (value, ScalarType::I64);
         self.steps(body);
         self.code.extend([I::LocalGet(turn), I::I64Const(1), I::I64Add, I::LocalSet(turn)]);
         self.code.extend([I::Br(0), I::End, I::End]);
@@ -356,16 +375,24 @@ impl Emitter<'_> {
     fn place(&mut self, buffer: usize, index: &[Code]) {
         let checked = self.checked;
         let spec = &checked.buffers[buffer];
-        self.push(I::I64Const(0));
-        for (part, &extent) in index.iter().zip(&spec.shape) {
-            let extent = extent as i64;
-            let local = self.local(ScalarType::I64);
-            self.code.extend([I::I64Const(extent), I::I64Mul]);
+        for (axis, (part, &extent)) in index.iter().zip(&spec.shape).enumerate() {
+            if axis > 0 {
+                self.code.extend([I::I64Const(extent as i64), I::I64Mul]);
+            }
             self.value(part);
-            // A negative index is a large one without its sign.
-            self.code.extend([I::LocalTee(local), I::I64Const(extent), I::I64GeU]);
-            self.trap_if(OUT_OF_BOUNDS);
-            self.code.extend([I::LocalGet(local), I::I64Add]);
+            if !self.ranges.is_within(part, extent) {
+                // A negative index is a large one without its sign.
+                let local = self.local(ScalarType::I64);
+                self.code.extend([I::LocalTee(local), I::I64Const(extent as i64), I::I64GeU]);
+                self.trap_if(OUT_OF_BOUNDS);
+                self.push(I::LocalGet(local));
+            }
+            if axis > 0 {
+                self.push(I::I64Add);
+            }
+        }
+        if index.is_empty() {
+            self.push(I::I64Const(0));
         }
         let size = size_of(spec.dtype) as i32;
         self.code.extend([I::I32WrapI64, I::I32Const(size), I::I32Mul]);

@@ -1,0 +1,269 @@
+//! Verbs of quantised networks: `predict`, `eval`, `bench`, `compare` and `export`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use kiln_core::{Context, Error, HostTensor, ModelFolder, Result, TensorFile, write_atomic};
+use kiln_data::write_npz;
+use kiln_nn::likeliest;
+use serde_json::json;
+
+use super::source::{Source, read_for};
+use crate::latency::measure;
+use crate::quantise::{self, Metric, logits, score};
+use crate::store::{self, Quantised};
+
+#[derive(Debug, Args)]
+pub(super) struct PredictArgs {
+    /// Folder of a quantised network
+    #[arg(long)]
+    model: PathBuf,
+    /// Examples; labels are not needed
+    #[arg(long)]
+    input: PathBuf,
+    /// .csv with classes and probabilities, or .npz with logits `y`
+    #[arg(long)]
+    out: PathBuf,
+}
+
+pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
+    let model = Quantised::open(&args.model)?;
+    let examples = read_for(&model, &args.model, &args.input, false)?;
+    let rows = logits(&model.batched(64), &model.ready, &examples)?;
+    let classes = rows.first().map_or(0, Vec::len);
+    match args.out.extension().and_then(|extension| extension.to_str()) {
+        Some("npz") => {
+            let mut file = TensorFile::new();
+            file.insert("y", HostTensor::float([rows.len(), classes], rows.concat()));
+            write_npz(&args.out, &file)?;
+        }
+        Some("csv") => {
+            let name = |class: usize| model.config.classes.get(class).cloned().unwrap_or(class.to_string());
+            let failed = |e: csv::Error| Error::work("cannot lay out the predictions").caused_by(e);
+            let mut writer = csv::Writer::from_writer(Vec::new());
+            let heads = ["row".to_string(), "pred".to_string()];
+            let heads = heads.into_iter().chain((0..classes).map(|class| format!("p_{}", name(class))));
+            writer.write_record(heads).map_err(failed)?;
+            for (number, row) in rows.iter().enumerate() {
+                let wide: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
+                let total = crate::mlp::log_sum_exp(&wide);
+                let cells = [(number + 1).to_string(), name(likeliest(row))];
+                let shares = wide.iter().map(|x| format!("{:.6}", (x - total).exp()));
+                writer.write_record(cells.into_iter().chain(shares)).map_err(failed)?;
+            }
+            let bytes = writer
+                .into_inner()
+                .map_err(|e| Error::work(format!("cannot lay out the predictions: {e}")))?;
+            write_atomic(&args.out, &bytes)?;
+        }
+        _ => return Err(Error::usage(format!("{} ends neither in .csv nor in .npz", args.out.display()))),
+    }
+    let result = json!({ "examples": rows.len(), "out": args.out });
+    cx.emit(&result, |_| format!("{} predictions in {}\n", rows.len(), args.out.display()))
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    /// Folder of a quantised or a trained network
+    #[arg(long)]
+    model: PathBuf,
+    /// Labelled examples
+    #[arg(long)]
+    data: PathBuf,
+}
+
+pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
+    let (examples, rows) = if store::is_quantised(&args.model) {
+        let model = Quantised::open(&args.model)?;
+        let examples = read_for(&model, &args.model, &args.data, true)?;
+        let rows = logits(&model.batched(64), &model.ready, &examples)?;
+        (examples, rows)
+    } else {
+        let source = Source::open(&args.model, cx)?;
+        let examples = source.read(&args.data, true)?;
+        let ready: Vec<_> = source.program.units.iter().map(crate::unit::Ready::float).collect();
+        let program = source.program.with_batch(64, &ready).unwrap_or(source.program);
+        let rows = logits(&program, &ready, &examples)?;
+        (examples, rows)
+    };
+    let [accuracy, f1, loss] =
+        [Metric::Accuracy, Metric::F1, Metric::Loss].map(|metric| score(&rows, &examples.labels, metric));
+    let result = json!({ "examples": rows.len(), "accuracy": accuracy, "f1": f1, "loss": -loss });
+    cx.emit(&result, |_| {
+        format!("accuracy {accuracy:.4}, F1 {f1:.4}, loss {:.4} on {} examples\n", -loss, rows.len())
+    })
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// Folder of a quantised network
+    #[arg(long)]
+    model: PathBuf,
+    /// Examples to run
+    #[arg(long)]
+    data: PathBuf,
+    /// Examples at once
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Runs that count, after five that do not
+    #[arg(long, default_value_t = 50)]
+    runs: usize,
+}
+
+pub(super) fn bench(args: &BenchArgs, cx: &Context) -> Result<()> {
+    if args.batch == 0 || args.runs == 0 {
+        return Err(Error::usage("--batch and --runs must be at least 1"));
+    }
+    let model = Quantised::open(&args.model)?;
+    let examples = read_for(&model, &args.model, &args.data, false)?;
+    let program = model.batched(args.batch);
+    if program.batch() != args.batch {
+        return Err(Error::usage(format!("the network computes one example at a time, not {}", args.batch)));
+    }
+    let floats: Vec<_> = program.units.iter().map(crate::unit::Ready::half).collect();
+    let plain = measure(&program, &floats, &examples, args.runs)?;
+    let quantised = measure(&program, &model.ready, &examples, args.runs)?;
+    let bytes = store::weight_bytes(&ModelFolder::new(&args.model));
+    let peak = kiln_core::MemoryGauge::start()
+        .and_then(|gauge| gauge.peak(|| measure(&program, &model.ready, &examples, 1)).1);
+    let result = json!({
+        "batch": args.batch, "runs": args.runs, "threads": rayon::current_num_threads(),
+        "sixteen_bits": plain, "quantised": quantised,
+        "less": 1.0 - quantised.median / plain.median, "bytes": bytes, "peak_bytes": peak,
+    });
+    cx.emit(&result, |_| {
+        format!(
+            "{} examples at once, {} runs, {} threads\n\
+             16 bits:   median {:.3} ms, nine of ten within {:.3} ms\n\
+             quantised: median {:.3} ms, nine of ten within {:.3} ms ({:.1} % less)\n\
+             weights {bytes} bytes\n",
+            args.batch,
+            args.runs,
+            rayon::current_num_threads(),
+            1e3 * plain.median,
+            1e3 * plain.p90,
+            1e3 * quantised.median,
+            1e3 * quantised.p90,
+            100.0 * (1.0 - quantised.median / plain.median)
+        )
+    })
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CompareArgs {
+    /// Folder of the network as it was, or of a quantised one
+    first: PathBuf,
+    /// Folder of a quantised network
+    second: PathBuf,
+    /// Examples to run
+    #[arg(long)]
+    data: PathBuf,
+    /// How many of them
+    #[arg(long, default_value_t = 64)]
+    count: usize,
+}
+
+/// Signal over noise of each unit's result, in decibels.
+pub(super) fn compare(args: &CompareArgs, cx: &Context) -> Result<()> {
+    let second = Quantised::open(&args.second)?;
+    let examples = read_for(&second, &args.second, &args.data, false)?;
+    let examples = examples.select(&(0..args.count.clamp(1, examples.len())).collect::<Vec<_>>());
+    let (program, ready) = if store::is_quantised(&args.first) {
+        let first = Quantised::open(&args.first)?;
+        (first.program, first.ready)
+    } else {
+        let source = Source::open(&args.first, cx)?;
+        let ready = source.program.units.iter().map(crate::unit::Ready::float).collect();
+        (source.program, ready)
+    };
+    if program.units.len() != second.program.units.len() {
+        return Err(Error::usage(format!(
+            "the networks have {} and {} units",
+            program.units.len(),
+            second.program.units.len()
+        ))
+        .hint("one must have been made from the other"));
+    }
+    // Of every unit the operand that it reads: what the units before have made.
+    let mut units = vec![(0.0f64, 0.0f64, 0.0f64); program.units.len()];
+    let mut outputs = (0.0f64, 0.0f64, 0.0f64);
+    let compare = |sums: &mut (f64, f64, f64), a: &[f32], b: &[f32]| {
+        for (&a, &b) in a.iter().zip(b) {
+            let difference = f64::from(a - b);
+            sums.0 += f64::from(a).powi(2);
+            sums.1 += difference * difference;
+            sums.2 = sums.2.max(difference.abs());
+        }
+    };
+    for (inputs, _) in quantise::batches(&examples, 1) {
+        let mut seen: Vec<Vec<f32>> = vec![Vec::new(); program.units.len()];
+        let mut values = program.begin(std::slice::from_ref(&inputs))?;
+        program.run_from(0, &mut values, &ready, false, &mut |unit, x, _| {
+            if x.dtype() == burn::tensor::DType::F32 {
+                seen[unit] = kiln_ops::flex::floats(x).into_owned();
+            }
+        });
+        let expected: Vec<f32> = program.read_outputs(&mut values)[0].iter::<f32>().collect();
+        let mut values = second.program.begin(&[inputs])?;
+        second.program.run_from(0, &mut values, &second.ready, false, &mut |unit, x, _| {
+            if x.dtype() == burn::tensor::DType::F32 {
+                compare(&mut units[unit], &seen[unit], &kiln_ops::flex::floats(x));
+            }
+        });
+        let found: Vec<f32> = second.program.read_outputs(&mut values)[0].iter::<f32>().collect();
+        compare(&mut outputs, &expected, &found);
+    }
+    // What is exactly the same counts as 200 dB.
+    let decibels = |sums: &(f64, f64, f64)| (10.0 * (sums.0 / sums.1.max(1e-300)).log10()).min(200.0);
+    let rows: Vec<serde_json::Value> = program
+        .units
+        .iter()
+        .zip(&units)
+        .zip(&second.bits)
+        .map(|((unit, sums), bits)| json!({ "unit": unit.name, "bits": bits, "snr_db": decibels(sums), "max": sums.2 }))
+        .collect();
+    let result = json!({ "examples": examples.len(), "operands": rows, "output_snr_db": decibels(&outputs), "output_max": outputs.2 });
+    cx.emit(&result, |_| {
+        let mut text = String::from("what it reads  bits  signal over noise  largest difference\n");
+        for ((unit, sums), bits) in program.units.iter().zip(&units).zip(&second.bits) {
+            text += &format!("{:<14} {bits:<5} {:>14.1} dB  {:.3e}\n", unit.name, decibels(sums), sums.2);
+        }
+        text + &format!("{:<20} {:>14.1} dB  {:.3e}\n", "logits", decibels(&outputs), outputs.2)
+    })
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    /// Folder of a quantised network
+    #[arg(long)]
+    model: PathBuf,
+    /// .onnx file, or folder for a graph
+    #[arg(long)]
+    to: PathBuf,
+    /// Examples at once
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+}
+
+pub(super) fn export(args: &ExportArgs, cx: &Context) -> Result<()> {
+    let model = Quantised::open(&args.model)?;
+    write(&model, args.batch, &args.to)?;
+    let at = |bits: u8| model.bits.iter().filter(|&&of| of == bits).count();
+    let result = json!({ "to": args.to, "batch": args.batch, "units": model.bits.len(), "at_8_bits": at(8), "at_4_bits": at(4) });
+    cx.emit(&result, |_| {
+        let four = match at(4) {
+            0 => String::new(),
+            count => format!(", {count} at 4 bits (stored in bytes)"),
+        };
+        format!("{}: {} units, {} at 8 bits{four}\n", args.to.display(), model.bits.len(), at(8))
+    })
+}
+
+/// Writes a quantised network as an ONNX file, or as the folder of a graph.
+pub(super) fn write(model: &Quantised, batch: usize, to: &Path) -> Result<()> {
+    if to.extension().is_some_and(|extension| extension == "onnx") {
+        model.to_onnx(batch, to)
+    } else {
+        model.to_graph(batch)?.save(to)
+    }
+}
