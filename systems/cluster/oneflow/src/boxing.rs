@@ -182,8 +182,8 @@ impl Router {
 }
 
 fn dijkstra(shape: &[usize], element: usize, mesh: &[usize], from: &NdSbp) -> HashMap<NdSbp, Reached> {
-    let mut kinds: Vec<Sbp> = (0..shape.len()).map(Sbp::S).chain([Sbp::B, Sbp::P]).collect();
-    kinds.extend(from.0.iter().filter(|sbp| sbp.reduction().is_some() && **sbp != Sbp::P));
+    let mut kinds: Vec<Sbp> = (0..shape.len()).map(Sbp::S).chain([Sbp::B, Sbp::SUM]).collect();
+    kinds.extend(from.0.iter().filter(|sbp| sbp.reduction().is_some() && **sbp != Sbp::SUM));
     // What lies on an axis of one device is all the same, and so is every way between.
     let mut best: HashMap<NdSbp, Reached> = HashMap::new();
     let mut queue = BinaryHeap::new();

@@ -368,7 +368,7 @@ fn useful(operation: &OperationIr, kind: &str, mesh: &[usize], extremes: &mut Ha
     };
     // On an axis of one device everything is the same.
     let plain = |signature: &NdSignature| {
-        signature.0.iter().zip(mesh).all(|(one, &n)| n > 1 || (!one.divides() && !one.outputs.contains(&Sbp::P)))
+        signature.0.iter().zip(mesh).all(|(one, &n)| n > 1 || (!one.divides() && !one.outputs.contains(&Sbp::SUM)))
     };
     let mut found = on_mesh(operation, mesh)?;
     found.retain(|signature| {
@@ -392,7 +392,7 @@ fn in_parts_bytes(operation: &OperationIr, signature: &NdSignature, router: &mut
     let mut shape = input.shape.to_vec();
     shape[axis] = 1;
     let form = |kind: Sbp| NdSbp(signature.0.iter().map(|one| if one.in_parts { kind } else { one.inputs[0] }).collect());
-    let bytes = router.bytes(&shape, input.dtype.size(), &form(Sbp::P), &form(Sbp::B));
+    let bytes = router.bytes(&shape, input.dtype.size(), &form(Sbp::SUM), &form(Sbp::B));
     2.0 * bytes.unwrap_or(0) as f64
 }
 

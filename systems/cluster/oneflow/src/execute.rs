@@ -280,7 +280,9 @@ impl<'r, 'a> Hands<'r, 'a> {
                 if let Some(distribution) = random(operation) {
                     let out = &rank.physical.values[node.outputs[0]];
                     let region = Region::local(&out.shape, rank.lines.mesh(), &signature.output(0), rank.lines.coordinate());
-                    let key = key(self.options.seed, at as u64, piece as u64);
+                    // By the logical tensor's number, which is the same in every physical graph.
+                    let number = operation.outputs().next().map_or(0, |out| out.id.value());
+                    let key = key(self.options.seed, number, piece as u64);
                     return Ok(vec![draw(&out.shape, out.dtype, &region, distribution, key)]);
                 }
                 compute(&mut self.interpreter, local, inputs).map_err(|found| {
@@ -322,8 +324,7 @@ pub fn cut(data: &TensorData, region: &Region) -> Result<TensorData> {
         ($($dtype:pat => $type:ty),+) => {
             match data.dtype() {
                 $($dtype => {
-                    let values = data.try_view::<$type>().map_err(|e| Error::work(format!("a tensor cannot be read: {e:?}")))?;
-                    let values: &[$type] = &values;
+                    let values = data.as_slice::<$type>().map_err(|e| Error::work(format!("a tensor cannot be read: {e:?}")))?;
                     let mut out = vec![<$type>::default(); region.elements()];
                     copy_box(values, &whole, &mut out, region, region);
                     Ok(TensorData::new(out, region.size.clone()))
@@ -363,8 +364,8 @@ pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &crate::sbp::NdSbp, parts:
                     let mut out = vec![<$type>::default(); whole.elements()];
                     for (index, part) in parts.iter().enumerate() {
                         let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
-                        let values = part.try_view::<$type>().map_err(|e| Error::work(format!("a part cannot be read: {e:?}")))?;
-                        copy_box(&values, &region, &mut out, &whole, &region);
+                        let values = part.as_slice::<$type>().map_err(|e| Error::work(format!("a part cannot be read: {e:?}")))?;
+                        copy_box(values, &region, &mut out, &whole, &region);
                     }
                     Ok(TensorData::new(out, shape.to_vec()))
                 })+
@@ -447,8 +448,8 @@ fn mixed(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-fn key(seed: u64, node: u64, piece: u64) -> u64 {
-    mixed(mixed(mixed(seed) ^ node) ^ piece)
+fn key(seed: u64, tensor: u64, piece: u64) -> u64 {
+    mixed(mixed(mixed(seed) ^ tensor) ^ piece)
 }
 
 /// Random numbers that depend on their place in the whole tensor, so that every way to split it draws the same.

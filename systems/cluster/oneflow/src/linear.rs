@@ -48,7 +48,7 @@ pub struct Selection {
 const ELEMENT: usize = 4;
 /// The signatures that divide a product.
 const PRODUCT: [([Sbp; 2], Sbp); 3] =
-    [([Sbp::S(0), Sbp::B], Sbp::S(0)), ([Sbp::B, Sbp::S(1)], Sbp::S(1)), ([Sbp::S(1), Sbp::S(0)], Sbp::P)];
+    [([Sbp::S(0), Sbp::B], Sbp::S(0)), ([Sbp::B, Sbp::S(1)], Sbp::S(1)), ([Sbp::S(1), Sbp::S(0)], Sbp::SUM)];
 
 // The tensors, by their number.
 const X: usize = 0;

@@ -41,7 +41,7 @@ pub enum Sbp {
 
 impl Sbp {
     /// Partial sums.
-    pub const P: Self = Self::P(Reduction::Sum);
+    pub const SUM: Self = Self::P(Reduction::Sum);
 
     /// The axis of the tensor that is split.
     pub fn axis(self) -> Option<usize> {
@@ -64,7 +64,7 @@ impl Sbp {
     pub fn dual(self) -> Self {
         match self {
             Self::S(axis) => Self::S(axis),
-            Self::B => Self::P,
+            Self::B => Self::SUM,
             Self::P(_) => Self::B,
         }
     }
@@ -89,7 +89,7 @@ impl FromStr for Sbp {
         let text = text.trim();
         match text.to_ascii_lowercase().as_str() {
             "b" => return Ok(Self::B),
-            "p" | "psum" => return Ok(Self::P),
+            "p" | "psum" => return Ok(Self::SUM),
             "pmax" => return Ok(Self::P(Reduction::Max)),
             "pmin" => return Ok(Self::P(Reduction::Min)),
             _ => {}

@@ -450,7 +450,7 @@ mod tests {
     /// A random acyclic problem of up to seven nodes.
     fn random_problem(number: u64) -> Problem {
         let mut rng = random_stream(7, "problem", number);
-        let forms = [Sbp::S(0), Sbp::S(1), Sbp::B, Sbp::P];
+        let forms = [Sbp::S(0), Sbp::S(1), Sbp::B, Sbp::SUM];
         let mut problem = Problem { edges: Vec::new(), nodes: Vec::new() };
         let count = rng.random_range(2..8);
         for at in 0..count {

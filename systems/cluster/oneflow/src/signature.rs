@@ -260,8 +260,8 @@ fn is_zero(value: &ScalarIr) -> bool {
 /// fall away.
 fn partial(operation: &OperationIr, forms: &str) -> Signature {
     let forms = forms.chars().chain(std::iter::repeat('B'));
-    let inputs = operation.inputs().zip(forms).map(|(_, form)| if form == 'P' { Sbp::P } else { Sbp::B });
-    Signature::plain(inputs.collect(), vec![Sbp::P; operation.outputs().count()])
+    let inputs = operation.inputs().zip(forms).map(|(_, form)| if form == 'P' { Sbp::SUM } else { Sbp::B });
+    Signature::plain(inputs.collect(), vec![Sbp::SUM; operation.outputs().count()])
 }
 
 /// An axis in the notation.
@@ -326,10 +326,10 @@ fn by_notation(operation: &OperationIr, notation: &str) -> Vec<Signature> {
         }
         let outputs = result_letters.iter().zip(&outputs);
         let outputs: Vec<Sbp> =
-            outputs.map(|(letters, tensor)| place(letters, tensor, letter, extent).map_or(Sbp::P, Sbp::S)).collect();
-        let sums = outputs.contains(&Sbp::P);
+            outputs.map(|(letters, tensor)| place(letters, tensor, letter, extent).map_or(Sbp::SUM, Sbp::S)).collect();
+        let sums = outputs.contains(&Sbp::SUM);
         let inputs = operand_letters.iter().zip(&inputs).zip(&added).map(|((letters, tensor), &added)| {
-            let absent = if added && sums { Sbp::P } else { Sbp::B };
+            let absent = if added && sums { Sbp::SUM } else { Sbp::B };
             place(letters, tensor, letter, extent).map_or(absent, Sbp::S)
         });
         Some(Signature::plain(inputs.collect(), outputs))
@@ -577,13 +577,13 @@ fn pick(operation: &OperationIr) -> Vec<Signature> {
         .map(|(axis, of_indices)| Signature::plain(vec![Sbp::S(axis), of_indices], vec![Sbp::S(axis)]))
         .collect();
     if tensor.shape[dim] > 1 {
-        found.push(Signature::plain(vec![Sbp::S(dim), Sbp::B], vec![Sbp::P]));
+        found.push(Signature::plain(vec![Sbp::S(dim), Sbp::B], vec![Sbp::SUM]));
     }
     let of_indices = if rows { 0 } else { dim };
     if indices.shape[of_indices] > 1 {
         found.push(Signature::plain(vec![Sbp::B, Sbp::S(of_indices)], vec![Sbp::S(dim)]));
     }
-    found.push(Signature::plain(vec![Sbp::P, Sbp::B], vec![Sbp::P]));
+    found.push(Signature::plain(vec![Sbp::SUM, Sbp::B], vec![Sbp::SUM]));
     found
 }
 
@@ -609,9 +609,9 @@ fn put(operation: &OperationIr) -> Vec<Signature> {
         }
         let of_indices = if rows { 0 } else { dim };
         if indices.shape[of_indices] > 1 {
-            found.push(Signature::plain(vec![Sbp::P, Sbp::S(of_indices), Sbp::S(dim)], vec![Sbp::P]));
+            found.push(Signature::plain(vec![Sbp::SUM, Sbp::S(of_indices), Sbp::S(dim)], vec![Sbp::SUM]));
         }
-        found.push(Signature::plain(vec![Sbp::P, Sbp::B, Sbp::P], vec![Sbp::P]));
+        found.push(Signature::plain(vec![Sbp::SUM, Sbp::B, Sbp::SUM], vec![Sbp::SUM]));
     }
     found
 }
@@ -669,7 +669,7 @@ fn is_sound(operation: &OperationIr, mesh: &[usize], signature: &NdSignature) ->
         let splits = signature.0.iter().zip(mesh).filter(|(one, _)| one.inputs[index] == Sbp::S(axis));
         splits.map(|(_, n)| n).product()
     };
-    let added = |one: &Signature| one.inputs.contains(&Sbp::P) && one.inputs.iter().any(|sbp| sbp.axis().is_some());
+    let added = |one: &Signature| one.inputs.contains(&Sbp::SUM) && one.inputs.iter().any(|sbp| sbp.axis().is_some());
     let empty = |(index, tensor): (usize, &TensorIr)| {
         (0..tensor.shape.rank()).any(|axis| pieces_of(index, axis) > tensor.shape[axis])
     };

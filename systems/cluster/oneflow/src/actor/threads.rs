@@ -272,10 +272,10 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
                 self.stop_all();
                 return self.finish();
             }
-            match self.receiver.recv() {
-                // The message counted; now this thread does.
-                Ok(message) if self.take(message) => {}
-                _ => return self.finish(),
+            // A message counted while it was under way; now this thread does.
+            let goes_on = self.receiver.recv().is_ok_and(|message| self.take(message));
+            if !goes_on {
+                return self.finish();
             }
         }
     }
