@@ -17,6 +17,28 @@ use crate::sbp::{NdSbp, Placement, Reduction, Sbp};
 use crate::select::{Choice, Edge, Node as Item, Problem, Solver};
 use crate::signature::{Law, NdSignature, Signature, law_of, on_mesh, worked_axis};
 
+/// What is fixed before signatures are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Parallel {
+    /// Nothing: the compiler chooses all
+    Auto,
+    /// Inputs are split along their first axis, variables are copies
+    Data,
+    /// Variables are split along their last axis, inputs are copies
+    Model,
+}
+
+impl Parallel {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Data => "data",
+            Self::Model => "model",
+        }
+    }
+}
+
 /// How signatures are chosen.
 #[derive(Debug, Clone)]
 pub struct Compiler {
@@ -44,6 +66,29 @@ impl Compiler {
     #[must_use]
     pub fn hint(mut self, name: impl Into<String>, sbp: NdSbp) -> Self {
         self.hints.insert(name.into(), sbp);
+        self
+    }
+
+    /// Fixes inputs and variables; what cannot be split so is copied.
+    #[must_use]
+    pub fn parallel(mut self, parallel: Parallel, placement: &Placement) -> Self {
+        let mesh = &placement.mesh;
+        let copies = NdSbp::broadcast(mesh.len());
+        let split = |shape: &[usize], axis: Option<usize>| -> NdSbp {
+            let form = axis.map(|axis| NdSbp::uniform(Sbp::S(axis), mesh.len()));
+            form.filter(|form| is_filled(form, shape, mesh)).unwrap_or_else(|| copies.clone())
+        };
+        let inputs: Vec<(String, Vec<usize>)> =
+            self.logical.graph.inputs.iter().map(|input| (input.port.name.clone(), input.port.shape.clone())).collect();
+        let variables: Vec<(String, Vec<usize>)> =
+            self.logical.variables.iter().map(|variable| (variable.name.clone(), variable.value.shape().to_vec())).collect();
+        let (of_inputs, of_variables): (fn(usize) -> Option<usize>, fn(usize) -> Option<usize>) = match parallel {
+            Parallel::Auto => return self,
+            Parallel::Data => (|rank| (rank > 0).then_some(0), |_| None),
+            Parallel::Model => (|_| None, |rank| rank.checked_sub(1)),
+        };
+        self.hints.extend(inputs.into_iter().map(|(name, shape)| (name, split(&shape, of_inputs(shape.len())))));
+        self.hints.extend(variables.into_iter().map(|(name, shape)| (name, split(&shape, of_variables(shape.len())))));
         self
     }
 

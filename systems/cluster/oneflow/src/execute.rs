@@ -12,12 +12,13 @@ use kiln_compiler::catch_panic;
 use kiln_core::{Error, Result};
 
 use crate::actor::{Course, Queue, run};
+use crate::boxing::Router;
 use crate::exchange::Lines;
-use crate::graph::Logical;
+use crate::graph::{Logical, Variable};
 use crate::local::{Local, localise};
 use crate::optimiser::{Optimiser, State};
-use crate::physical::{Node, Physical, QUEUES, Work};
-use crate::sbp::{Region, copy_box};
+use crate::physical::{Node, Physical, QUEUES, Value, Work};
+use crate::sbp::{NdSbp, Region, copy_box};
 
 /// Gives every input of a piece, whole.
 pub type Feed<'a> = dyn Fn(usize) -> Result<Vec<TensorData>> + Sync + 'a;
@@ -27,6 +28,8 @@ pub type Feed<'a> = dyn Fn(usize) -> Result<Vec<TensorData>> + Sync + 'a;
 pub struct Run {
     /// How often.
     pub pieces: usize,
+    /// The number of the first piece: steps that were made before.
+    pub first: usize,
     /// Registers of every value; `None` runs the nodes one after another, without actors.
     pub registers: Option<usize>,
     /// How variables change.
@@ -41,7 +44,7 @@ pub struct Run {
 
 impl Default for Run {
     fn default() -> Self {
-        Self { pieces: 1, registers: Some(2), optimiser: Optimiser::default(), seed: 0, checked: false, traced: false }
+        Self { pieces: 1, first: 0, registers: Some(2), optimiser: Optimiser::default(), seed: 0, checked: false, traced: false }
     }
 }
 
@@ -50,8 +53,6 @@ impl Default for Run {
 pub struct Done {
     /// Its parts of the outputs, by piece.
     pub outputs: Vec<Vec<TensorData>>,
-    /// Its parts of the variables.
-    pub variables: Vec<TensorData>,
     /// Bytes that it sent.
     pub bytes_sent: u64,
     /// Bytes of registers that it held at once at most, variables apart.
@@ -92,7 +93,8 @@ impl<'a> Rank<'a> {
             };
             match node.work {
                 Work::Variable(variable) => {
-                    variables[variable] = Some(State::new(FlexTensor::from_data(part(&logical.variables[variable].value)?)));
+                    let from = &logical.variables[variable];
+                    variables[variable] = Some(State::new(FlexTensor::from_data(part(&from.value)?), from.kept.iter().map(part).collect::<Result<_>>()?));
                 }
                 Work::Constant(id) => {
                     let data = logical.graph.constants.get(&id);
@@ -125,14 +127,53 @@ impl<'a> Rank<'a> {
             None => (None, self.run_in_order(options, feed, &outputs)?),
         };
         let outputs = outputs.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let variables = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Done {
             outputs: outputs.into_iter().map(|piece| piece.into_iter().flatten().collect()).collect(),
-            variables: variables.iter().flatten().map(|state| state.value.clone().into_data()).collect(),
             bytes_sent: self.lines.bytes_sent() - sent,
             peak_bytes,
             course,
         })
+    }
+
+    /// This rank's place among the devices.
+    pub fn lines(&self) -> &Lines {
+        &self.lines
+    }
+
+    /// Every variable whole as it is now, with what the optimiser keeps of it. All ranks call it.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn variables(&self) -> Result<Vec<Variable>> {
+        let states = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |number: usize| self.physical.nodes.iter().find(|node| matches!(node.work, Work::Variable(at) if at == number));
+        let mut found = Vec::with_capacity(states.len());
+        for (number, (state, variable)) in states.iter().zip(&self.logical.variables).enumerate() {
+            let (Some(state), Some(node)) = (state, of(number)) else {
+                return Err(Error::work(format!("the variable {} has no value", variable.name)));
+            };
+            let form = &self.physical.values[node.outputs[0]];
+            let whole = |part: TensorData| self.whole(part, form);
+            let kept = state.kept().map(whole).collect::<Result<_>>()?;
+            found.push(Variable { value: whole(state.value.clone().into_data())?, kept, ..variable.clone() });
+        }
+        Ok(found)
+    }
+
+    /// An output whole, from the parts of all ranks. All of them call it.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn output(&self, port: usize, part: TensorData) -> Result<TensorData> {
+        let node = self.physical.nodes.iter().find(|node| matches!(node.work, Work::Output(at) if at == port));
+        let node = node.ok_or_else(|| Error::work("the graph has no such output"))?;
+        self.whole(part, &self.physical.values[node.inputs[0]])
+    }
+
+    fn whole(&self, part: TensorData, form: &Value) -> Result<TensorData> {
+        let copies = NdSbp::broadcast(form.sbp.0.len());
+        let path = Router::new(self.lines.mesh()).path(&form.shape, form.dtype.size(), &form.sbp, &copies)?;
+        Ok(self.lines.convert(FlexTensor::from_data(part), &form.shape, &form.sbp, &path)?.into_data())
     }
 
     /// Whether a node's value is kept over pieces.
@@ -206,7 +247,9 @@ impl<'a> Rank<'a> {
                 ordered: number == crate::physical::NETWORK,
             }
         };
-        run(&network, options.pieces, (0..QUEUES.len()).map(queue).collect(), |_| token(), self.lines.coordinate().iter().fold(0, |at, c| at * 64 + c), options.traced)
+        let place = self.lines.coordinate().iter().zip(self.lines.mesh());
+        let rank = place.fold(0, |rank, (at, extent)| rank * extent + at);
+        run(&network, options.pieces, (0..QUEUES.len()).map(queue).collect(), |_| token(), rank, options.traced)
     }
 }
 
@@ -236,6 +279,7 @@ impl<'r, 'a> Hands<'r, 'a> {
     fn act(&mut self, at: usize, piece: usize, inputs: Vec<FlexTensor>) -> Result<Vec<FlexTensor>> {
         let node = &self.rank.physical.nodes[at];
         let results = self.work(at, piece, inputs)?;
+        let piece = self.options.first + piece;
         if self.options.checked {
             for (result, &value) in results.iter().zip(&node.outputs) {
                 let broken = result.dtype() == DType::F32
@@ -252,12 +296,13 @@ impl<'r, 'a> Hands<'r, 'a> {
 
     fn work(&mut self, at: usize, piece: usize, mut inputs: Vec<FlexTensor>) -> Result<Vec<FlexTensor>> {
         let rank = self.rank;
+        let number = self.options.first + piece;
         let node = &rank.physical.nodes[at];
         let lost = || Error::work(format!("{} misses an operand", node.name));
         match &node.work {
             Work::Input(port) => {
                 if self.fed.as_ref().is_none_or(|(fed, _)| *fed != piece) {
-                    self.fed = Some((piece, (self.feed)(piece)?));
+                    self.fed = Some((piece, (self.feed)(number)?));
                 }
                 let data = self.fed.as_ref().and_then(|(_, data)| data.get(*port)).ok_or_else(lost)?;
                 let value = &rank.physical.values[node.outputs[0]];
@@ -281,8 +326,8 @@ impl<'r, 'a> Hands<'r, 'a> {
                     let out = &rank.physical.values[node.outputs[0]];
                     let region = Region::local(&out.shape, rank.lines.mesh(), &signature.output(0), rank.lines.coordinate());
                     // By the logical tensor's number, which is the same in every physical graph.
-                    let number = operation.outputs().next().map_or(0, |out| out.id.value());
-                    let key = key(self.options.seed, number, piece as u64);
+                    let tensor = operation.outputs().next().map_or(0, |out| out.id.value());
+                    let key = key(self.options.seed, tensor, number as u64);
                     return Ok(vec![draw(&out.shape, out.dtype, &region, distribution, key)]);
                 }
                 compute(&mut self.interpreter, local, inputs).map_err(|found| {
@@ -299,7 +344,7 @@ impl<'r, 'a> Hands<'r, 'a> {
                 let gradient = inputs.pop().ok_or_else(lost)?;
                 // The step needs the value alone, so that it can be made in place.
                 let state = rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable].take();
-                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, piece);
+                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, number);
                 rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable] = Some(state);
                 Ok(Vec::new())
             }
@@ -350,7 +395,7 @@ fn bools(bytes: Vec<u8>, shape: &[usize], store: BoolStore) -> TensorData {
 ///
 /// # Errors
 /// When parts have another type or size than their form says, or are partial.
-pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &crate::sbp::NdSbp, parts: &[TensorData]) -> Result<TensorData> {
+pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &NdSbp, parts: &[TensorData]) -> Result<TensorData> {
     let whole = Region::whole(shape);
     let first = parts.first().ok_or_else(|| Error::work("there are no parts to assemble"))?;
     if sbp.is_partial() {

@@ -27,6 +27,8 @@ pub struct Variable {
     pub gradient: TensorId,
     /// What it begins with.
     pub value: TensorData,
+    /// What the optimiser keeps of it; nothing before the first step.
+    pub kept: Vec<TensorData>,
 }
 
 impl Logical {
@@ -35,6 +37,8 @@ impl Logical {
     /// # Errors
     /// When the graph is malformed.
     pub fn of(mut graph: Graph) -> Result<Self> {
+        // Registers end the lives of tensors here.
+        graph.operations.retain(|operation| !matches!(operation, OperationIr::Drop(_)));
         for pass in GraphPass::ALL {
             pass.apply(&mut graph)?;
         }
@@ -68,7 +72,7 @@ impl Logical {
             }
             let tensor = with.inputs.remove(input).tensor;
             let gradient = with.outputs.remove(gradient).tensor;
-            variables.push(Variable { name: name.clone(), tensor, gradient, value: value.clone() });
+            variables.push(Variable { name: name.clone(), tensor, gradient, value: value.clone(), kept: Vec::new() });
         }
         Ok(Self { graph: with, variables })
     }

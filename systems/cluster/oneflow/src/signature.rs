@@ -78,6 +78,30 @@ pub enum Law {
     Make,
 }
 
+impl std::fmt::Display for Law {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let linear = |f: &mut std::fmt::Formatter<'_>, forms: &[&str]| {
+            forms.iter().try_for_each(|forms| write!(f, "; linear in {forms}"))
+        };
+        match self {
+            Self::Index(notation, forms) => {
+                f.write_str(notation)?;
+                linear(f, forms)
+            }
+            Self::Along(forms) => {
+                f.write_str("works along an axis, others are split")?;
+                linear(f, forms)
+            }
+            Self::Normalise => f.write_str("works along an axis, others are split; a split of that one is computed in parts"),
+            Self::Reduce(reduction) => write!(f, "reduces: a split of a reduced axis gives {}", Sbp::P(*reduction)),
+            Self::Move => f.write_str("moves elements: a split goes where its axis goes; P stays P"),
+            Self::Pick => f.write_str("picks by number: rows split give P, other axes and the numbers' split stay"),
+            Self::Put => f.write_str("adds by number: rows and other axes split stay, split numbers give P"),
+            Self::Make => f.write_str("made in place: any axis may be split"),
+        }
+    }
+}
+
 /// One row of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
