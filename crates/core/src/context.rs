@@ -99,8 +99,11 @@ impl Context {
     pub fn network(&self, model: &Path) -> Result<Box<dyn Network>> {
         match self.networks {
             Some(open) => open(model, self),
-            None => Err(Error::input(model.display(), "models of other systems are opened by the `kiln` program alone")
-                .hint("write its graph with `kiln export` first")),
+            None => Err(Error::input(
+                model.display(),
+                "models of other systems are opened by the `kiln` program alone",
+            )
+            .hint("write its graph with `kiln export` first")),
         }
     }
 

@@ -60,11 +60,20 @@ fn softmax_head() -> Result<f64> {
     let logical = case.logical(64, &case.initial(0))?;
     let physical = Compiler::new(logical.clone()).hint("head.weight", "S1".parse()?).compile(&placement)?;
     let examples = Examples::generated(&case);
-    let batches: Vec<Vec<TensorData>> = (0..STEPS).map(|step| examples.batch(&case, 64, 0, step as u64)).collect();
+    let batches: Vec<Vec<TensorData>> =
+        (0..STEPS).map(|step| examples.batch(&case, 64, 0, step as u64)).collect();
     let run = Run { pieces: STEPS, optimiser: Optimiser { kind: Kind::Sgd, lr: 0.01 }, ..Run::default() };
     let cx = Context::new();
     let ranks = run_threads(RANKS, |world| {
-        let trained = train(&physical, &logical, &world, &run, &|step| Ok(batches[step % STEPS].clone()), &cx, &|_| {})?;
+        let trained = train(
+            &physical,
+            &logical,
+            &world,
+            &run,
+            &|step| Ok(batches[step % STEPS].clone()),
+            &cx,
+            &|_| {},
+        )?;
         Ok(1e3 * trained.seconds / STEPS as f64)
     })?;
     Ok(ranks.into_iter().fold(0.0, f64::max))

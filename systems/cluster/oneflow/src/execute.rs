@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use burn::backend::ir::{FloatOperationIr as Float, HandleKind, NumericOperationIr as Numeric, OperationIr, TensorIr, TensorStatus};
+use burn::backend::ir::{
+    FloatOperationIr as Float, HandleKind, NumericOperationIr as Numeric, OperationIr, TensorIr, TensorStatus,
+};
 use burn::tensor::{BoolStore, DType, Distribution, TensorData};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 use burn_router::TensorInterpreter;
@@ -44,7 +46,15 @@ pub struct Run {
 
 impl Default for Run {
     fn default() -> Self {
-        Self { pieces: 1, first: 0, registers: Some(2), optimiser: Optimiser::default(), seed: 0, checked: false, traced: false }
+        Self {
+            pieces: 1,
+            first: 0,
+            registers: Some(2),
+            optimiser: Optimiser::default(),
+            seed: 0,
+            checked: false,
+            traced: false,
+        }
     }
 }
 
@@ -80,7 +90,9 @@ impl<'a> Rank<'a> {
     pub fn new(physical: &'a Physical, logical: &'a Logical, world: &Communicator) -> Result<Self> {
         let lines = Lines::new(world, &physical.placement.mesh)?;
         let at = |node: &Node| match &node.work {
-            Work::Compute(operation, signature) => Some(localise(operation, signature, lines.mesh(), lines.coordinate())),
+            Work::Compute(operation, signature) => {
+                Some(localise(operation, signature, lines.mesh(), lines.coordinate()))
+            }
             _ => None,
         };
         let locals = physical.nodes.iter().map(at).collect();
@@ -94,11 +106,15 @@ impl<'a> Rank<'a> {
             match node.work {
                 Work::Variable(variable) => {
                     let from = &logical.variables[variable];
-                    variables[variable] = Some(State::new(FlexTensor::from_data(part(&from.value)?), from.kept.iter().map(part).collect::<Result<_>>()?));
+                    variables[variable] = Some(State::new(
+                        FlexTensor::from_data(part(&from.value)?),
+                        from.kept.iter().map(part).collect::<Result<_>>()?,
+                    ));
                 }
                 Work::Constant(id) => {
                     let data = logical.graph.constants.get(&id);
-                    let data = data.ok_or_else(|| Error::work(format!("constant %{} is not there", id.value())))?;
+                    let data =
+                        data.ok_or_else(|| Error::work(format!("constant %{} is not there", id.value())))?;
                     constants.insert(number, FlexTensor::from_data(part(data)?));
                 }
                 _ => {}
@@ -118,7 +134,9 @@ impl<'a> Rank<'a> {
             Some(registers) => {
                 let course = self.run_actors(registers, options, feed, &outputs)?;
                 let network = self.physical.network(registers);
-                let bytes = |value: usize| self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate());
+                let bytes = |value: usize| {
+                    self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate())
+                };
                 let values = 0..self.physical.values.len();
                 let peak = values.filter(|&value| !self.is_kept(network.channels[value].from));
                 let peak = peak.map(|value| bytes(value) * course.peak_registers[value]).sum();
@@ -146,7 +164,9 @@ impl<'a> Rank<'a> {
     /// When a rank is lost.
     pub fn variables(&self) -> Result<Vec<Variable>> {
         let states = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
-        let of = |number: usize| self.physical.nodes.iter().find(|node| matches!(node.work, Work::Variable(at) if at == number));
+        let of = |number: usize| {
+            self.physical.nodes.iter().find(|node| matches!(node.work, Work::Variable(at) if at == number))
+        };
         let mut found = Vec::with_capacity(states.len());
         for (number, (state, variable)) in states.iter().zip(&self.logical.variables).enumerate() {
             let (Some(state), Some(node)) = (state, of(number)) else {
@@ -165,7 +185,8 @@ impl<'a> Rank<'a> {
     /// # Errors
     /// When a rank is lost.
     pub fn output(&self, port: usize, part: TensorData) -> Result<TensorData> {
-        let node = self.physical.nodes.iter().find(|node| matches!(node.work, Work::Output(at) if at == port));
+        let node =
+            self.physical.nodes.iter().find(|node| matches!(node.work, Work::Output(at) if at == port));
         let node = node.ok_or_else(|| Error::work("the graph has no such output"))?;
         self.whole(part, &self.physical.values[node.inputs[0]])
     }
@@ -193,7 +214,8 @@ impl<'a> Rank<'a> {
             let mut values: Vec<Option<FlexTensor>> = vec![None; self.physical.values.len()];
             let mut held = 0;
             for (at, node) in self.physical.nodes.iter().enumerate() {
-                let inputs: Vec<FlexTensor> = node.inputs.iter().filter_map(|&value| values[value].clone()).collect();
+                let inputs: Vec<FlexTensor> =
+                    node.inputs.iter().filter_map(|&value| values[value].clone()).collect();
                 let results = hands.act(at, piece, inputs)?;
                 for (&value, result) in node.outputs.iter().zip(results) {
                     values[value] = Some(result);
@@ -219,7 +241,13 @@ impl<'a> Rank<'a> {
         writer.is_some_and(|node| self.is_kept(node))
     }
 
-    fn run_actors(&self, registers: usize, options: &Run, feed: &Feed<'_>, outputs: &Mutex<Outputs>) -> Result<Course> {
+    fn run_actors(
+        &self,
+        registers: usize,
+        options: &Run,
+        feed: &Feed<'_>,
+        outputs: &Mutex<Outputs>,
+    ) -> Result<Course> {
         let network = self.physical.network(registers);
         let nodes = &self.physical.nodes;
         let queue = |number: usize| {
@@ -232,7 +260,10 @@ impl<'a> Rank<'a> {
                     let mut places: Vec<usize> = (0..node.inputs.len()).collect();
                     places.sort_by_key(|&place| node.inputs[place]);
                     let mut read: Vec<Option<FlexTensor>> = vec![None; node.inputs.len()];
-                    places.into_iter().zip(inputs).for_each(|(place, value)| read[place] = Some(value.clone()));
+                    places
+                        .into_iter()
+                        .zip(inputs)
+                        .for_each(|(place, value)| read[place] = Some(value.clone()));
                     let mut results = hands.act(actor, piece, read.into_iter().flatten().collect())?;
                     // What is written goes out in the order of values too.
                     let mut order: Vec<usize> = (0..results.len()).collect();
@@ -249,7 +280,14 @@ impl<'a> Rank<'a> {
         };
         let place = self.lines.coordinate().iter().zip(self.lines.mesh());
         let rank = place.fold(0, |rank, (at, extent)| rank * extent + at);
-        run(&network, options.pieces, (0..QUEUES.len()).map(queue).collect(), |_| token(), rank, options.traced)
+        run(
+            &network,
+            options.pieces,
+            (0..QUEUES.len()).map(queue).collect(),
+            |_| token(),
+            rank,
+            options.traced,
+        )
     }
 }
 
@@ -283,11 +321,17 @@ impl<'r, 'a> Hands<'r, 'a> {
         if self.options.checked {
             for (result, &value) in results.iter().zip(&node.outputs) {
                 let broken = result.dtype() == DType::F32
-                    && result.to_contiguous().as_slice::<f32>().is_some_and(|values| values.iter().any(|x| x.is_nan()));
+                    && result
+                        .to_contiguous()
+                        .as_slice::<f32>()
+                        .is_some_and(|values| values.iter().any(|x| x.is_nan()));
                 if broken {
                     let name = &self.rank.physical.values[value].name;
-                    return Err(Error::work(format!("{} wrote values for {name} that are not numbers, in piece {piece}", node.name))
-                        .hint("is the learning rate too high, or an input not a number?"));
+                    return Err(Error::work(format!(
+                        "{} wrote values for {name} that are not numbers, in piece {piece}",
+                        node.name
+                    ))
+                    .hint("is the learning rate too high, or an input not a number?"));
                 }
             }
         }
@@ -308,11 +352,20 @@ impl<'r, 'a> Hands<'r, 'a> {
                 let value = &rank.physical.values[node.outputs[0]];
                 let boundary = &rank.logical.graph.inputs[*port].port;
                 if data.shape().to_vec() != boundary.shape {
-                    let found = format!("has shape {:?}, the graph takes {:?}", data.shape().to_vec(), boundary.shape);
+                    let found = format!(
+                        "has shape {:?}, the graph takes {:?}",
+                        data.shape().to_vec(),
+                        boundary.shape
+                    );
                     return Err(Error::input(format!("input \"{}\"", boundary.name), found));
                 }
-                let region = Region::local(&value.shape, rank.lines.mesh(), &value.sbp, rank.lines.coordinate());
-                let data = if data.dtype() == value.dtype { cut(data, &region)? } else { cut(&data.clone().convert_dtype(value.dtype), &region)? };
+                let region =
+                    Region::local(&value.shape, rank.lines.mesh(), &value.sbp, rank.lines.coordinate());
+                let data = if data.dtype() == value.dtype {
+                    cut(data, &region)?
+                } else {
+                    cut(&data.clone().convert_dtype(value.dtype), &region)?
+                };
                 Ok(vec![FlexTensor::from_data(data)])
             }
             Work::Constant(_) => Ok(vec![rank.constants.get(&at).cloned().ok_or_else(lost)?]),
@@ -324,7 +377,12 @@ impl<'r, 'a> Hands<'r, 'a> {
                 let local = rank.locals[at].as_ref().ok_or_else(lost)?;
                 if let Some(distribution) = random(operation) {
                     let out = &rank.physical.values[node.outputs[0]];
-                    let region = Region::local(&out.shape, rank.lines.mesh(), &signature.output(0), rank.lines.coordinate());
+                    let region = Region::local(
+                        &out.shape,
+                        rank.lines.mesh(),
+                        &signature.output(0),
+                        rank.lines.coordinate(),
+                    );
                     // By the logical tensor's number, which is the same in every physical graph.
                     let tensor = operation.outputs().next().map_or(0, |out| out.id.value());
                     let key = key(self.options.seed, tensor, number as u64);
@@ -446,8 +504,13 @@ pub(crate) fn compute(
         let results = local.outputs.iter().map(|out| take(interpreter, out)).collect();
         // Operands and what lies between are needed no more.
         let made = local.operations.iter().flat_map(|operation| operation.outputs());
-        for tensor in local.inputs.iter().chain(made.filter(|made| local.outputs.iter().all(|out| out.id != made.id))) {
-            interpreter.register_op(OperationIr::Drop(TensorIr { status: TensorStatus::ReadWrite, ..tensor.clone() }));
+        for tensor in
+            local.inputs.iter().chain(made.filter(|made| local.outputs.iter().all(|out| out.id != made.id)))
+        {
+            interpreter.register_op(OperationIr::Drop(TensorIr {
+                status: TensorStatus::ReadWrite,
+                ..tensor.clone()
+            }));
         }
         results
     })
@@ -471,7 +534,8 @@ fn take(interpreter: &mut TensorInterpreter<Flex>, tensor: &TensorIr) -> FlexTen
 fn filled(tensor: &TensorIr, fill: f64) -> FlexTensor {
     let data = match tensor.dtype {
         DType::Bool(_) => TensorData::new(vec![false; tensor.shape.num_elements()], tensor.shape.clone()),
-        dtype => TensorData::new(vec![fill; tensor.shape.num_elements()], tensor.shape.clone()).convert_dtype(dtype),
+        dtype => TensorData::new(vec![fill; tensor.shape.num_elements()], tensor.shape.clone())
+            .convert_dtype(dtype),
     };
     FlexTensor::from_data(data)
 }
@@ -498,7 +562,13 @@ fn key(seed: u64, tensor: u64, piece: u64) -> u64 {
 }
 
 /// Random numbers that depend on their place in the whole tensor, so that every way to split it draws the same.
-pub(crate) fn draw(shape: &[usize], dtype: DType, region: &Region, distribution: Distribution, key: u64) -> FlexTensor {
+pub(crate) fn draw(
+    shape: &[usize],
+    dtype: DType,
+    region: &Region,
+    distribution: Distribution,
+    key: u64,
+) -> FlexTensor {
     let uniform = |number: u64| (mixed(key ^ number) >> 11) as f64 / (1u64 << 53) as f64;
     let one = |number: u64| match distribution {
         Distribution::Default => uniform(2 * number),

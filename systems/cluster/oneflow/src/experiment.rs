@@ -49,12 +49,24 @@ fn studies(scale: Scale) -> Vec<Study> {
         Scale::Smoke => vec![Study { case: mlp, batch: 16, mesh: vec![2] }],
         Scale::Quick => vec![
             Study { case: mlp, batch: 64, mesh: vec![2] },
-            Study { case: Case::SoftmaxHead { inputs: 64, embedding: 128, classes: 10_000 }, batch: 64, mesh: vec![2] },
+            Study {
+                case: Case::SoftmaxHead { inputs: 64, embedding: 128, classes: 10_000 },
+                batch: 64,
+                mesh: vec![2],
+            },
         ],
         Scale::Full => vec![
             Study { case: mlp, batch: 64, mesh: vec![4] },
-            Study { case: Case::SoftmaxHead { inputs: 64, embedding: 128, classes: 100_000 }, batch: 64, mesh: vec![4] },
-            Study { case: Case::WideDeep { rows: 100_000, width: 8, hidden: 128 }, batch: 256, mesh: vec![4] },
+            Study {
+                case: Case::SoftmaxHead { inputs: 64, embedding: 128, classes: 100_000 },
+                batch: 64,
+                mesh: vec![4],
+            },
+            Study {
+                case: Case::WideDeep { rows: 100_000, width: 8, hidden: 128 },
+                batch: 256,
+                mesh: vec![4],
+            },
             Study {
                 case: Case::HybridGpt { vocab: 256, seq: 32, hidden: 64, heads: 4, layers: 2 },
                 batch: 8,
@@ -73,7 +85,14 @@ struct Course {
     seconds: f64,
 }
 
-fn steps(study: &Study, mesh: &[usize], parallel: Parallel, registers: Option<usize>, count: usize, cx: &Context) -> Result<Course> {
+fn steps(
+    study: &Study,
+    mesh: &[usize],
+    parallel: Parallel,
+    registers: Option<usize>,
+    count: usize,
+    cx: &Context,
+) -> Result<Course> {
     let placement = Placement::mesh(mesh)?;
     let (case, batch) = (&study.case, study.batch);
     let logical = case.logical(batch, &case.initial(cx.seed))?;
@@ -81,9 +100,8 @@ fn steps(study: &Study, mesh: &[usize], parallel: Parallel, registers: Option<us
     let examples = Examples::generated(case);
     let run = Run { pieces: count, registers, optimiser: OPTIMISER, seed: cx.seed, ..Run::default() };
     let feed = |step: usize| Ok(examples.batch(case, batch, cx.seed, step as u64));
-    let mut ranks = ClusterArgs::default().run(placement.len(), cx, |world| {
-        train(&physical, &logical, &world, &run, &feed, cx, &|_| {})
-    })?;
+    let mut ranks = ClusterArgs::default()
+        .run(placement.len(), cx, |world| train(&physical, &logical, &world, &run, &feed, cx, &|_| {}))?;
     let sent: u64 = ranks.iter().map(|rank| rank.bytes_sent).sum();
     let first = ranks.swap_remove(0);
     if first.stopped {
@@ -114,7 +132,8 @@ fn report_cases(report: &mut Report, scale: Scale, cx: &Context) -> Result<()> {
         for (at, parallel) in PARALLELS.into_iter().enumerate() {
             let course = steps(study, &study.mesh, parallel, Some(2), STEPS, cx)?;
             progress.inc(1);
-            let difference = course.losses.iter().zip(&single.losses).map(|(a, b)| f64::from((a - b).abs() / b.abs()));
+            let difference =
+                course.losses.iter().zip(&single.losses).map(|(a, b)| f64::from((a - b).abs() / b.abs()));
             let difference = difference.fold(0.0, f64::max);
             worst_loss = worst_loss.max(difference);
             worst_count = worst_count.max((course.sent - course.predicted).abs());
@@ -131,11 +150,18 @@ fn report_cases(report: &mut Report, scale: Scale, cx: &Context) -> Result<()> {
             ]);
         }
         let least = sent[0].min(sent[1]);
-        worst_ratio = worst_ratio.max(if least > 0.0 { sent[2] / least } else if sent[2] > 0.0 { f64::INFINITY } else { 0.0 });
+        worst_ratio = worst_ratio.max(if least > 0.0 {
+            sent[2] / least
+        } else if sent[2] > 0.0 {
+            f64::INFINITY
+        } else {
+            0.0
+        });
     }
     report.tables.push(table);
     let names: Vec<&str> = studies.iter().map(|study| study.case.name()).collect();
-    let series: Vec<(&str, Vec<f64>)> = PARALLELS.iter().zip(bars).map(|(parallel, bars)| (parallel.name(), bars)).collect();
+    let series: Vec<(&str, Vec<f64>)> =
+        PARALLELS.iter().zip(bars).map(|(parallel, bars)| (parallel.name(), bars)).collect();
     report.plots.push(Plot::bars("Bytes that all devices send in a step", "bytes", names, series).log_y());
     report.claims.push(Claim::new(
         "One program in any parallel: the losses are those of one device",
@@ -167,7 +193,10 @@ fn report_selection(report: &mut Report, cx: &Context) -> Result<()> {
     let linear = Linear { batch: 64, features: 512, classes: 100_000 };
     let found = linear.select(DEVICES)?;
     let mut table = Table::new(
-        format!("A step of a linear classifier, {} x {} x {} on {DEVICES} devices", linear.batch, linear.features, linear.classes),
+        format!(
+            "A step of a linear classifier, {} x {} x {} on {DEVICES} devices",
+            linear.batch, linear.features, linear.classes
+        ),
         &["weight", "bytes"],
     );
     for selected in &found.by_weight_sbp {
@@ -201,7 +230,15 @@ fn report_actors(report: &mut Report, scale: Scale, cx: &Context) -> Result<()> 
     let stage = Duration::from_millis(if scale == Scale::Full { 10 } else { 4 });
     let mut table = Table::new(
         "Four stages of equal length",
-        &["registers", "6 pieces on the virtual clock", "in use at most", "1000 pieces", "in use at most", "on threads, s", "in use at most"],
+        &[
+            "registers",
+            "6 pieces on the virtual clock",
+            "in use at most",
+            "1000 pieces",
+            "in use at most",
+            "on threads, s",
+            "in use at most",
+        ],
     );
     let mut measured = Vec::new();
     let mut largest = 0.0f64;
@@ -239,7 +276,9 @@ fn report_actors(report: &mut Report, scale: Scale, cx: &Context) -> Result<()> 
     }
     report.tables.push(table);
     report.claims.push(Claim::new(
-        format!("Two registers instead of one overlap four equal stages ({pieces} pieces, threads that sleep)"),
+        format!(
+            "Two registers instead of one overlap four equal stages ({pieces} pieces, threads that sleep)"
+        ),
         "1.56 for 6 pieces, 2 in the long run",
         measured[0] / measured[1],
         "times faster",
@@ -280,7 +319,12 @@ fn report_time(report: &mut Report, scale: Scale, cx: &Context) -> Result<()> {
         format!("A step of two layers, 64 x {hidden} x 10, batch {} on {RANKS} ranks", study.batch),
         &["how", "ms"],
     );
-    let names = ["data parallel by hand", "the compiler's choice, actors", "data parallel, actors", "data parallel, one after another"];
+    let names = [
+        "data parallel by hand",
+        "the compiler's choice, actors",
+        "data parallel, actors",
+        "data parallel, one after another",
+    ];
     for (name, seconds) in names.iter().zip(least) {
         table.row([(*name).to_string(), format!("{:.3}", 1e3 * seconds)]);
     }
@@ -303,7 +347,8 @@ fn by_hand(study: &Study, ranks: usize, count: usize, cx: &Context) -> Result<f6
     let initial = case.initial(cx.seed);
     let examples = Examples::generated(case);
     let seconds = ClusterArgs::default().run(ranks, cx, |world| {
-        let values = initial.values().map(|value| Some(State::new(FlexTensor::from_data(value.clone()), Vec::new())));
+        let values =
+            initial.values().map(|value| Some(State::new(FlexTensor::from_data(value.clone()), Vec::new())));
         let mut states: Vec<Option<State>> = values.collect();
         let names: Vec<&String> = initial.keys().collect();
         let begun = Instant::now();
@@ -314,7 +359,9 @@ fn by_hand(study: &Study, ranks: usize, count: usize, cx: &Context) -> Result<f6
                 let weight = names.iter().position(|name| **name == input.port.name);
                 match weight.and_then(|at| states[at].as_ref()) {
                     Some(state) => Ok(state.value.clone().into_data()),
-                    None => data.next().ok_or_else(|| Error::work("the graph has more inputs than an example")),
+                    None => {
+                        data.next().ok_or_else(|| Error::work("the graph has more inputs than an example"))
+                    }
                 }
             });
             let outputs = graph.run(&inputs.collect::<Result<Vec<_>>>()?)?;

@@ -56,7 +56,8 @@ impl<'m> GlobalTensor<'m> {
     /// When the form does not fit, or a rank is lost.
     pub fn to_global(&self, sbp: &NdSbp) -> Result<Self> {
         sbp.check("a global tensor", &self.shape, self.lines.mesh())?;
-        let path = Router::new(self.lines.mesh()).path(&self.shape, self.local.dtype().size(), &self.sbp, sbp)?;
+        let path =
+            Router::new(self.lines.mesh()).path(&self.shape, self.local.dtype().size(), &self.sbp, sbp)?;
         let local = self.lines.convert(self.local.clone(), &self.shape, &self.sbp, &path)?;
         Ok(Self { sbp: sbp.clone(), local, ..self.clone() })
     }
@@ -125,8 +126,10 @@ impl<'m> GlobalTensor<'m> {
         let mut router = Router::new(mesh);
         for operation in &builder.operations {
             let lost = || Error::work("an operation reads what nothing wrote");
-            let inputs: Vec<Self> =
-                operation.inputs().map(|tensor| values.get(&tensor.id).cloned().ok_or_else(lost)).collect::<Result<_>>()?;
+            let inputs: Vec<Self> = operation
+                .inputs()
+                .map(|tensor| values.get(&tensor.id).cloned().ok_or_else(lost))
+                .collect::<Result<_>>()?;
             let cost = |signature: &crate::signature::NdSignature, router: &mut Router| {
                 let read = inputs.iter().enumerate().map(|(at, input)| {
                     router.bytes(&input.shape, input.local.dtype().size(), &input.sbp, &signature.input(at))
@@ -134,17 +137,26 @@ impl<'m> GlobalTensor<'m> {
                 let bytes = read.sum::<Option<u64>>()?;
                 Some((bytes, signature.0.iter().filter(|one| !one.divides()).count()))
             };
-            let possible = on_mesh(operation, mesh)?.into_iter().filter(|one| one.0.iter().all(|axis| !axis.in_parts));
-            let best = possible.filter_map(|signature| Some((cost(&signature, &mut router)?, signature))).min_by_key(|(cost, _)| *cost);
+            let possible =
+                on_mesh(operation, mesh)?.into_iter().filter(|one| one.0.iter().all(|axis| !axis.in_parts));
+            let best = possible
+                .filter_map(|signature| Some((cost(&signature, &mut router)?, signature)))
+                .min_by_key(|(cost, _)| *cost);
             let (_, signature) = best.ok_or_else(|| Error::work("no signature fits the operands"))?;
-            let formed = inputs.iter().enumerate().map(|(at, input)| Ok(input.to_global(&signature.input(at))?.local));
+            let formed =
+                inputs.iter().enumerate().map(|(at, input)| Ok(input.to_global(&signature.input(at))?.local));
             let formed = formed.collect::<Result<Vec<_>>>()?;
             let local = localise(operation, &signature, mesh, first.lines.coordinate());
             let name = operation_name(operation)?;
             let results = compute(&mut TensorInterpreter::<Flex>::new(FlexDevice), &local, formed)
                 .map_err(|found| Error::work(format!("{name} does not fit its operands: {found}")))?;
             for (at, (tensor, local)) in operation.outputs().zip(results).enumerate() {
-                let value = Self { lines: first.lines, shape: tensor.shape.to_vec(), sbp: signature.output(at), local };
+                let value = Self {
+                    lines: first.lines,
+                    shape: tensor.shape.to_vec(),
+                    sbp: signature.output(at),
+                    local,
+                };
                 values.insert(tensor.id, value);
             }
         }

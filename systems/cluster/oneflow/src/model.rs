@@ -17,8 +17,6 @@ pub struct Model {
     pub case: Case,
     /// Columns of its table of clicks.
     pub columns: Columns,
-    /// Steps that were made.
-    pub steps: usize,
     /// Its weights.
     pub weights: TensorFile,
 }
@@ -37,16 +35,22 @@ impl Model {
     /// When a file is missing or malformed.
     pub fn open(path: &Path) -> Result<Self> {
         let folder = ModelFolder::new(path);
-        let Config { network, columns, steps } = folder.config(KIND)?;
+        let Config { network, columns, .. } = folder.config(KIND)?;
         network.check().map_err(|found| Error::input(folder.file("config.json").display(), found))?;
-        Ok(Self { case: network, columns, steps, weights: folder.weights()? })
+        Ok(Self { case: network, columns, weights: folder.weights()? })
     }
 
     /// Writes the folder.
     ///
     /// # Errors
     /// When a file cannot be written.
-    pub fn save(path: &Path, case: &Case, columns: &Columns, steps: usize, variables: &[Variable]) -> Result<()> {
+    pub fn save(
+        path: &Path,
+        case: &Case,
+        columns: &Columns,
+        steps: usize,
+        variables: &[Variable],
+    ) -> Result<()> {
         let folder = ModelFolder::new(path);
         folder.create()?;
         let host = |data: &TensorData| HostTensor::float(data.shape().to_vec(), data.iter::<f32>().collect());
@@ -74,7 +78,8 @@ impl Model {
         let source = folder.file(STATE);
         let steps = state.take("steps")?.as_ints().and_then(|steps| steps.first().copied());
         let steps = steps.and_then(|steps| usize::try_from(steps).ok());
-        let steps = steps.ok_or_else(|| Error::input(source.display(), "does not say how many steps were made"))?;
+        let steps =
+            steps.ok_or_else(|| Error::input(source.display(), "does not say how many steps were made"))?;
         for variable in variables {
             let shape = variable.value.shape().to_vec();
             let read = |tensor: HostTensor, place: &Path, name: &str| match tensor.as_floats() {

@@ -78,14 +78,22 @@ impl Optimiser {
                 let step = SgdStep { lr: self.lr, momentum: MOMENTUM, nesterov: false, scale: 1.0 };
                 let state = [next()];
                 let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
-                stepped.into_iter().map(|p| (p.value, p.state.to_vec())).next().expect("one parameter went in")
+                stepped
+                    .into_iter()
+                    .map(|p| (p.value, p.state.to_vec()))
+                    .next()
+                    .expect("one parameter went in")
             }
             Kind::Adam => {
                 let step = i32::try_from(piece + 1).unwrap_or(i32::MAX);
                 let step = AdamWStep { lr: self.lr, betas: BETAS, epsilon: EPSILON, step, scale: 1.0 };
                 let state = [next(), next()];
                 let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
-                stepped.into_iter().map(|p| (p.value, p.state.to_vec())).next().expect("one parameter went in")
+                stepped
+                    .into_iter()
+                    .map(|p| (p.value, p.state.to_vec()))
+                    .next()
+                    .expect("one parameter went in")
             }
         };
         State { value: FlexTensor::from_data(reshaped(value.into_data(), &shape)), kept }

@@ -56,10 +56,14 @@ pub fn train(
         let done = rank.run(&Run { pieces, first: run.first + losses.len(), ..run.clone() }, feed)?;
         let before = losses.len();
         for outputs in &done.outputs {
-            let loss = outputs.first().and_then(scalar).ok_or_else(|| Error::work("the graph has no loss"))?;
+            let loss =
+                outputs.first().and_then(scalar).ok_or_else(|| Error::work("the graph has no loss"))?;
             if !loss.is_finite() {
-                return Err(Error::work(format!("the loss of step {} is {loss}", run.first + losses.len() + 1))
-                    .hint("take a smaller --lr"));
+                return Err(Error::work(format!(
+                    "the loss of step {} is {loss}",
+                    run.first + losses.len() + 1
+                ))
+                .hint("take a smaller --lr"));
             }
             losses.push(loss);
         }

@@ -37,7 +37,12 @@ fn check(network: &Network, pieces: usize) {
                 let expected: Vec<(usize, usize)> = readable.map(|channel| (channel.from, piece)).collect();
                 assert_eq!(inputs, expected, "what actor {actor} reads");
                 seen.lock().unwrap()[actor].push(piece);
-                Ok(network.channels.iter().filter(|channel| channel.from == actor).map(|_| (actor, piece)).collect())
+                Ok(network
+                    .channels
+                    .iter()
+                    .filter(|channel| channel.from == actor)
+                    .map(|_| (actor, piece))
+                    .collect())
             }),
             ordered: number == 1,
         }
@@ -59,7 +64,11 @@ fn random_networks_run_to_the_end_in_order() {
         check(&network, 20);
         let table = simulate(&network, 20).unwrap();
         assert!(table.starts.iter().all(|starts| starts.len() == 20 && starts.is_sorted()));
-        let bounded = network.channels.iter().zip(&table.peak_registers).all(|(channel, peak)| *peak <= channel.registers);
+        let bounded = network
+            .channels
+            .iter()
+            .zip(&table.peak_registers)
+            .all(|(channel, peak)| *peak <= channel.registers);
         assert!(bounded);
     }
 }
@@ -68,7 +77,10 @@ fn random_networks_run_to_the_end_in_order() {
 fn loop_of(filled: usize) -> Network {
     let actor = |name: &str, queue| Actor { name: name.into(), queue, duration: 1.0 };
     let channel = |from, to, filled| Channel { from, to: vec![to], registers: 1, filled };
-    Network { actors: vec![actor("left", 0), actor("right", 1)], channels: vec![channel(0, 1, 0), channel(1, 0, filled)] }
+    Network {
+        actors: vec![actor("left", 0), actor("right", 1)],
+        channels: vec![channel(0, 1, 0), channel(1, 0, filled)],
+    }
 }
 
 #[test]
@@ -79,7 +91,9 @@ fn actors_that_wait_for_each_other_are_told() {
         ordered: false,
     };
     let start = || vec![queue(0), queue(1)];
-    for told in [run(&loop_of(0), 3, start(), |_| (), 0, false).unwrap_err(), simulate(&loop_of(0), 3).unwrap_err()] {
+    for told in
+        [run(&loop_of(0), 3, start(), |_| (), 0, false).unwrap_err(), simulate(&loop_of(0), 3).unwrap_err()]
+    {
         let told = told.to_string();
         assert!(told.contains("left has done 0 of 3 pieces and waits for a piece of right"), "{told}");
         assert!(told.contains("right has done 0 of 3 pieces and waits for a piece of left"), "{told}");

@@ -14,14 +14,18 @@ use rand::RngExt;
 /// Whole numbers, so that sums are exact in any order.
 fn tensor(shape: &[usize]) -> TensorData {
     let mut rng = random_stream(5, "boxing", shape.len() as u64);
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| f32::from(rng.random_range(-9..9i8))).collect();
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|_| f32::from(rng.random_range(-9..9i8))).collect();
     TensorData::new(values, shape.to_vec())
 }
 
 fn forms(axes: usize, kinds: &[Sbp]) -> Vec<NdSbp> {
     let mut forms = vec![NdSbp(Vec::new())];
     for _ in 0..axes {
-        forms = forms.iter().flat_map(|form| kinds.iter().map(|&kind| NdSbp([&form.0[..], &[kind]].concat()))).collect();
+        forms = forms
+            .iter()
+            .flat_map(|form| kinds.iter().map(|&kind| NdSbp([&form.0[..], &[kind]].concat())))
+            .collect();
     }
     forms
 }
@@ -72,7 +76,8 @@ fn every_pair_of_forms_round_trips_and_sends_what_was_predicted() {
     let kinds = [Sbp::S(0), Sbp::S(1), Sbp::B, Sbp::SUM];
     for mesh in [&[1][..], &[2], &[3], &[4], &[2, 2], &[2, 3]] {
         let forms = forms(mesh.len(), &kinds);
-        let pairs: Vec<_> = forms.iter().flat_map(|a| forms.iter().map(move |b| (a.clone(), b.clone()))).collect();
+        let pairs: Vec<_> =
+            forms.iter().flat_map(|a| forms.iter().map(move |b| (a.clone(), b.clone()))).collect();
         for shape in [[7, 5], [1, 3]] {
             check_all(&shape, mesh, &pairs);
         }
@@ -104,13 +109,17 @@ fn the_gradient_of_a_conversion_is_the_conversion_between_the_dual_forms() {
                 let random = |form: &NdSbp, number: u64| {
                     let region = kiln_oneflow::sbp::Region::local(&shape, &mesh, form, lines.coordinate());
                     let mut rng = random_stream(number, "local", world.rank() as u64);
-                    let values: Vec<f32> = (0..region.elements()).map(|_| f32::from(rng.random_range(-9..9i8))).collect();
+                    let values: Vec<f32> =
+                        (0..region.elements()).map(|_| f32::from(rng.random_range(-9..9i8))).collect();
                     TensorData::new(values, region.size)
                 };
                 let (x, y) = (random(from, 1), random(to, 2));
                 let forth = lines.convert(FlexTensor::from_data(x.clone()), &shape, from, &path)?.into_data();
-                let gradient = lines.convert(FlexTensor::from_data(y.clone()), &shape, &to.dual(), &back)?.into_data();
-                let dot = |a: &TensorData, b: &TensorData| a.iter::<f64>().zip(b.iter::<f64>()).map(|(a, b)| a * b).sum::<f64>();
+                let gradient =
+                    lines.convert(FlexTensor::from_data(y.clone()), &shape, &to.dual(), &back)?.into_data();
+                let dot = |a: &TensorData, b: &TensorData| {
+                    a.iter::<f64>().zip(b.iter::<f64>()).map(|(a, b)| a * b).sum::<f64>()
+                };
                 Ok((dot(&forth, &y), dot(&x, &gradient)))
             })
             .unwrap();

@@ -30,13 +30,17 @@ fn the_algebra_is_told() {
     let select = desk.json("select --linear batch=64,features=512,classes=100000 --devices 8");
     assert!(select["by_weight_sbp"][0]["bytes"].as_f64() > select["best"]["bytes"].as_f64());
     for (registers, makespan) in [("1,1", 42.0), ("2,2", 33.0)] {
-        let actors = desk.json(&format!("actors --durations 2,1,3 --registers {registers} --pieces 10 --svg @a.svg"));
+        let actors =
+            desk.json(&format!("actors --durations 2,1,3 --registers {registers} --pieces 10 --svg @a.svg"));
         assert_eq!(actors["makespan"], makespan);
     }
     assert!(std::fs::read_to_string(desk.path("a.svg")).unwrap().starts_with("<svg"));
 
     desk.assert_refused("signatures --op nothing", "no row for \"nothing\"");
-    desk.assert_refused("boxing --from S2 --to B --shape 8x6 --mesh 2", "S2 splits axis 2 of a tensor of shape [8, 6]");
+    desk.assert_refused(
+        "boxing --from S2 --to B --shape 8x6 --mesh 2",
+        "S2 splits axis 2 of a tensor of shape [8, 6]",
+    );
     desk.assert_refused("boxing --from Pmax --to P --shape 8 --mesh 2", "Pmax cannot become P");
     desk.assert_refused("boxing --from S0 --to B --shape 8x6 --mesh 2x2", "the mesh [2, 2] has 2");
     desk.assert_refused("boxing --from Q --to B --shape 8x6 --mesh 2", "\"Q\" is no SBP");
@@ -53,7 +57,10 @@ fn a_case_is_trained_resumed_predicted_and_run() {
     let desk = desk();
     let line = |out: &str, more: &str| format!("train {MLP} --data @rows.npz --out @{out} {more}");
     let whole = desk.json(&line("whole", "--mesh 2 --steps 12"));
-    assert_eq!((whole["steps"].as_u64(), whole["bytes_sent"].as_u64()), (Some(12), whole["bytes_predicted"].as_u64()));
+    assert_eq!(
+        (whole["steps"].as_u64(), whole["bytes_sent"].as_u64()),
+        (Some(12), whole["bytes_predicted"].as_u64())
+    );
     desk.json(&line("parts", "--mesh 2x2 --sbp model --steps 7"));
     desk.json(&line("parts", "--mesh 3 --steps 12 --resume"));
     let losses = |folder: &str| -> Vec<f64> {
@@ -65,7 +72,9 @@ fn a_case_is_trained_resumed_predicted_and_run() {
     for (a, b) in whole.iter().zip(&parts) {
         assert!((a - b).abs() <= 1e-4 * b, "{whole:?} {parts:?}");
     }
-    for file in ["config.json", "model.safetensors", "state.safetensors", "loss.svg", "trace.svg", "trace.json"] {
+    for file in
+        ["config.json", "model.safetensors", "state.safetensors", "loss.svg", "trace.svg", "trace.json"]
+    {
         assert!(desk.path("whole").join(file).exists(), "{file}");
     }
     let scores = desk.json("predict --model @whole --data @rows.npz --out @scores.npz");
@@ -91,8 +100,14 @@ fn a_case_is_trained_resumed_predicted_and_run() {
 
     desk.assert_refused(&line("whole", "--steps 3"), "holds a model already");
     desk.assert_refused(&line("whole", "--steps 3 --resume"), "12 steps were made");
-    desk.assert_refused(&line("whole", "--steps 30 --resume --hidden 9").replacen("--hidden 8 ", "", 1), "is asked for");
-    desk.assert_refused("run --graph @graph --inputs @rows.npz", "\"x\" has the shape [40, 6], the network reads [1, 6]");
+    desk.assert_refused(
+        &line("whole", "--steps 30 --resume --hidden 9").replacen("--hidden 8 ", "", 1),
+        "is asked for",
+    );
+    desk.assert_refused(
+        "run --graph @graph --inputs @rows.npz",
+        "\"x\" has the shape [40, 6], the network reads [1, 6]",
+    );
     desk.assert_refused("run --graph @graph --inputs @scores.npz", "has no array \"x\"");
     desk.assert_refused("run --graph @graph --pieces 0", "--pieces is 0");
     desk.assert_refused("run --graph @none", "none");
@@ -113,7 +128,10 @@ fn a_case_is_trained_resumed_predicted_and_run() {
 #[test]
 fn clicks_and_texts_are_read_and_bad_ones_refused() {
     let desk = desk();
-    desk.write("columns.toml", "label = \"click\"\nnumeric = [\"age\"]\ncategorical = [\"site\", \"page\"]\n");
+    desk.write(
+        "columns.toml",
+        "label = \"click\"\nnumeric = [\"age\"]\ncategorical = [\"site\", \"page\"]\n",
+    );
     let rows: String = (0..30).map(|at| format!("{},{},s{},p{}\n", at % 2, at, at % 3, at % 7)).collect();
     desk.write("clicks.csv", format!("click,age,site,page\n{rows}1,,s1,\n"));
     let wide = "train --case wide-deep --rows 50 --embedding 2 --hidden 4 --batch 4 --steps 3 --mesh 2";
@@ -134,12 +152,24 @@ fn clicks_and_texts_are_read_and_bad_ones_refused() {
     desk.assert_refused(&wide("--data @clicks.csv --columns @columns.toml"), "does not name columns");
     desk.write("short.txt", "short");
     desk.assert_refused(&format!("{gpt} --data @short.txt --out @bad"), "has 5 bytes, samples need 9");
-    desk.assert_refused(&format!("{gpt} --out @bad").replace("--heads 2", "--heads 3"), "not divisible by 3 heads");
+    desk.assert_refused(
+        &format!("{gpt} --out @bad").replace("--heads 2", "--heads 3"),
+        "not divisible by 3 heads",
+    );
     desk.assert_refused(&format!("train {MLP} --data @rows.npz --lr 0 --out @bad"), "--lr is 0");
     desk.assert_refused(&format!("train {MLP} --data @rows.npz --steps 0 --out @bad"), "--steps is 0");
-    desk.assert_refused(&format!("train {MLP} --data @rows.npz --lr 1e30 --optimiser sgd --out @bad"), "the loss of step");
+    desk.assert_refused(
+        &format!("train {MLP} --data @rows.npz --lr 1e30 --optimiser sgd --out @bad"),
+        "the loss of step",
+    );
     desk.assert_refused(&format!("train {MLP} --data @none.npz --out @bad"), "none.npz");
-    desk.assert_refused("train --case mlp --inputs 7 --classes 3 --data @rows.npz --out @bad", "\"x\" has the shape [40, 6]");
-    desk.assert_refused("train --case mlp --inputs 6 --classes 2 --data @rows.npz --out @bad", "there are 2 classes");
+    desk.assert_refused(
+        "train --case mlp --inputs 7 --classes 3 --data @rows.npz --out @bad",
+        "\"x\" has the shape [40, 6]",
+    );
+    desk.assert_refused(
+        "train --case mlp --inputs 6 --classes 2 --data @rows.npz --out @bad",
+        "there are 2 classes",
+    );
     assert!(!desk.path("bad/config.json").exists());
 }

@@ -31,11 +31,9 @@ fn operations_on_global_tensors_give_what_one_device_gives() {
     };
     let (_, expected) = forward(&[1], "B", "B");
     // The paper's two examples on two axes, and one on one.
-    for (mesh, of_x, of_w, of_y) in [
-        (&[2, 2][..], "S0,B", "B,S1", "S0,S1"),
-        (&[2, 2], "S0,S1", "B,S0", "S0,P"),
-        (&[3], "S1", "S0", "P"),
-    ] {
+    for (mesh, of_x, of_w, of_y) in
+        [(&[2, 2][..], "S0,B", "B,S1", "S0,S1"), (&[2, 2], "S0,S1", "B,S0", "S0,P"), (&[3], "S1", "S0", "P")]
+    {
         let (form, found) = forward(mesh, of_x, of_w);
         assert_eq!(form, of_y);
         assert_eq!(found, expected, "{of_x} {of_w}");
@@ -53,7 +51,8 @@ fn misplaced_parts_are_refused() {
         assert!(told("S0", &[5, 2]).contains("S0 of [5, 2] has"), "{}", told("S0", &[5, 2]));
         assert!(told("S2", &[4, 2]).contains("S2 splits axis 2"));
         let (x, y) = (counted([2, 3]), counted([2, 3]));
-        let [x, y] = [x, y].map(|data| GlobalTensor::from_whole(&lines, &data, "S0".parse().unwrap()).unwrap());
+        let [x, y] =
+            [x, y].map(|data| GlobalTensor::from_whole(&lines, &data, "S0".parse().unwrap()).unwrap());
         assert!(x.matmul(&y).err().unwrap().to_string().contains("have no matrix product"));
         Ok(())
     })
@@ -88,7 +87,8 @@ fn random_numbers_are_the_same_for_every_split() {
     let mut seen: Vec<TensorData> = Vec::new();
     for (mesh, hint) in [(&[1][..], "B"), (&[2], "S0"), (&[3], "S1"), (&[2, 2], "S0,S1"), (&[2, 2], "B,S0")] {
         let placement = Placement::mesh(mesh).unwrap();
-        let physical = Compiler::new(logical.clone()).hint("x", hint.parse().unwrap()).compile(&placement).unwrap();
+        let physical =
+            Compiler::new(logical.clone()).hint("x", hint.parse().unwrap()).compile(&placement).unwrap();
         let run = Run { seed: 4, pieces: 2, ..Run::default() };
         let mut ranks = run_threads(placement.len(), |world| {
             let rank = Rank::new(&physical, &logical, &world)?;

@@ -59,7 +59,10 @@ fn the_linear_classifier_moves_the_fewest_bytes_for_every_form_of_its_weight() {
         let found = linear.select(devices).unwrap();
         let check = |found: &Selected, expected: &Value| {
             let bytes = expected["bytes"].as_f64().unwrap();
-            assert!((found.bytes - bytes).abs() <= 1e-9 * bytes, "{linear:?} {devices}: {found:?}, must be {expected}");
+            assert!(
+                (found.bytes - bytes).abs() <= 1e-9 * bytes,
+                "{linear:?} {devices}: {found:?}, must be {expected}"
+            );
         };
         check(&found.best, &case["best"]);
         for expected in case["by_weight_sbp"].as_array().unwrap() {
@@ -84,7 +87,8 @@ fn actors_begin_when_they_must() {
 
 #[test]
 fn every_rank_has_its_part() {
-    let tensors = TensorFile::from_bytes(include_bytes!("data/splits.safetensors"), "splits.safetensors").unwrap();
+    let tensors =
+        TensorFile::from_bytes(include_bytes!("data/splits.safetensors"), "splits.safetensors").unwrap();
     let read = |name: &str| {
         let tensor = tensors.get(name).unwrap();
         match &tensor.values {
@@ -100,7 +104,11 @@ fn every_rank_has_its_part() {
         let whole = read(&format!("{name}.global"));
         for rank in 0..placement.len() {
             let region = Region::local(whole.shape(), &placement.mesh, &form, &placement.coordinate(rank));
-            assert_eq!(cut(&whole, &region).unwrap(), read(&format!("{name}.rank{rank}")), "{name} rank {rank}");
+            assert_eq!(
+                cut(&whole, &region).unwrap(),
+                read(&format!("{name}.rank{rank}")),
+                "{name} rank {rank}"
+            );
         }
     }
 }

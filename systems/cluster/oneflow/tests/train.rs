@@ -47,13 +47,22 @@ fn every_case_trains_alike_in_any_parallel_on_any_mesh() {
                     let place = format!("{case:?} {mesh:?} {parallel:?} {registers:?}");
                     let found = trained(&case, mesh, parallel, registers);
                     for (a, b) in found.losses.iter().zip(&single.losses) {
-                        assert!((a - b).abs() <= 1e-4 * b.abs(), "{place}: {:?}, must be {:?}", found.losses, single.losses);
+                        assert!(
+                            (a - b).abs() <= 1e-4 * b.abs(),
+                            "{place}: {:?}, must be {:?}",
+                            found.losses,
+                            single.losses
+                        );
                     }
                     for (a, b) in found.variables.iter().zip(&single.variables) {
                         let largest = b.value.iter::<f32>().fold(1e-6f32, |most, x| most.max(x.abs()));
                         for (x, y) in a.value.iter::<f32>().zip(b.value.iter::<f32>()) {
                             // Adam's first steps are the signs of gradients; where these are rounding, so are the steps.
-                            assert!((x - y).abs() <= 1e-3 * largest + 8e-3, "{place}: {} is {x}, must be {y}", a.name);
+                            assert!(
+                                (x - y).abs() <= 1e-3 * largest + 8e-3,
+                                "{place}: {} is {x}, must be {y}",
+                                a.name
+                            );
                         }
                         assert_eq!(a.kept.len(), 2);
                     }
@@ -70,7 +79,11 @@ fn the_choice_moves_no_more_than_data_or_model_parallel() {
             let placement = Placement::mesh(mesh).unwrap();
             let logical = case.logical(8, &case.initial(0)).unwrap();
             let bytes = |parallel: Parallel| {
-                Compiler::new(logical.clone()).parallel(parallel, &placement).compile(&placement).unwrap().bytes()
+                Compiler::new(logical.clone())
+                    .parallel(parallel, &placement)
+                    .compile(&placement)
+                    .unwrap()
+                    .bytes()
             };
             let (auto, data, model) = (bytes(Parallel::Auto), bytes(Parallel::Data), bytes(Parallel::Model));
             assert!(auto <= data.min(model), "{case:?} {mesh:?}: {auto}, data {data}, model {model}");

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::TensorData;
 use kiln_core::{Error, Result, random_stream};
-use kiln_data::{Cells, Corpus, Table, TableOptions, digits, read_tensors, shakespeare};
+use kiln_data::{Cells, Table, TableOptions, digits, read_tensors, shakespeare};
 use rand::RngExt;
 use rand_distr::{Distribution, LogNormal, StandardNormal, Zipf};
 use serde::{Deserialize, Serialize};
@@ -85,8 +85,14 @@ impl Columns {
                 .hint("it needs label = \"…\", numeric = [\"…\"] and categorical = [\"…\"]")
         })?;
         if columns.numeric.len() > NUMERIC || columns.categorical.len() > CATEGORICAL {
-            let found = format!("names {} numeric and {} categorical columns", columns.numeric.len(), columns.categorical.len());
-            return Err(Error::input(path.display(), found).hint(format!("{NUMERIC} and {CATEGORICAL} are the most")));
+            let found = format!(
+                "names {} numeric and {} categorical columns",
+                columns.numeric.len(),
+                columns.categorical.len()
+            );
+            return Err(
+                Error::input(path.display(), found).hint(format!("{NUMERIC} and {CATEGORICAL} are the most"))
+            );
         }
         Ok(columns)
     }
@@ -107,9 +113,13 @@ impl Examples {
                 }
                 Self::Identities { width: inputs, classes, noise: NOISE }
             }
-            Case::SoftmaxHead { inputs, classes, .. } => Self::Identities { width: inputs, classes, noise: NOISE },
+            Case::SoftmaxHead { inputs, classes, .. } => {
+                Self::Identities { width: inputs, classes, noise: NOISE }
+            }
             Case::WideDeep { rows, .. } => Self::Clicks { rows },
-            Case::HybridGpt { .. } => Self::Text { ids: shakespeare::train().iter().map(|&byte| byte.into()).collect() },
+            Case::HybridGpt { .. } => {
+                Self::Text { ids: shakespeare::train().iter().map(|&byte| byte.into()).collect() }
+            }
         }
     }
 
@@ -126,10 +136,16 @@ impl Examples {
             Case::HybridGpt { vocab, seq, .. } => {
                 let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
                 if bytes.len() <= seq {
-                    return Err(Error::input(path.display(), format!("has {} bytes, samples need {}", bytes.len(), seq + 1)));
+                    return Err(Error::input(
+                        path.display(),
+                        format!("has {} bytes, samples need {}", bytes.len(), seq + 1),
+                    ));
                 }
                 if let Some(at) = bytes.iter().position(|&byte| usize::from(byte) >= vocab) {
-                    return Err(Error::input(path.display(), format!("byte {} at {at} is outside the vocabulary of {vocab}", bytes[at])));
+                    return Err(Error::input(
+                        path.display(),
+                        format!("byte {} at {at} is outside the vocabulary of {vocab}", bytes[at]),
+                    ));
                 }
                 Ok(Self::Text { ids: bytes.into_iter().map(u32::from).collect() })
             }
@@ -161,7 +177,8 @@ impl Examples {
                     let class = rng.random_range(0..*classes);
                     let mut centre = random_stream(seed, "centre", class as u64);
                     x.extend((0..*width).map(|_| {
-                        let (at, off): (f64, f64) = (centre.sample(StandardNormal), rng.sample(StandardNormal));
+                        let (at, off): (f64, f64) =
+                            (centre.sample(StandardNormal), rng.sample(StandardNormal));
                         ((at + noise * off) / (*width as f64).sqrt()) as f32
                     }));
                     labels.push(class as i64);
@@ -196,7 +213,8 @@ impl Examples {
 
     fn rows(&self, width: usize, rows: &[usize]) -> Vec<TensorData> {
         let Self::Rows { x, labels, .. } = self else { return Vec::new() };
-        let numbers: Vec<f32> = rows.iter().flat_map(|&row| x[row * width..(row + 1) * width].iter().copied()).collect();
+        let numbers: Vec<f32> =
+            rows.iter().flat_map(|&row| x[row * width..(row + 1) * width].iter().copied()).collect();
         let classes: Vec<i64> = rows.iter().map(|&row| labels[row]).collect();
         vec![TensorData::new(numbers, [rows.len(), width]), TensorData::new(classes, [rows.len(), 1])]
     }
@@ -217,7 +235,10 @@ impl Examples {
 /// Samples of a text and, one further, the tokens that follow.
 fn text_windows(ids: &[u32], seq: usize, starts: &[usize]) -> Vec<TensorData> {
     let window = |shift: usize| -> Vec<i64> {
-        starts.iter().flat_map(|&start| ids[start + shift..start + shift + seq].iter().map(|&id| id.into())).collect()
+        starts
+            .iter()
+            .flat_map(|&start| ids[start + shift..start + shift + seq].iter().map(|&id| id.into()))
+            .collect()
     };
     let count = starts.len();
     vec![TensorData::new(window(0), [count, seq]), TensorData::new(window(1), [count * seq, 1])]
@@ -258,13 +279,18 @@ fn clicks(rows: usize, batch: usize, seed: u64, rng: &mut impl rand::Rng) -> Vec
 /// The row of the tables that a word of a column has: by its hash (FNV-1a).
 fn row_of(rows: usize, column: usize, word: &str) -> i64 {
     let bytes = [column as u8].into_iter().chain(word.bytes());
-    let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
     (hash % rows as u64) as i64
 }
 
 fn read_rows(path: &Path, inputs: usize, classes: usize) -> Result<Examples> {
     let mut arrays = read_tensors(path)?;
-    let wrong = |found: String| Error::input(path.display(), found).hint(format!("x must be floats [rows, {inputs}], y whole numbers [rows]"));
+    let wrong = |found: String| {
+        Error::input(path.display(), found)
+            .hint(format!("x must be floats [rows, {inputs}], y whole numbers [rows]"))
+    };
     let x = arrays.take("x")?;
     let y = arrays.take("y")?;
     let (Some(values), &[rows, width]) = (x.as_floats(), &x.shape[..]) else {
@@ -279,7 +305,9 @@ fn read_rows(path: &Path, inputs: usize, classes: usize) -> Result<Examples> {
     let Some(labels) = y.as_ints().filter(|labels| labels.len() == rows) else {
         return Err(wrong(format!("\"y\" has the shape {:?}, but there are {rows} rows", y.shape)));
     };
-    if let Some(row) = labels.iter().position(|&label| usize::try_from(label).map_or(true, |label| label >= classes)) {
+    if let Some(row) =
+        labels.iter().position(|&label| usize::try_from(label).map_or(true, |label| label >= classes))
+    {
         return Err(wrong(format!("\"y\" is {} in row {row}, but there are {classes} classes", labels[row])));
     }
     Ok(Examples::Rows { x: values.to_vec(), width, labels: labels.to_vec() })
@@ -297,7 +325,10 @@ fn read_clicks(path: &Path, rows: usize, columns: &Columns) -> Result<Examples> 
         match (&column.cells, column.text(row)) {
             (_, None) => Ok(None),
             (Cells::Numbers(numbers), _) => Ok(Some(numbers[row])),
-            (_, Some(word)) => Err(Error::input(path.display(), format!("row {row}: \"{word}\" in column \"{name}\" is no number"))),
+            (_, Some(word)) => Err(Error::input(
+                path.display(),
+                format!("row {row}: \"{word}\" in column \"{name}\" is no number"),
+            )),
         }
     };
     let (mut numbers, mut words, mut labels) =
@@ -308,7 +339,10 @@ fn read_clicks(path: &Path, rows: usize, columns: &Columns) -> Result<Examples> 
             Some(label) if label == 0.0 || label == 1.0 => labels.push(label as f32),
             other => {
                 let found = other.map_or_else(|| "nothing".into(), |label| label.to_string());
-                return Err(Error::input(path.display(), format!("row {row}: the label is {found}, and must be 0 or 1")));
+                return Err(Error::input(
+                    path.display(),
+                    format!("row {row}: the label is {found}, and must be 0 or 1"),
+                ));
             }
         }
         for (at, name) in columns.numeric.iter().enumerate() {

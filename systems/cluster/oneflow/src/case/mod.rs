@@ -116,7 +116,9 @@ impl Case {
         };
         const MOST: usize = 1 << 28;
         match sizes.into_iter().find(|size| !(1..=MOST).contains(size)) {
-            Some(size) => Err(format!("a size of {} is {size}, and must be between 1 and {MOST}", self.name())),
+            Some(size) => {
+                Err(format!("a size of {} is {size}, and must be between 1 and {MOST}", self.name()))
+            }
             None => Ok(()),
         }
     }
@@ -194,11 +196,17 @@ impl Case {
 
     /// What an example has, without what is to be predicted.
     fn inputs(&self, batch: usize) -> Vec<Port> {
-        let port = |name: &str, kind, shape: &[usize]| Port { name: name.into(), kind, shape: shape.to_vec() };
+        let port =
+            |name: &str, kind, shape: &[usize]| Port { name: name.into(), kind, shape: shape.to_vec() };
         match *self {
-            Self::Mlp { inputs, .. } | Self::SoftmaxHead { inputs, .. } => vec![port("x", PortKind::Float, &[batch, inputs])],
+            Self::Mlp { inputs, .. } | Self::SoftmaxHead { inputs, .. } => {
+                vec![port("x", PortKind::Float, &[batch, inputs])]
+            }
             Self::WideDeep { .. } => {
-                vec![port("numbers", PortKind::Float, &[batch, NUMERIC]), port("words", PortKind::Int, &[batch, CATEGORICAL])]
+                vec![
+                    port("numbers", PortKind::Float, &[batch, NUMERIC]),
+                    port("words", PortKind::Int, &[batch, CATEGORICAL]),
+                ]
             }
             Self::HybridGpt { seq, .. } => vec![port("tokens", PortKind::Int, &[batch, seq])],
         }
@@ -260,7 +268,10 @@ impl Case {
                 )
             })?;
             if let Some(place) = values.iter().position(|value| !value.is_finite()) {
-                return Err(kiln_core::Error::input(weights.source().display(), format!("\"{name}\" is {} at {place}", values[place])));
+                return Err(kiln_core::Error::input(
+                    weights.source().display(),
+                    format!("\"{name}\" is {} at {place}", values[place]),
+                ));
             }
             read.insert(name, HostTensor::float(shape, values));
         }
@@ -270,7 +281,9 @@ impl Case {
     /// Scores of a batch.
     fn scores(&self, given: &Given) -> Tensor<2> {
         match *self {
-            Self::Mlp { .. } => given.linear("head", activation::relu(given.linear("hidden", given.float::<2>("x")))),
+            Self::Mlp { .. } => {
+                given.linear("head", activation::relu(given.linear("hidden", given.float::<2>("x"))))
+            }
             Self::SoftmaxHead { .. } => {
                 let embedded = given.float::<2>("x").matmul(given.float::<2>("embed.weight"));
                 normalised(embedded, 1).matmul(normalised(given.float::<2>("head.weight"), 0))
@@ -281,7 +294,8 @@ impl Case {
                 let words = given.int::<2>("words");
                 let wide = module::embedding(given.float::<2>("wide.table"), words.clone());
                 let wide = wide.sum_dim(1).reshape([batch, 1]);
-                let deep = module::embedding(given.float::<2>("deep.table"), words).reshape([batch, CATEGORICAL * width]);
+                let deep = module::embedding(given.float::<2>("deep.table"), words)
+                    .reshape([batch, CATEGORICAL * width]);
                 // The first rows of the weight read the numbers, the others the words.
                 let weight = given.float::<2>("deep.hidden.weight");
                 let [inputs, hidden] = weight.dims();
@@ -289,7 +303,9 @@ impl Case {
                 let of_words = weight.slice([NUMERIC..inputs, 0..hidden]);
                 let bias = given.float::<1>("deep.hidden.bias").reshape([1, hidden]);
                 let units = activation::relu(numbers.matmul(of_numbers) + deep.matmul(of_words) + bias);
-                units.matmul(given.float::<2>("deep.head.weight")) + wide + given.float::<1>("bias").reshape([1, 1])
+                units.matmul(given.float::<2>("deep.head.weight"))
+                    + wide
+                    + given.float::<1>("bias").reshape([1, 1])
             }
             Self::HybridGpt { seq, hidden, heads, layers, .. } => {
                 let tokens = given.int::<2>("tokens");
@@ -394,7 +410,8 @@ impl Network for Loss {
 
     fn inputs(&self) -> Vec<Port> {
         let weights = self.case.weights().into_iter();
-        let weights = weights.map(|weight| Port { name: weight.name, kind: PortKind::Float, shape: weight.shape });
+        let weights =
+            weights.map(|weight| Port { name: weight.name, kind: PortKind::Float, shape: weight.shape });
         weights.chain(self.case.inputs(self.batch)).chain([self.case.target(self.batch)]).collect()
     }
 

@@ -17,7 +17,7 @@ use crate::exchange::Lines;
 use crate::linear::{Linear, Selected};
 use crate::physical::told;
 use crate::sbp::{NdSbp, Placement};
-use crate::signature::{TABLE, Signature, signatures};
+use crate::signature::{Signature, TABLE, signatures};
 use crate::soundness::{gather, scatter};
 
 #[derive(Debug, Args)]
@@ -35,14 +35,20 @@ impl SignaturesArgs {
         let Some(graph) = self.source.open(cx)? else {
             let rows: Vec<_> = TABLE.iter().filter(|row| asked(row.kind)).collect();
             if rows.is_empty() {
-                return Err(Error::usage(format!("there is no row for \"{}\"", self.op.as_deref().unwrap_or_default()))
-                    .hint("what has no row is computed as copies; `kiln oneflow signatures` lists all rows"));
+                return Err(Error::usage(format!(
+                    "there is no row for \"{}\"",
+                    self.op.as_deref().unwrap_or_default()
+                ))
+                .hint("what has no row is computed as copies; `kiln oneflow signatures` lists all rows"));
             }
-            let shown: Vec<_> = rows.iter().map(|row| json!({"op": row.kind, "law": row.law.to_string()})).collect();
+            let shown: Vec<_> =
+                rows.iter().map(|row| json!({"op": row.kind, "law": row.law.to_string()})).collect();
             return cx.emit(&shown, |_| {
                 let title = "Operations and how they may be divided";
                 let mut table = Table::new(title, &["operation", "law"]);
-                rows.iter().for_each(|row| drop(table.row([row.kind.to_string(), row.law.to_string()])));
+                for row in &rows {
+                    table.row([row.kind.to_string(), row.law.to_string()]);
+                }
                 table.to_text()
             });
         };
@@ -55,7 +61,10 @@ impl SignaturesArgs {
             }
         }
         if found.is_empty() {
-            return Err(Error::usage(format!("the graph has no operation \"{}\"", self.op.as_deref().unwrap_or_default())));
+            return Err(Error::usage(format!(
+                "the graph has no operation \"{}\"",
+                self.op.as_deref().unwrap_or_default()
+            )));
         }
         let shown: Vec<_> = found
             .iter()
@@ -142,14 +151,16 @@ impl BoxingArgs {
     fn convert(&self, path: &[crate::boxing::Step], cx: &Context) -> Result<u64> {
         let (shape, mesh) = (&self.shape.0, &self.mesh.mesh);
         let count: usize = shape.iter().product();
-        let whole = TensorData::new((0..count).map(|at| (at % 1000) as i64).collect::<Vec<_>>(), shape.clone());
+        let whole =
+            TensorData::new((0..count).map(|at| (at % 1000) as i64).collect::<Vec<_>>(), shape.clone());
         let mut rng = cx.rng("boxing", 0);
         let parts: Vec<TensorData> = scatter(&whole, &self.from, mesh, &mut rng)?;
         let parts: Vec<TensorData> = parts.into_iter().map(|part| part.convert_dtype(DType::F32)).collect();
         let ranks = run_threads(self.mesh.len(), |world| {
             let lines = Lines::new(&world, mesh)?;
             let before = lines.bytes_sent();
-            let local = lines.convert(FlexTensor::from_data(parts[world.rank()].clone()), shape, &self.from, path)?;
+            let local =
+                lines.convert(FlexTensor::from_data(parts[world.rank()].clone()), shape, &self.from, path)?;
             Ok((local.into_data(), lines.bytes_sent() - before))
         })?;
         let sent = ranks.iter().map(|(_, sent)| sent).sum();
@@ -175,7 +186,8 @@ fn parse_linear(text: &str) -> std::result::Result<Linear, String> {
     let (mut batch, mut features, mut classes) = (None, None, None);
     for part in text.split(',') {
         let (name, value) = part.split_once('=').ok_or("write batch=64,features=512,classes=1000")?;
-        let value = value.trim().parse().map_err(|_| format!("{name} is \"{value}\", which is no whole number"))?;
+        let value =
+            value.trim().parse().map_err(|_| format!("{name} is \"{value}\", which is no whole number"))?;
         match name.trim() {
             "batch" => batch = Some(value),
             "features" => features = Some(value),
@@ -198,14 +210,27 @@ impl SelectArgs {
         });
         cx.emit(&shown, |_| {
             let title = "Bytes of a training step, by the form of the weight";
-            let mut table = Table::new(title, &["W", "bytes", "y = x W", "loss reads", "dx = dy Wᵀ", "dW = xᵀ dy"]);
+            let mut table =
+                Table::new(title, &["W", "bytes", "y = x W", "loss reads", "dx = dy Wᵀ", "dW = xᵀ dy"]);
             for Selected { weight, bytes, forward, loss, dx, dw } in &selection.by_weight_sbp {
                 let product = |(inputs, output): &(Vec<crate::sbp::Sbp>, crate::sbp::Sbp)| {
                     format!("{} {} -> {output}", inputs[0], inputs[1])
                 };
-                table.row([weight.to_string(), told_bytes(*bytes), product(forward), loss.to_string(), product(dx), product(dw)]);
+                table.row([
+                    weight.to_string(),
+                    told_bytes(*bytes),
+                    product(forward),
+                    loss.to_string(),
+                    product(dx),
+                    product(dw),
+                ]);
             }
-            format!("{}best: W as {}, {}\n", table.to_text(), selection.best.weight, told_bytes(selection.best.bytes))
+            format!(
+                "{}best: W as {}, {}\n",
+                table.to_text(),
+                selection.best.weight,
+                told_bytes(selection.best.bytes)
+            )
         })
     }
 }
@@ -257,7 +282,10 @@ impl ActorsArgs {
                 format!("actor {actor} begins at {}{more}\n", shown.join(" "))
             });
             let lines: String = lines.collect();
-            format!("{lines}done at {}, registers in use at most: {:?}\n", found.makespan, found.peak_registers)
+            format!(
+                "{lines}done at {}, registers in use at most: {:?}\n",
+                found.makespan, found.peak_registers
+            )
         })
     }
 }

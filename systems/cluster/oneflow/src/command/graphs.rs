@@ -44,20 +44,24 @@ impl PlanArgs {
             "auto" => compiler,
             "data" => compiler.parallel(Parallel::Data, &self.mesh),
             "model" => compiler.parallel(Parallel::Model, &self.mesh),
-            file if file.ends_with(".toml") => {
-                read_hints(Path::new(file))?.into_iter().fold(compiler, |compiler, (name, form)| compiler.hint(name, form))
-            }
+            file if file.ends_with(".toml") => read_hints(Path::new(file))?
+                .into_iter()
+                .fold(compiler, |compiler, (name, form)| compiler.hint(name, form)),
             other => {
-                return Err(Error::usage(format!("--sbp is \"{other}\"")).hint("use auto, data, model, or the path of a .toml file"));
+                return Err(Error::usage(format!("--sbp is \"{other}\""))
+                    .hint("use auto, data, model, or the path of a .toml file"));
             }
         };
         let hints = self.hint.iter().cloned();
-        let physical = hints.fold(compiler, |compiler, (name, form)| compiler.hint(name, form)).compile(&self.mesh)?;
+        let physical =
+            hints.fold(compiler, |compiler, (name, form)| compiler.hint(name, form)).compile(&self.mesh)?;
         for (name, work) in &physical.undivided {
             // Small things are not worth a word.
             const NOTABLE: f64 = 1e6;
             if *work >= NOTABLE {
-                cx.note(format!("{name} cannot be divided: every device computes all of its {work:.1e} operations"));
+                cx.note(format!(
+                    "{name} cannot be divided: every device computes all of its {work:.1e} operations"
+                ));
             }
         }
         Ok(physical)
@@ -113,7 +117,8 @@ impl CompileArgs {
                 json!({"tensor": node.name, "by": told(path), "bytes": bytes})
             })
             .collect();
-        let undivided: Vec<_> = physical.undivided.iter().map(|(name, work)| json!({"op": name, "work": work})).collect();
+        let undivided: Vec<_> =
+            physical.undivided.iter().map(|(name, work)| json!({"op": name, "work": work})).collect();
         let shown = json!({
             "placement": physical.placement, "operations": logical.graph.operations.len(), "nodes": physical.nodes.len(),
             "bytes": physical.bytes(), "stored": stored, "conversions": conversions, "undivided": undivided,
@@ -190,6 +195,7 @@ pub struct RunArgs {
 
 /// Outputs of the first rank, and what every rank in this process sent and held.
 struct Outcome {
+    rank: usize,
     outputs: Vec<TensorData>,
     bytes_sent: u64,
     peak_bytes: usize,
@@ -223,12 +229,25 @@ impl RunArgs {
             let mut done = rank.run(&run, &|_| Ok(inputs.clone()))?;
             let seconds = begun.elapsed().as_secs_f64();
             let last = done.outputs.pop().unwrap_or_default();
-            let outputs = last.into_iter().enumerate().map(|(port, part)| rank.output(port, part)).collect::<Result<_>>()?;
+            let outputs = last
+                .into_iter()
+                .enumerate()
+                .map(|(port, part)| rank.output(port, part))
+                .collect::<Result<_>>()?;
             let trace = done.course.map(|course| course.trace);
-            Ok(Outcome { outputs, bytes_sent: done.bytes_sent, peak_bytes: done.peak_bytes, trace, seconds })
+            Ok(Outcome {
+                rank: world.rank(),
+                outputs,
+                bytes_sent: done.bytes_sent,
+                peak_bytes: done.peak_bytes,
+                trace,
+                seconds,
+            })
         })?;
-        let Some(first) = outcomes.first() else { return Ok(()) };
-        let difference = if self.check { Some(difference(&first.outputs, &graph.run(&inputs)?)?) } else { None };
+        // Files are rank 0's to write.
+        let Some(first) = outcomes.first().filter(|first| first.rank == 0) else { return Ok(()) };
+        let difference =
+            if self.check { Some(difference(&first.outputs, &graph.run(&inputs)?)?) } else { None };
         if let Some(path) = &self.out {
             write_tensors(path, &named(&logical.graph, &first.outputs))?;
         }
@@ -243,8 +262,12 @@ impl RunArgs {
         let sent: u64 = outcomes.iter().map(|outcome| outcome.bytes_sent).sum();
         let predicted = physical.bytes() * self.pieces as u64;
         let peaks: Vec<usize> = outcomes.iter().map(|outcome| outcome.peak_bytes).collect();
-        let shapes: Vec<_> =
-            logical.graph.outputs.iter().map(|output| json!({"name": output.port.name, "shape": output.port.shape})).collect();
+        let shapes: Vec<_> = logical
+            .graph
+            .outputs
+            .iter()
+            .map(|output| json!({"name": output.port.name, "shape": output.port.shape}))
+            .collect();
         let shown = json!({
             "outputs": shapes, "ranks": self.plan.mesh.len(), "bytes_sent": sent, "bytes_predicted": predicted,
             "peak_register_bytes": peaks, "seconds": first.seconds, "difference": difference, "out": self.out,
@@ -281,20 +304,30 @@ fn read_inputs(path: &Path, graph: &Graph) -> Result<Vec<TensorData>> {
             let port = &input.port;
             if !names.contains(&port.name) {
                 let found = format!("has no array \"{}\"", port.name);
-                return Err(Error::input(path.display(), found)
-                    .hint(format!("the network reads \"{}\" {:?}; the file has: {}", port.name, port.shape, names.join(", "))));
+                return Err(Error::input(path.display(), found).hint(format!(
+                    "the network reads \"{}\" {:?}; the file has: {}",
+                    port.name,
+                    port.shape,
+                    names.join(", ")
+                )));
             }
             let tensor = arrays.take(&port.name)?;
             let shape = tensor.shape.clone();
             if shape != port.shape {
-                let found = format!("\"{}\" has the shape {shape:?}, the network reads {:?}", port.name, port.shape);
+                let found =
+                    format!("\"{}\" has the shape {shape:?}, the network reads {:?}", port.name, port.shape);
                 return Err(Error::input(path.display(), found));
             }
             match (port.kind, tensor.as_floats(), tensor.as_ints()) {
-                (PortKind::Float, Some(values), _) => match values.iter().position(|value| !value.is_finite()) {
-                    Some(at) => Err(Error::input(path.display(), format!("\"{}\" is {} at {at}", port.name, values[at]))),
-                    None => Ok(TensorData::new(values.to_vec(), shape)),
-                },
+                (PortKind::Float, Some(values), _) => {
+                    match values.iter().position(|value| !value.is_finite()) {
+                        Some(at) => Err(Error::input(
+                            path.display(),
+                            format!("\"{}\" is {} at {at}", port.name, values[at]),
+                        )),
+                        None => Ok(TensorData::new(values.to_vec(), shape)),
+                    }
+                }
                 (PortKind::Int, _, Some(values)) => Ok(TensorData::new(values.to_vec(), shape)),
                 (kind, ..) => {
                     let kind = if kind == PortKind::Int { "whole numbers" } else { "floats" };
@@ -313,7 +346,9 @@ fn random_inputs(graph: &Graph, cx: &Context) -> Vec<TensorData> {
             let (shape, count) = (input.port.shape.clone(), input.port.shape.iter().product());
             let mut rng = cx.rng("inputs", number as u64);
             match input.port.kind {
-                PortKind::Float => TensorData::new((0..count).map(|_| rng.random::<f32>()).collect::<Vec<_>>(), shape),
+                PortKind::Float => {
+                    TensorData::new((0..count).map(|_| rng.random::<f32>()).collect::<Vec<_>>(), shape)
+                }
                 PortKind::Int => TensorData::new(vec![0i64; count], shape),
             }
         })
@@ -340,10 +375,15 @@ fn difference(found: &[TensorData], expected: &[TensorData]) -> Result<f64> {
     let mut worst = 0.0f64;
     for (found, expected) in found.iter().zip(expected) {
         if found.shape() != expected.shape() {
-            return Err(Error::work(format!("an output has the shape {:?}, on one device {:?}", found.shape(), expected.shape())));
+            return Err(Error::work(format!(
+                "an output has the shape {:?}, on one device {:?}",
+                found.shape(),
+                expected.shape()
+            )));
         }
         let largest = expected.iter::<f64>().fold(f64::MIN_POSITIVE, |most, value| most.max(value.abs()));
-        let apart = found.iter::<f64>().zip(expected.iter::<f64>()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        let apart =
+            found.iter::<f64>().zip(expected.iter::<f64>()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         worst = worst.max(apart / largest);
     }
     Ok(worst)

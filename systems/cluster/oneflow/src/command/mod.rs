@@ -47,11 +47,14 @@ enum Verb {
   kiln oneflow actors --durations 2,1,3 --registers 2,2 --pieces 10 --svg actors.svg")]
     Actors(algebra::ActorsArgs),
     /// Choose how a network is divided over devices, without running it
-    #[command(alias = "plan", after_help = "Examples:
+    #[command(
+        alias = "plan",
+        after_help = "Examples:
   kiln oneflow compile --case hybrid-gpt --mesh 2x2 --explain
   kiln oneflow compile --model model/ --mesh 64 --out physical/
   kiln oneflow compile --graph graph/ --mesh 4 --hint x=S0 --memory 2GB
-Writes physical.json, physical.svg and physical.dot. Needs none of the devices.")]
+Writes physical.json, physical.svg and physical.dot. Needs none of the devices."
+    )]
     Compile(graphs::CompileArgs),
     /// Run a network on the devices of a mesh
     #[command(after_help = "Examples:
@@ -217,7 +220,8 @@ fn read_hints(path: &Path) -> Result<Vec<(String, NdSbp)>> {
             .hint("write a line \"head.weight\" = \"S1\" for every tensor")
     })?;
     let read = |(name, form): (String, String)| {
-        let form = form.parse().map_err(|e: Error| Error::input(path.display(), format!("\"{name}\": {e}")))?;
+        let form =
+            form.parse().map_err(|e: Error| Error::input(path.display(), format!("\"{name}\": {e}")))?;
         Ok((name, form))
     };
     table.into_iter().map(read).collect()

@@ -53,7 +53,9 @@ pub struct TrainArgs {
 
 impl TrainArgs {
     pub fn run(&self, cx: &Context) -> Result<()> {
-        let case = self.case.case()?.ok_or_else(|| Error::usage("--case is needed").hint("mlp, softmax-head, wide-deep or hybrid-gpt"))?;
+        let case = self.case.case()?.ok_or_else(|| {
+            Error::usage("--case is needed").hint("mlp, softmax-head, wide-deep or hybrid-gpt")
+        })?;
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(Error::usage(format!("--lr is {}, but must be above 0", self.lr)));
         }
@@ -72,7 +74,11 @@ impl TrainArgs {
         if self.resume {
             let before = Model::open(&self.out)?;
             if before.case != case {
-                return Err(Error::usage(format!("{} holds {:?}, but {case:?} is asked for", self.out.display(), before.case)));
+                return Err(Error::usage(format!(
+                    "{} holds {:?}, but {case:?} is asked for",
+                    self.out.display(),
+                    before.case
+                )));
             }
             first = Model::restore(&self.out, &mut logical.variables)?;
             let path = self.out.join("log.csv");
@@ -83,7 +89,10 @@ impl TrainArgs {
                 .hint("add --resume to go on from it, or name another folder"));
         }
         if first >= self.steps {
-            return Err(Error::usage(format!("{first} steps were made, which is not below --steps {}", self.steps)));
+            return Err(Error::usage(format!(
+                "{first} steps were made, which is not below --steps {}",
+                self.steps
+            )));
         }
         let physical = self.plan.compile(&logical, false, cx)?;
         let ranks = self.plan.mesh.len();
@@ -129,9 +138,13 @@ impl TrainArgs {
         let points: Vec<(f64, f64)> = log
             .lines()
             .skip(1)
-            .filter_map(|line| line.split_once(',').and_then(|(step, loss)| Some((step.parse().ok()?, loss.parse().ok()?))))
+            .filter_map(|line| {
+                line.split_once(',').and_then(|(step, loss)| Some((step.parse().ok()?, loss.parse().ok()?)))
+            })
             .collect();
-        Plot::lines("Training loss", "step", "loss").series(case.name(), points).save(&self.out.join("loss.svg"))?;
+        Plot::lines("Training loss", "step", "loss")
+            .series(case.name(), points)
+            .save(&self.out.join("loss.svg"))?;
         if let Some(course) = &trained.course {
             write_atomic(&self.out.join("trace.svg"), course.trace.to_svg().as_bytes())?;
             write_atomic(&self.out.join("trace.json"), course.trace.to_chrome().to_string().as_bytes())?;
@@ -154,7 +167,9 @@ impl TrainArgs {
             )
         })?;
         match trained.stopped {
-            true => Err(Error::interrupted(format!("stopped after step {made}; repeat the line with --resume to go on"))),
+            true => Err(Error::interrupted(format!(
+                "stopped after step {made}; repeat the line with --resume to go on"
+            ))),
             false => Ok(()),
         }
     }
@@ -189,7 +204,11 @@ impl PredictArgs {
         let right = values.chunks(width).zip(&targets).filter(|(row, target)| {
             let found = match row {
                 [odds] => f64::from(u8::from(*odds > 0.0)),
-                row => row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(-1.0, |(class, _)| class as f64),
+                row => row
+                    .iter()
+                    .enumerate()
+                    .max_by(|a, b| a.1.total_cmp(b.1))
+                    .map_or(-1.0, |(class, _)| class as f64),
             };
             found == **target
         });
@@ -197,7 +216,15 @@ impl PredictArgs {
         if let Some(path) = &self.out {
             write_tensors(path, &named(&graph, &outputs))?;
         }
-        let shown = json!({"case": case.name(), "rows": targets.len(), "accuracy": accuracy, "out": self.out});
-        cx.emit(&shown, |_| format!("{} of {} right ({:.1} %)\n", (accuracy * targets.len() as f64).round(), targets.len(), 100.0 * accuracy))
+        let shown =
+            json!({"case": case.name(), "rows": targets.len(), "accuracy": accuracy, "out": self.out});
+        cx.emit(&shown, |_| {
+            format!(
+                "{} of {} right ({:.1} %)\n",
+                (accuracy * targets.len() as f64).round(),
+                targets.len(),
+                100.0 * accuracy
+            )
+        })
     }
 }
