@@ -7,7 +7,7 @@ use std::time::Instant;
 use clap_complete::Shell;
 use kiln::compiler::Graph;
 use kiln::core::{
-    Card, Context, Error, ModelFolder, Report, Result, Scale, System, Table, html, write_atomic,
+    Card, Context, Error, ModelFolder, Network, Report, Result, Scale, System, Table, html, write_atomic,
 };
 use serde::Serialize;
 
@@ -162,6 +162,11 @@ struct Exported {
 
 /// The computation of a trained model, whatever system it belongs to.
 pub fn captured(systems: Systems, model: &Path, cx: &Context) -> Result<Graph> {
+    kiln::compiler::capture(network(systems, model, cx)?)
+}
+
+/// A trained model, whatever system it belongs to.
+pub fn network(systems: Systems, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {
     let folder = ModelFolder::new(model);
     let kind = folder.kind()?;
     let system = find(systems, &kind).ok_or_else(|| {
@@ -169,7 +174,7 @@ pub fn captured(systems: Systems, model: &Path, cx: &Context) -> Result<Graph> {
         Error::input(config.display(), format!("there is no system of kind \"{kind}\""))
             .hint("`kiln list` names them all")
     })?;
-    kiln::compiler::capture(system.network(folder.path(), cx)?)
+    system.network(folder.path(), cx)
 }
 
 pub fn export(systems: Systems, model: &Path, out: &Path, cx: &Context) -> Result<()> {

@@ -12,6 +12,7 @@ pub use kiln_megatron as megatron;
 pub use kiln_mip as mip;
 pub use kiln_neumeta as neumeta;
 pub use kiln_nn as nn;
+pub use kiln_oneflow as oneflow;
 pub use kiln_ops as ops;
 pub use kiln_ptq as ptq;
 pub use kiln_stitch as stitch;
@@ -32,4 +33,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_stitch::Stitch,
     &kiln_ptq::Ptq,
     &kiln_megatron::Megatron,
+    &kiln_oneflow::OneFlow,
 ];

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
 fn context(global: &Global) -> Result<Context> {
     let mut cx = Context::new();
     cx.seed = global.seed;
+    cx.networks = Some(|model, cx| commands::network(SYSTEMS, model, cx));
     cx.output = match (global.json, global.quiet) {
         (true, _) => OutputMode::Json,
         (_, true) => OutputMode::Quiet,

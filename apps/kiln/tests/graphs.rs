@@ -89,6 +89,10 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             desk.json("train --data @a.txt --out @m --steps 2 --hidden 16 --layers 2 --heads 2 --seq 16 --batch 4 --tensor 2");
             256
         }
+        "oneflow" => {
+            desk.json("train --case hybrid-gpt --out @m --steps 2 --batch 4 --seq 8 --hidden 8 --heads 2 --layers 1 --mesh 2");
+            256
+        }
         "ptq" => {
             let pixels = |i: usize| (0..16).map(|p| format!("{},", (i * p) % 10)).collect::<String>();
             let row = |i: usize| format!("{}{}\n", pixels(i), ["up", "down"][i % 2]);

@@ -89,6 +89,14 @@ fn typed(id: TensorId, dtype: DType, shape: &[usize]) -> String {
     format!("%{}: {dtype}{shape:?}", id.value())
 }
 
+/// The name under which an operation is printed: that of the innermost variant, such as `Matmul`.
+///
+/// # Errors
+/// As [`Graph::to_text`].
+pub fn operation_name(operation: &OperationIr) -> Result<String> {
+    Ok(name_and_attributes(operation)?.0)
+}
+
 /// The innermost variant's name, and the fields that are not tensors.
 ///
 /// Burn's operations are enums in enums (`NumericFloat(F32, Add(BinaryOpIr { … }))`); their JSON form,

@@ -22,7 +22,7 @@ mod rewrite;
 
 pub use capture::capture;
 pub use cpu::{Executor, Footprint, StepKind};
-pub use graph::{Boundary, Graph};
+pub use graph::{Boundary, Graph, operation_name};
 pub use onnx::{OnnxOptions, onnx_operators};
 pub use quiet::catch_panic;
 pub use rewrite::GraphPass;

@@ -1,7 +1,7 @@
 //! Everything a run depends on besides its own options.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::progress::Progress;
-use crate::{Error, Result};
+use crate::{Error, Network, Result};
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +23,9 @@ pub enum OutputMode {
     /// Only what was asked for; no notes, no progress.
     Quiet,
 }
+
+/// Opens a trained model, whatever system it belongs to.
+pub type OpenNetwork = fn(&Path, &Context) -> Result<Box<dyn Network>>;
 
 /// Device, seed, threads, output folder, output mode and the request to stop.
 #[derive(Debug, Clone)]
@@ -41,6 +44,8 @@ pub struct Context {
     pub interrupted: Arc<AtomicBool>,
     /// Keeps what is printed instead of stdout, where there is one.
     pub printed: Option<Arc<Mutex<String>>>,
+    /// Opens the models of all systems: known to the binary alone, as no system knows another.
+    pub networks: Option<OpenNetwork>,
 }
 
 impl Context {
@@ -54,6 +59,7 @@ impl Context {
             output: OutputMode::Human,
             interrupted: Arc::default(),
             printed: None,
+            networks: None,
         }
     }
 
@@ -84,6 +90,21 @@ impl Context {
     /// Whether the user asked to stop; long loops save their work and leave.
     pub fn interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
+    }
+
+    /// The trained model in a folder, of any system.
+    ///
+    /// # Errors
+    /// When it is of no known system or damaged, or nobody told this context which systems there are.
+    pub fn network(&self, model: &Path) -> Result<Box<dyn Network>> {
+        match self.networks {
+            Some(open) => open(model, self),
+            None => Err(Error::input(
+                model.display(),
+                "models of other systems are opened by the `kiln` program alone",
+            )
+            .hint("write its graph with `kiln export` first")),
+        }
     }
 
     /// A bar with an ETA over `len` units of `what`, shown only to a person at a terminal.

@@ -19,7 +19,7 @@ mod tensor_file;
 pub mod testing;
 mod text;
 
-pub use context::{Context, OutputMode, random_stream};
+pub use context::{Context, OpenNetwork, OutputMode, random_stream};
 pub use error::{Error, ErrorKind, Result};
 pub use memory::MemoryGauge;
 pub use model::{ModelFolder, write_atomic};

@@ -107,7 +107,11 @@ fn step_bytes(shape: &[usize], element: usize, mesh: &[usize], state: &NdSbp, ax
         elements += match (from, to) {
             (Sbp::S(i), Sbp::S(j)) if i != j => {
                 let kept = |index| {
-                    piece.clone().split(i, parts, index).intersect(&piece.clone().split(j, parts, index)).elements()
+                    piece
+                        .clone()
+                        .split(i, parts, index)
+                        .intersect(&piece.clone().split(j, parts, index))
+                        .elements()
                 };
                 whole - (0..parts).map(kept).sum::<usize>()
             }
@@ -162,8 +166,10 @@ impl Router {
         let mut at = to;
         while at != from {
             let Some((before, step)) = reached.get(at).and_then(|reached| reached.last.as_ref()) else {
-                return Err(Error::usage(format!("{from} cannot become {to}: partial tensors of one reduction are not those of another"))
-                    .hint("convert to B or a split first"));
+                return Err(Error::usage(format!(
+                    "{from} cannot become {to}: partial tensors of one reduction are not those of another"
+                ))
+                .hint("convert to B or a split first"));
             };
             path.push(*step);
             at = before;
@@ -182,8 +188,8 @@ impl Router {
 }
 
 fn dijkstra(shape: &[usize], element: usize, mesh: &[usize], from: &NdSbp) -> HashMap<NdSbp, Reached> {
-    let mut kinds: Vec<Sbp> = (0..shape.len()).map(Sbp::S).chain([Sbp::B, Sbp::P]).collect();
-    kinds.extend(from.0.iter().filter(|sbp| sbp.reduction().is_some() && **sbp != Sbp::P));
+    let mut kinds: Vec<Sbp> = (0..shape.len()).map(Sbp::S).chain([Sbp::B, Sbp::SUM]).collect();
+    kinds.extend(from.0.iter().filter(|sbp| sbp.reduction().is_some() && **sbp != Sbp::SUM));
     // What lies on an axis of one device is all the same, and so is every way between.
     let mut best: HashMap<NdSbp, Reached> = HashMap::new();
     let mut queue = BinaryHeap::new();
@@ -213,7 +219,8 @@ fn dijkstra(shape: &[usize], element: usize, mesh: &[usize], from: &NdSbp) -> Ha
         }
     }
     // A detour over a whole tensor would turn partial sums into partial maxima; only what began so may be so.
-    let maxima = |state: &NdSbp| state.0.iter().any(|sbp| sbp.reduction().is_some() && !kinds_of(from).contains(sbp));
+    let maxima =
+        |state: &NdSbp| state.0.iter().any(|sbp| sbp.reduction().is_some() && !kinds_of(from).contains(sbp));
     if from.is_partial() {
         best.retain(|state, _| !maxima(state));
     }

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::backend::ir::{
-    ActivationOperationIr as Activation, BinaryOpIr, FloatOperationIr as Float, NumericOperationIr as Numeric,
-    OperationIr, ReduceDimOpIr, TensorId, TensorIr, TensorStatus, UnaryOpIr,
+    ActivationOperationIr as Activation, BinaryOpIr, FloatOperationIr as Float,
+    NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, TensorId, TensorIr, TensorStatus, UnaryOpIr,
 };
 use burn::tensor::DType;
 use kiln_compiler::operation_name;
@@ -16,6 +16,28 @@ use crate::physical::{COMPUTE, LOADER, NETWORK, Node, Physical, Reason, Value, W
 use crate::sbp::{NdSbp, Placement, Reduction, Sbp};
 use crate::select::{Choice, Edge, Node as Item, Problem, Solver};
 use crate::signature::{Law, NdSignature, Signature, law_of, on_mesh, worked_axis};
+
+/// What is fixed before signatures are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Parallel {
+    /// Nothing: the compiler chooses all
+    Auto,
+    /// Inputs are split along their first axis, variables are copies
+    Data,
+    /// Variables are split along their last axis, inputs are copies
+    Model,
+}
+
+impl Parallel {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Data => "data",
+            Self::Model => "model",
+        }
+    }
+}
 
 /// How signatures are chosen.
 #[derive(Debug, Clone)]
@@ -44,6 +66,42 @@ impl Compiler {
     #[must_use]
     pub fn hint(mut self, name: impl Into<String>, sbp: NdSbp) -> Self {
         self.hints.insert(name.into(), sbp);
+        self
+    }
+
+    /// Fixes inputs and variables; what cannot be split so is copied.
+    #[must_use]
+    pub fn parallel(mut self, parallel: Parallel, placement: &Placement) -> Self {
+        let mesh = &placement.mesh;
+        let copies = NdSbp::broadcast(mesh.len());
+        let split = |shape: &[usize], axis: Option<usize>| -> NdSbp {
+            let form = axis.map(|axis| NdSbp::uniform(Sbp::S(axis), mesh.len()));
+            form.filter(|form| is_filled(form, shape, mesh)).unwrap_or_else(|| copies.clone())
+        };
+        let inputs: Vec<(String, Vec<usize>)> = self
+            .logical
+            .graph
+            .inputs
+            .iter()
+            .map(|input| (input.port.name.clone(), input.port.shape.clone()))
+            .collect();
+        let variables: Vec<(String, Vec<usize>)> = self
+            .logical
+            .variables
+            .iter()
+            .map(|variable| (variable.name.clone(), variable.value.shape().to_vec()))
+            .collect();
+        let (of_inputs, of_variables): (fn(usize) -> Option<usize>, fn(usize) -> Option<usize>) =
+            match parallel {
+                Parallel::Auto => return self,
+                Parallel::Data => (|rank| (rank > 0).then_some(0), |_| None),
+                Parallel::Model => (|_| None, |rank| rank.checked_sub(1)),
+            };
+        self.hints
+            .extend(inputs.into_iter().map(|(name, shape)| (name, split(&shape, of_inputs(shape.len())))));
+        self.hints.extend(
+            variables.into_iter().map(|(name, shape)| (name, split(&shape, of_variables(shape.len())))),
+        );
         self
     }
 
@@ -82,7 +140,8 @@ impl Compiler {
         for price in PRICES {
             let physical = self.compile_at(placement, price)?;
             let memory = physical.memory(1);
-            let needed = (memory.stored * (1 + STATES * usize::from(!self.logical.variables.is_empty())) + memory.shared) as u64;
+            let needed = (memory.stored * (1 + STATES * usize::from(!self.logical.variables.is_empty()))
+                + memory.shared) as u64;
             if needed <= limit {
                 return Ok(physical);
             }
@@ -92,9 +151,13 @@ impl Compiler {
         }
         let (needed, physical) = least.ok_or_else(|| Error::work("nothing was compiled"))?;
         let largest = physical.memory(1).largest;
-        let largest: Vec<String> = largest.into_iter().map(|(name, bytes)| format!("{name} {bytes} bytes")).collect();
-        Err(Error::work(format!("a device needs {needed} bytes, and {limit} are allowed; the largest are {}", largest.join(", ")))
-            .hint("allow more, take more devices, or split the largest by hints such as --hint name=S0"))
+        let largest: Vec<String> =
+            largest.into_iter().map(|(name, bytes)| format!("{name} {bytes} bytes")).collect();
+        Err(Error::work(format!(
+            "a device needs {needed} bytes, and {limit} are allowed; the largest are {}",
+            largest.join(", ")
+        ))
+        .hint("allow more, take more devices, or split the largest by hints such as --hint name=S0"))
     }
 
     fn check_hints(&self, placement: &Placement) -> Result<()> {
@@ -105,15 +168,18 @@ impl Compiler {
             let numbered = || name.strip_prefix('%')?.parse().ok().map(TensorId::new);
             let Some(tensor) = found.or_else(numbered).and_then(|id| tensors.get(&id)) else {
                 let near = nearest(name, names.values());
-                return Err(Error::usage(format!("the graph has no tensor \"{name}\"")).hint(format!("near: {}", near.join(", "))));
+                return Err(Error::usage(format!("the graph has no tensor \"{name}\""))
+                    .hint(format!("near: {}", near.join(", "))));
             };
             sbp.check(name, &tensor.shape, &placement.mesh)?;
             let stored = self.logical.variables.iter().any(|variable| variable.tensor == tensor.id)
                 || self.logical.graph.inputs.iter().any(|input| input.tensor == tensor.id)
                 || self.logical.graph.constants.contains_key(&tensor.id);
             if stored && sbp.is_partial() {
-                return Err(Error::usage(format!("{name} is stored, and cannot be {sbp}: partial sums have no one value to keep"))
-                    .hint("B or a split"));
+                return Err(Error::usage(format!(
+                    "{name} is stored, and cannot be {sbp}: partial sums have no one value to keep"
+                ))
+                .hint("B or a split"));
             }
         }
         Ok(())
@@ -127,31 +193,44 @@ impl Compiler {
     fn compile_at(&self, placement: &Placement, price: f64) -> Result<Physical> {
         let mut router = Router::new(&placement.mesh);
         let plan = Plan::new(self, placement, price, &mut router)?;
-        let starts = self.starts(&plan);
+        let starts = self.starts(&plan, placement, &mut router);
         let solver = Solver::new(&plan.problem, &mut router);
         let chosen = solver.solve(&starts, &mut random_stream(self.seed, "select", 0))?;
         let reasons = if self.explain { plan.reasons(&solver, &chosen) } else { Vec::new() };
-        let mut writer = Writer::new(self, &plan, placement, &mut router);
+        let mut writer = Writer::new(self, &plan, &mut router);
         writer.write(&chosen)?;
         let (values, nodes) = (writer.values, writer.nodes);
-        Ok(Physical { placement: placement.clone(), values, nodes, reasons, undivided: plan.undivided.clone() })
+        Ok(Physical {
+            placement: placement.clone(),
+            values,
+            nodes,
+            reasons,
+            undivided: plan.undivided.clone(),
+        })
     }
 
-    /// Assignments to begin with: everything split along one axis, or copied, where that is possible.
-    fn starts(&self, plan: &Plan<'_>) -> Vec<Vec<usize>> {
-        let axes = plan.axes;
-        let favourites = [Sbp::S(0), Sbp::S(1), Sbp::B];
-        let score = |choice: &Choice, favourite: Sbp| {
-            let forms = choice.inputs.iter().chain(&choice.outputs).flat_map(|nd| &nd.0);
-            forms.filter(|sbp| **sbp == favourite).count()
+    /// Assignments to begin with: the best in data and in model parallel, so that the choice is never worse than these.
+    fn starts(&self, plan: &Plan, placement: &Placement, router: &mut Router) -> Vec<Vec<usize>> {
+        let best_within = |parallel: Parallel| {
+            let forms = self.clone().parallel(parallel, placement).hints;
+            let mut problem = plan.problem.clone();
+            let mut fixed = vec![None; problem.nodes.len()];
+            let nodes = problem.nodes.iter_mut().zip(&mut fixed).zip(&plan.roles);
+            for ((node, fixed), _) in
+                nodes.filter(|(_, role)| matches!(role, Role::Variable(_) | Role::Input(_)))
+            {
+                let form = forms.get(&node.name);
+                let choice = node.choices.iter().position(|choice| Some(&choice.outputs[0]) == form);
+                if let Some(choice) = choice {
+                    node.choices = vec![node.choices[choice].clone()];
+                    *fixed = Some(choice);
+                }
+            }
+            let solver = Solver::new(&problem, router);
+            let found = solver.solve(&[], &mut random_stream(self.seed, "select", 0)).ok()?;
+            Some(found.into_iter().zip(fixed).map(|(choice, fixed)| fixed.unwrap_or(choice)).collect())
         };
-        let start = |favourite: Sbp| -> Vec<usize> {
-            let best = |item: &Item| {
-                (0..item.choices.len()).max_by_key(|&at| score(&item.choices[at], favourite)).unwrap_or(0)
-            };
-            plan.problem.nodes.iter().map(best).collect()
-        };
-        if axes == 0 { Vec::new() } else { favourites.into_iter().map(start).collect() }
+        [Parallel::Data, Parallel::Model].into_iter().filter_map(best_within).collect()
     }
 }
 
@@ -168,7 +247,7 @@ enum Role {
 }
 
 /// The logical graph as a problem of selection.
-struct Plan<'a> {
+struct Plan {
     problem: Problem,
     roles: Vec<Role>,
     /// The signatures behind an operation's choices.
@@ -176,12 +255,11 @@ struct Plan<'a> {
     undivided: Vec<(String, f64)>,
     tensors: HashMap<TensorId, TensorIr>,
     names: BTreeMap<TensorId, String>,
-    logical: &'a Logical,
     axes: usize,
 }
 
-impl<'a> Plan<'a> {
-    fn new(compiler: &'a Compiler, placement: &Placement, price: f64, router: &mut Router) -> Result<Self> {
+impl Plan {
+    fn new(compiler: &Compiler, placement: &Placement, price: f64, router: &mut Router) -> Result<Self> {
         let logical = &compiler.logical;
         let (tensors, names) = (logical.tensors(), logical.names());
         let mut plan = Self {
@@ -191,7 +269,6 @@ impl<'a> Plan<'a> {
             undivided: Vec::new(),
             tensors,
             names,
-            logical,
             axes: placement.mesh.len(),
         };
         let mesh = &placement.mesh;
@@ -219,9 +296,17 @@ impl<'a> Plan<'a> {
             edges.insert(tensor.id, edge);
             // Its gradient has no edge yet.
             late.push((plan.problem.nodes.len(), variable.gradient));
-            plan.node(Role::Variable(at), variable.name.clone(), Vec::new(), vec![edge], choices.collect(), Vec::new());
+            plan.node(
+                Role::Variable(at),
+                variable.name.clone(),
+                Vec::new(),
+                vec![edge],
+                choices.collect(),
+                Vec::new(),
+            );
         }
-        let stored = logical.graph.inputs.iter().enumerate().map(|(at, input)| (Role::Input(at), input.tensor));
+        let stored =
+            logical.graph.inputs.iter().enumerate().map(|(at, input)| (Role::Input(at), input.tensor));
         let constants = logical.graph.constants.keys().map(|&id| (Role::Constant(id), id));
         for (role, id) in stored.chain(constants).filter(|(_, id)| read.contains(id)) {
             let tensor = plan.tensors[&id].clone();
@@ -243,20 +328,31 @@ impl<'a> Plan<'a> {
         for (at, operation) in logical.graph.operations.iter().enumerate() {
             let kind = operation_name(operation)?;
             let signatures = useful(operation, &kind, mesh, &mut extremes)?;
-            if signatures.iter().all(|signature| signature.0.iter().all(|one| !one.divides())) && placement.len() > 1 {
+            if signatures.iter().all(|signature| signature.0.iter().all(|one| !one.divides()))
+                && placement.len() > 1
+            {
                 plan.undivided.push((format!("{kind} (operation {at})"), work(operation)));
             }
             let choices: Vec<Choice> = signatures
                 .iter()
                 .map(|signature| {
-                    let inputs: Vec<NdSbp> = (0..operation.inputs().count()).map(|at| signature.input(at)).collect();
-                    let outputs: Vec<NdSbp> = (0..operation.outputs().count()).map(|at| signature.output(at)).collect();
+                    let inputs: Vec<NdSbp> =
+                        (0..operation.inputs().count()).map(|at| signature.input(at)).collect();
+                    let outputs: Vec<NdSbp> =
+                        (0..operation.outputs().count()).map(|at| signature.output(at)).collect();
                     let held = operation.outputs().zip(&outputs);
-                    let held: f64 = held.map(|(tensor, form)| memory(&tensor.shape, tensor.dtype, form, 1)).sum();
-                    let divided: usize =
-                        signature.0.iter().zip(mesh).filter(|(one, _)| one.divides()).map(|(_, n)| n).product();
+                    let held: f64 =
+                        held.map(|(tensor, form)| memory(&tensor.shape, tensor.dtype, form, 1)).sum();
+                    let divided: usize = signature
+                        .0
+                        .iter()
+                        .zip(mesh)
+                        .filter(|(one, _)| one.divides())
+                        .map(|(_, n)| n)
+                        .product();
                     let replicated = work(operation) * (1.0 - divided as f64 / placement.len() as f64);
-                    let cost = compiler.lambda * replicated + held + in_parts_bytes(operation, signature, router);
+                    let cost =
+                        compiler.lambda * replicated + held + in_parts_bytes(operation, signature, router);
                     Choice { inputs, outputs, cost }
                 })
                 .collect();
@@ -265,7 +361,10 @@ impl<'a> Plan<'a> {
             for (tensor, &edge) in operation.outputs().zip(&outputs) {
                 edges.insert(tensor.id, edge);
             }
-            let name = format!("{kind} {}", operation.outputs().next().map_or_else(String::new, |out| plan.names[&out.id].clone()));
+            let name = format!(
+                "{kind} {}",
+                operation.outputs().next().map_or_else(String::new, |out| plan.names[&out.id].clone())
+            );
             plan.node(Role::Operation(at), name, inputs, outputs, choices, signatures);
             for tensor in operation.outputs() {
                 let Some(hint) = compiler.hinted(&plan.names, tensor.id) else { continue };
@@ -282,9 +381,17 @@ impl<'a> Plan<'a> {
         for (at, output) in logical.graph.outputs.iter().enumerate() {
             let shape = plan.tensors[&output.tensor].shape.to_vec();
             let forms = stored_forms(&shape, mesh);
-            let choices = forms.into_iter().map(|form| Choice { inputs: vec![form], outputs: Vec::new(), cost: 0.0 });
+            let choices =
+                forms.into_iter().map(|form| Choice { inputs: vec![form], outputs: Vec::new(), cost: 0.0 });
             let name = output.port.name.clone();
-            plan.node(Role::Output(at), name, vec![edges[&output.tensor]], Vec::new(), choices.collect(), Vec::new());
+            plan.node(
+                Role::Output(at),
+                name,
+                vec![edges[&output.tensor]],
+                Vec::new(),
+                choices.collect(),
+                Vec::new(),
+            );
         }
         Ok(plan)
     }
@@ -316,10 +423,11 @@ impl<'a> Plan<'a> {
         operations
             .map(|(at, _)| {
                 let mut other = chosen.to_vec();
-                let others = (0..self.signatures[at].len()).filter(|&choice| choice != chosen[at]).map(|choice| {
-                    other[at] = choice;
-                    (choice, solver.cost(&other) - cost)
-                });
+                let others =
+                    (0..self.signatures[at].len()).filter(|&choice| choice != chosen[at]).map(|choice| {
+                        other[at] = choice;
+                        (choice, solver.cost(&other) - cost)
+                    });
                 let second = others.filter(|(_, more)| more.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1));
                 Reason {
                     node: self.problem.nodes[at].name.clone(),
@@ -338,7 +446,10 @@ fn stored_forms(shape: &[usize], mesh: &[usize]) -> Vec<NdSbp> {
     for &extent in mesh {
         let splits = (0..shape.len()).filter(|_| extent > 1).map(Sbp::S);
         let kinds: Vec<Sbp> = splits.chain([Sbp::B]).collect();
-        forms = forms.iter().flat_map(|form| kinds.iter().map(|&kind| NdSbp([&form.0[..], &[kind]].concat()))).collect();
+        forms = forms
+            .iter()
+            .flat_map(|form| kinds.iter().map(|&kind| NdSbp([&form.0[..], &[kind]].concat())))
+            .collect();
     }
     forms.retain(|form| is_filled(form, shape, mesh));
     forms
@@ -347,14 +458,20 @@ fn stored_forms(shape: &[usize], mesh: &[usize]) -> Vec<NdSbp> {
 /// Whether every device has a part.
 fn is_filled(form: &NdSbp, shape: &[usize], mesh: &[usize]) -> bool {
     (0..shape.len()).all(|axis| {
-        let pieces: usize = form.0.iter().zip(mesh).filter(|(sbp, _)| sbp.axis() == Some(axis)).map(|(_, n)| n).product();
+        let pieces: usize =
+            form.0.iter().zip(mesh).filter(|(sbp, _)| sbp.axis() == Some(axis)).map(|(_, n)| n).product();
         pieces == 1 || pieces <= shape[axis]
     })
 }
 
 /// The signatures that are worth a look: no empty parts, products divided on every axis of the mesh where they can be, and
 /// partial extremes only where there are any.
-fn useful(operation: &OperationIr, kind: &str, mesh: &[usize], extremes: &mut HashSet<TensorId>) -> Result<Vec<NdSignature>> {
+fn useful(
+    operation: &OperationIr,
+    kind: &str,
+    mesh: &[usize],
+    extremes: &mut HashSet<TensorId>,
+) -> Result<Vec<NdSignature>> {
     let law = law_of(kind);
     let extreme = operation.inputs().any(|tensor| extremes.contains(&tensor.id))
         || matches!(law, Some(Law::Reduce(Reduction::Max | Reduction::Min)));
@@ -363,12 +480,23 @@ fn useful(operation: &OperationIr, kind: &str, mesh: &[usize], extremes: &mut Ha
     }
     let is_extreme = |sbp: &Sbp| matches!(sbp, Sbp::P(Reduction::Max | Reduction::Min));
     let filled = |signature: &NdSignature| {
-        let inputs = operation.inputs().enumerate().all(|(at, tensor)| is_filled(&signature.input(at), &tensor.shape, mesh));
-        inputs && operation.outputs().enumerate().all(|(at, tensor)| is_filled(&signature.output(at), &tensor.shape, mesh))
+        let inputs = operation
+            .inputs()
+            .enumerate()
+            .all(|(at, tensor)| is_filled(&signature.input(at), &tensor.shape, mesh));
+        inputs
+            && operation
+                .outputs()
+                .enumerate()
+                .all(|(at, tensor)| is_filled(&signature.output(at), &tensor.shape, mesh))
     };
     // On an axis of one device everything is the same.
     let plain = |signature: &NdSignature| {
-        signature.0.iter().zip(mesh).all(|(one, &n)| n > 1 || (!one.divides() && !one.outputs.contains(&Sbp::P)))
+        signature
+            .0
+            .iter()
+            .zip(mesh)
+            .all(|(one, &n)| n > 1 || (!one.divides() && !one.outputs.contains(&Sbp::SUM)))
     };
     let mut found = on_mesh(operation, mesh)?;
     found.retain(|signature| {
@@ -376,7 +504,9 @@ fn useful(operation: &OperationIr, kind: &str, mesh: &[usize], extremes: &mut Ha
         filled(signature) && plain(signature) && (extreme || !forms().any(is_extreme))
     });
     if is_product(kind) {
-        let divided = |signature: &NdSignature| signature.0.iter().zip(mesh).filter(|(one, n)| **n > 1 && one.divides()).count();
+        let divided = |signature: &NdSignature| {
+            signature.0.iter().zip(mesh).filter(|(one, n)| **n > 1 && one.divides()).count()
+        };
         let most = found.iter().map(divided).max().unwrap_or(0);
         found.retain(|signature| divided(signature) == most);
     }
@@ -391,8 +521,10 @@ fn in_parts_bytes(operation: &OperationIr, signature: &NdSignature, router: &mut
     let (Some(input), Some(axis)) = (operation.inputs().next(), worked_axis(operation)) else { return 0.0 };
     let mut shape = input.shape.to_vec();
     shape[axis] = 1;
-    let form = |kind: Sbp| NdSbp(signature.0.iter().map(|one| if one.in_parts { kind } else { one.inputs[0] }).collect());
-    let bytes = router.bytes(&shape, input.dtype.size(), &form(Sbp::P), &form(Sbp::B));
+    let form = |kind: Sbp| {
+        NdSbp(signature.0.iter().map(|one| if one.in_parts { kind } else { one.inputs[0] }).collect())
+    };
+    let bytes = router.bytes(&shape, input.dtype.size(), &form(Sbp::SUM), &form(Sbp::B));
     2.0 * bytes.unwrap_or(0) as f64
 }
 
@@ -417,10 +549,9 @@ fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Vec<Strin
 }
 
 /// Writes the physical graph.
-struct Writer<'a, 'p> {
-    plan: &'a Plan<'p>,
+struct Writer<'a> {
+    plan: &'a Plan,
     logical: &'a Logical,
-    placement: &'a Placement,
     router: &'a mut Router,
     values: Vec<Value>,
     nodes: Vec<Node>,
@@ -431,14 +562,13 @@ struct Writer<'a, 'p> {
     next: u64,
 }
 
-impl<'a, 'p> Writer<'a, 'p> {
-    fn new(compiler: &'a Compiler, plan: &'a Plan<'p>, placement: &'a Placement, router: &'a mut Router) -> Self {
+impl<'a> Writer<'a> {
+    fn new(compiler: &'a Compiler, plan: &'a Plan, router: &'a mut Router) -> Self {
         let logical = &compiler.logical;
         let next = logical.next_id();
         Self {
             plan,
             logical,
-            placement,
             router,
             values: Vec::new(),
             nodes: Vec::new(),
@@ -488,7 +618,9 @@ impl<'a, 'p> Writer<'a, 'p> {
                         self.nodes.push(Node { name, work, inputs, outputs, queue: COMPUTE });
                     }
                 }
-                Role::Variable(number) => self.push(name, Work::Variable(*number), inputs, item, choice, COMPUTE),
+                Role::Variable(number) => {
+                    self.push(name, Work::Variable(*number), inputs, item, choice, COMPUTE)
+                }
                 Role::Input(number) => self.push(name, Work::Input(*number), inputs, item, choice, LOADER),
                 Role::Constant(id) => self.push(name, Work::Constant(*id), inputs, item, choice, COMPUTE),
                 Role::Output(number) => self.push(name, Work::Output(*number), inputs, item, choice, COMPUTE),
@@ -502,12 +634,26 @@ impl<'a, 'p> Writer<'a, 'p> {
         for (variable, edge, form) in updates {
             let name = format!("update {}", self.logical.variables[variable].name);
             let inputs = vec![self.read(edge, &form)?];
-            self.nodes.push(Node { name, work: Work::Update(variable), inputs, outputs: Vec::new(), queue: COMPUTE });
+            self.nodes.push(Node {
+                name,
+                work: Work::Update(variable),
+                inputs,
+                outputs: Vec::new(),
+                queue: COMPUTE,
+            });
         }
         Ok(())
     }
 
-    fn push(&mut self, name: String, work: Work, inputs: Vec<usize>, item: &Item, choice: &Choice, queue: usize) {
+    fn push(
+        &mut self,
+        name: String,
+        work: Work,
+        inputs: Vec<usize>,
+        item: &Item,
+        choice: &Choice,
+        queue: usize,
+    ) {
         let outputs = self.outputs(&item.outputs, &choice.outputs);
         self.nodes.push(Node { name, work, inputs, outputs, queue });
     }
@@ -524,14 +670,21 @@ impl<'a, 'p> Writer<'a, 'p> {
 
     fn value_of(&mut self, edge: usize, form: &NdSbp) -> usize {
         let Edge { name, shape, .. } = &self.plan.problem.edges[edge];
-        let value = Value { name: name.clone(), shape: shape.clone(), dtype: self.dtype(edge), sbp: form.clone() };
+        let value =
+            Value { name: name.clone(), shape: shape.clone(), dtype: self.dtype(edge), sbp: form.clone() };
         self.values.push(value);
         self.of.insert((edge, form.clone()), self.values.len() - 1);
         self.values.len() - 1
     }
 
     fn dtype(&self, edge: usize) -> DType {
-        let producer = self.plan.problem.nodes.iter().zip(&self.plan.roles).find(|(item, _)| item.outputs.contains(&edge));
+        let producer = self
+            .plan
+            .problem
+            .nodes
+            .iter()
+            .zip(&self.plan.roles)
+            .find(|(item, _)| item.outputs.contains(&edge));
         let Some((item, role)) = producer else { return DType::F32 };
         let place = item.outputs.iter().position(|other| *other == edge).unwrap_or(0);
         let id = match role {
@@ -564,7 +717,13 @@ impl<'a, 'p> Writer<'a, 'p> {
 
     /// The operations into which one is taken apart that normalises over a split axis: with the maximum and the sum over
     /// all parts between them.
-    fn write_in_parts(&mut self, operation: &OperationIr, signature: &NdSignature, input: usize, edge: usize) -> Result<()> {
+    fn write_in_parts(
+        &mut self,
+        operation: &OperationIr,
+        signature: &NdSignature,
+        input: usize,
+        edge: usize,
+    ) -> Result<()> {
         let OperationIr::Activation(Activation::Softmax(op) | Activation::LogSoftmax(op)) = operation else {
             return Err(Error::work("an operation cannot be computed in parts"));
         };
@@ -576,7 +735,9 @@ impl<'a, 'p> Writer<'a, 'p> {
         row[axis] = 1;
         let forms: Vec<Sbp> = signature.0.iter().map(|one| one.inputs[0]).collect();
         let split: Vec<bool> = signature.0.iter().map(|one| one.in_parts).collect();
-        let with = |kind: Sbp| NdSbp(forms.iter().zip(&split).map(|(&form, &split)| if split { kind } else { form }).collect());
+        let with = |kind: Sbp| {
+            NdSbp(forms.iter().zip(&split).map(|(&form, &split)| if split { kind } else { form }).collect())
+        };
         let (whole, of_row) = (NdSbp(forms.clone()), with(Sbp::B));
         let name = self.plan.problem.edges[edge].name.clone();
         let mut intermediate = |writer: &mut Self, what: &str, shape: &[usize], sbp: NdSbp| {
@@ -591,8 +752,12 @@ impl<'a, 'p> Writer<'a, 'p> {
             };
             NdSignature((0..forms.len()).map(one).collect())
         };
-        let reduce = |writer: &mut Self, x: &TensorIr, value: usize, kind: Reduction, what: &str,
-                          intermediate: &mut dyn FnMut(&mut Self, &str, &[usize], NdSbp) -> usize|
+        let reduce = |writer: &mut Self,
+                      x: &TensorIr,
+                      value: usize,
+                      kind: Reduction,
+                      what: &str,
+                      intermediate: &mut dyn FnMut(&mut Self, &str, &[usize], NdSbp) -> usize|
          -> Result<(TensorIr, usize)> {
             let id = writer.fresh();
             let reduced = ReduceDimOpIr::create(x.clone(), axis, 1, || id);
@@ -603,7 +768,13 @@ impl<'a, 'p> Writer<'a, 'p> {
             };
             let partial = with(Sbp::P(kind));
             let found = intermediate(writer, what, &row, partial.clone());
-            writer.compute(what, OperationIr::NumericFloat(dtype, operation), signed(&[&whole], &partial), vec![value], found);
+            writer.compute(
+                what,
+                OperationIr::NumericFloat(dtype, operation),
+                signed(&[&whole], &partial),
+                vec![value],
+                found,
+            );
             let total = intermediate(writer, what, &row, of_row.clone());
             let path = writer.router.path(&row, dtype.size(), &partial, &of_row)?;
             let node = boxing(&writer.values, found, total, path);
@@ -617,13 +788,25 @@ impl<'a, 'p> Writer<'a, 'p> {
         let below = read_only(&shifted.out);
         let value = intermediate(self, "shifted", &shape, whole.clone());
         let rowed = signed(&[&whole, &of_row], &whole);
-        self.compute("shift", OperationIr::NumericFloat(dtype, Numeric::Sub(shifted)), rowed.clone(), vec![input, largest], value);
+        self.compute(
+            "shift",
+            OperationIr::NumericFloat(dtype, Numeric::Sub(shifted)),
+            rowed.clone(),
+            vec![input, largest],
+            value,
+        );
         let id = self.fresh();
         let powers = UnaryOpIr::create(below.clone(), || id);
         let power = read_only(&powers.out);
         let raised = intermediate(self, "exponentials", &shape, whole.clone());
         let single = signed(&[&whole], &whole);
-        self.compute("exponentials", OperationIr::Float(dtype, Float::Exp(powers)), single, vec![value], raised);
+        self.compute(
+            "exponentials",
+            OperationIr::Float(dtype, Float::Exp(powers)),
+            single,
+            vec![value],
+            raised,
+        );
         let (sum, total) = reduce(self, &power, raised, Reduction::Sum, "sum", &mut intermediate)?;
         let out = self.output(edge, &whole);
         if logarithm {
@@ -632,12 +815,30 @@ impl<'a, 'p> Writer<'a, 'p> {
             let logged = read_only(&log.out);
             let level = intermediate(self, "logarithm", &row, of_row.clone());
             let on_rows = signed(&[&of_row], &of_row);
-            self.compute("logarithm", OperationIr::Float(dtype, Float::Log(log)), on_rows, vec![total], level);
+            self.compute(
+                "logarithm",
+                OperationIr::Float(dtype, Float::Log(log)),
+                on_rows,
+                vec![total],
+                level,
+            );
             let last = BinaryOpIr::create(below, logged, || op.out.id);
-            self.compute("log-softmax", OperationIr::NumericFloat(dtype, Numeric::Sub(last)), rowed, vec![value, level], out);
+            self.compute(
+                "log-softmax",
+                OperationIr::NumericFloat(dtype, Numeric::Sub(last)),
+                rowed,
+                vec![value, level],
+                out,
+            );
         } else {
             let last = BinaryOpIr::create(power, sum, || op.out.id);
-            self.compute("softmax", OperationIr::NumericFloat(dtype, Numeric::Div(last)), rowed, vec![raised, total], out);
+            self.compute(
+                "softmax",
+                OperationIr::NumericFloat(dtype, Numeric::Div(last)),
+                rowed,
+                vec![raised, total],
+                out,
+            );
         }
         Ok(())
     }
@@ -647,7 +848,14 @@ impl<'a, 'p> Writer<'a, 'p> {
         TensorId::new(self.next - 1)
     }
 
-    fn compute(&mut self, name: &str, operation: OperationIr, signature: NdSignature, inputs: Vec<usize>, output: usize) {
+    fn compute(
+        &mut self,
+        name: &str,
+        operation: OperationIr,
+        signature: NdSignature,
+        inputs: Vec<usize>,
+        output: usize,
+    ) {
         let work = Work::Compute(Box::new(operation), signature);
         self.nodes.push(Node { name: name.into(), work, inputs, outputs: vec![output], queue: COMPUTE });
     }

@@ -23,7 +23,10 @@ impl Lines {
     pub fn new(world: &Communicator, mesh: &[usize]) -> Result<Self> {
         let devices: usize = mesh.iter().product();
         if world.size() != devices {
-            return Err(Error::usage(format!("the mesh {mesh:?} has {devices} devices, and there are {} ranks", world.size())));
+            return Err(Error::usage(format!(
+                "the mesh {mesh:?} has {devices} devices, and there are {} ranks",
+                world.size()
+            )));
         }
         let coordinate = crate::sbp::coordinate(mesh, world.rank());
         let mut lines = Vec::with_capacity(mesh.len());
@@ -57,14 +60,21 @@ impl Lines {
     ///
     /// # Errors
     /// When a rank is lost or late, or the element type cannot travel.
-    pub fn convert(&self, local: FlexTensor, shape: &[usize], from: &NdSbp, path: &[Step]) -> Result<FlexTensor> {
+    pub fn convert(
+        &self,
+        local: FlexTensor,
+        shape: &[usize],
+        from: &NdSbp,
+        path: &[Step],
+    ) -> Result<FlexTensor> {
         let mut state = from.clone();
         let mut local = local;
         for step in path {
             let mut others = state.clone();
             others.0[step.axis] = Sbp::B;
             let piece = Region::local(shape, &self.mesh, &others, &self.coordinate);
-            let place = Place { line: &self.lines[step.axis], index: self.coordinate[step.axis], shape: piece.size };
+            let place =
+                Place { line: &self.lines[step.axis], index: self.coordinate[step.axis], shape: piece.size };
             local = place.take(local, step)?;
             state.0[step.axis] = step.to;
         }
@@ -166,7 +176,13 @@ impl Place<'_> {
     }
 
     /// Sends a box to every rank and receives one from each.
-    fn exchange<T: Number>(&self, values: &[T], from: &Region, sent: &[Region], received: &[Region]) -> Result<Vec<T>> {
+    fn exchange<T: Number>(
+        &self,
+        values: &[T],
+        from: &Region,
+        sent: &[Region],
+        received: &[Region],
+    ) -> Result<Vec<T>> {
         let counts = |regions: &[Region]| regions.iter().map(Region::elements).collect::<Vec<_>>();
         let (send_counts, receive_counts) = (counts(sent), counts(received));
         let mut send = vec![T::default(); send_counts.iter().sum()];

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use burn::backend::ir::{FloatOperationIr as Float, HandleKind, NumericOperationIr as Numeric, OperationIr, TensorIr, TensorStatus};
+use burn::backend::ir::{
+    FloatOperationIr as Float, HandleKind, NumericOperationIr as Numeric, OperationIr, TensorIr, TensorStatus,
+};
 use burn::tensor::{BoolStore, DType, Distribution, TensorData};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 use burn_router::TensorInterpreter;
@@ -12,12 +14,13 @@ use kiln_compiler::catch_panic;
 use kiln_core::{Error, Result};
 
 use crate::actor::{Course, Queue, run};
+use crate::boxing::Router;
 use crate::exchange::Lines;
-use crate::graph::Logical;
+use crate::graph::{Logical, Variable};
 use crate::local::{Local, localise};
 use crate::optimiser::{Optimiser, State};
-use crate::physical::{Node, Physical, QUEUES, Work};
-use crate::sbp::{Region, copy_box};
+use crate::physical::{Node, Physical, QUEUES, Value, Work};
+use crate::sbp::{NdSbp, Region, copy_box};
 
 /// Gives every input of a piece, whole.
 pub type Feed<'a> = dyn Fn(usize) -> Result<Vec<TensorData>> + Sync + 'a;
@@ -27,6 +30,8 @@ pub type Feed<'a> = dyn Fn(usize) -> Result<Vec<TensorData>> + Sync + 'a;
 pub struct Run {
     /// How often.
     pub pieces: usize,
+    /// The number of the first piece: steps that were made before.
+    pub first: usize,
     /// Registers of every value; `None` runs the nodes one after another, without actors.
     pub registers: Option<usize>,
     /// How variables change.
@@ -41,7 +46,15 @@ pub struct Run {
 
 impl Default for Run {
     fn default() -> Self {
-        Self { pieces: 1, registers: Some(2), optimiser: Optimiser::default(), seed: 0, checked: false, traced: false }
+        Self {
+            pieces: 1,
+            first: 0,
+            registers: Some(2),
+            optimiser: Optimiser::default(),
+            seed: 0,
+            checked: false,
+            traced: false,
+        }
     }
 }
 
@@ -50,8 +63,6 @@ impl Default for Run {
 pub struct Done {
     /// Its parts of the outputs, by piece.
     pub outputs: Vec<Vec<TensorData>>,
-    /// Its parts of the variables.
-    pub variables: Vec<TensorData>,
     /// Bytes that it sent.
     pub bytes_sent: u64,
     /// Bytes of registers that it held at once at most, variables apart.
@@ -79,7 +90,9 @@ impl<'a> Rank<'a> {
     pub fn new(physical: &'a Physical, logical: &'a Logical, world: &Communicator) -> Result<Self> {
         let lines = Lines::new(world, &physical.placement.mesh)?;
         let at = |node: &Node| match &node.work {
-            Work::Compute(operation, signature) => Some(localise(operation, signature, lines.mesh(), lines.coordinate())),
+            Work::Compute(operation, signature) => {
+                Some(localise(operation, signature, lines.mesh(), lines.coordinate()))
+            }
             _ => None,
         };
         let locals = physical.nodes.iter().map(at).collect();
@@ -92,11 +105,16 @@ impl<'a> Rank<'a> {
             };
             match node.work {
                 Work::Variable(variable) => {
-                    variables[variable] = Some(State::new(FlexTensor::from_data(part(&logical.variables[variable].value)?)));
+                    let from = &logical.variables[variable];
+                    variables[variable] = Some(State::new(
+                        FlexTensor::from_data(part(&from.value)?),
+                        from.kept.iter().map(part).collect::<Result<_>>()?,
+                    ));
                 }
                 Work::Constant(id) => {
                     let data = logical.graph.constants.get(&id);
-                    let data = data.ok_or_else(|| Error::work(format!("constant %{} is not there", id.value())))?;
+                    let data =
+                        data.ok_or_else(|| Error::work(format!("constant %{} is not there", id.value())))?;
                     constants.insert(number, FlexTensor::from_data(part(data)?));
                 }
                 _ => {}
@@ -116,7 +134,9 @@ impl<'a> Rank<'a> {
             Some(registers) => {
                 let course = self.run_actors(registers, options, feed, &outputs)?;
                 let network = self.physical.network(registers);
-                let bytes = |value: usize| self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate());
+                let bytes = |value: usize| {
+                    self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate())
+                };
                 let values = 0..self.physical.values.len();
                 let peak = values.filter(|&value| !self.is_kept(network.channels[value].from));
                 let peak = peak.map(|value| bytes(value) * course.peak_registers[value]).sum();
@@ -125,14 +145,56 @@ impl<'a> Rank<'a> {
             None => (None, self.run_in_order(options, feed, &outputs)?),
         };
         let outputs = outputs.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let variables = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Done {
             outputs: outputs.into_iter().map(|piece| piece.into_iter().flatten().collect()).collect(),
-            variables: variables.iter().flatten().map(|state| state.value.clone().into_data()).collect(),
             bytes_sent: self.lines.bytes_sent() - sent,
             peak_bytes,
             course,
         })
+    }
+
+    /// This rank's place among the devices.
+    pub fn lines(&self) -> &Lines {
+        &self.lines
+    }
+
+    /// Every variable whole as it is now, with what the optimiser keeps of it. All ranks call it.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn variables(&self) -> Result<Vec<Variable>> {
+        let states = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |number: usize| {
+            self.physical.nodes.iter().find(|node| matches!(node.work, Work::Variable(at) if at == number))
+        };
+        let mut found = Vec::with_capacity(states.len());
+        for (number, (state, variable)) in states.iter().zip(&self.logical.variables).enumerate() {
+            let (Some(state), Some(node)) = (state, of(number)) else {
+                return Err(Error::work(format!("the variable {} has no value", variable.name)));
+            };
+            let form = &self.physical.values[node.outputs[0]];
+            let whole = |part: TensorData| self.whole(part, form);
+            let kept = state.kept().map(whole).collect::<Result<_>>()?;
+            found.push(Variable { value: whole(state.value.clone().into_data())?, kept, ..variable.clone() });
+        }
+        Ok(found)
+    }
+
+    /// An output whole, from the parts of all ranks. All of them call it.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn output(&self, port: usize, part: TensorData) -> Result<TensorData> {
+        let node =
+            self.physical.nodes.iter().find(|node| matches!(node.work, Work::Output(at) if at == port));
+        let node = node.ok_or_else(|| Error::work("the graph has no such output"))?;
+        self.whole(part, &self.physical.values[node.inputs[0]])
+    }
+
+    fn whole(&self, part: TensorData, form: &Value) -> Result<TensorData> {
+        let copies = NdSbp::broadcast(form.sbp.0.len());
+        let path = Router::new(self.lines.mesh()).path(&form.shape, form.dtype.size(), &form.sbp, &copies)?;
+        Ok(self.lines.convert(FlexTensor::from_data(part), &form.shape, &form.sbp, &path)?.into_data())
     }
 
     /// Whether a node's value is kept over pieces.
@@ -152,7 +214,8 @@ impl<'a> Rank<'a> {
             let mut values: Vec<Option<FlexTensor>> = vec![None; self.physical.values.len()];
             let mut held = 0;
             for (at, node) in self.physical.nodes.iter().enumerate() {
-                let inputs: Vec<FlexTensor> = node.inputs.iter().filter_map(|&value| values[value].clone()).collect();
+                let inputs: Vec<FlexTensor> =
+                    node.inputs.iter().filter_map(|&value| values[value].clone()).collect();
                 let results = hands.act(at, piece, inputs)?;
                 for (&value, result) in node.outputs.iter().zip(results) {
                     values[value] = Some(result);
@@ -178,7 +241,13 @@ impl<'a> Rank<'a> {
         writer.is_some_and(|node| self.is_kept(node))
     }
 
-    fn run_actors(&self, registers: usize, options: &Run, feed: &Feed<'_>, outputs: &Mutex<Outputs>) -> Result<Course> {
+    fn run_actors(
+        &self,
+        registers: usize,
+        options: &Run,
+        feed: &Feed<'_>,
+        outputs: &Mutex<Outputs>,
+    ) -> Result<Course> {
         let network = self.physical.network(registers);
         let nodes = &self.physical.nodes;
         let queue = |number: usize| {
@@ -191,7 +260,10 @@ impl<'a> Rank<'a> {
                     let mut places: Vec<usize> = (0..node.inputs.len()).collect();
                     places.sort_by_key(|&place| node.inputs[place]);
                     let mut read: Vec<Option<FlexTensor>> = vec![None; node.inputs.len()];
-                    places.into_iter().zip(inputs).for_each(|(place, value)| read[place] = Some(value.clone()));
+                    places
+                        .into_iter()
+                        .zip(inputs)
+                        .for_each(|(place, value)| read[place] = Some(value.clone()));
                     let mut results = hands.act(actor, piece, read.into_iter().flatten().collect())?;
                     // What is written goes out in the order of values too.
                     let mut order: Vec<usize> = (0..results.len()).collect();
@@ -206,7 +278,16 @@ impl<'a> Rank<'a> {
                 ordered: number == crate::physical::NETWORK,
             }
         };
-        run(&network, options.pieces, (0..QUEUES.len()).map(queue).collect(), |_| token(), self.lines.coordinate().iter().fold(0, |at, c| at * 64 + c), options.traced)
+        let place = self.lines.coordinate().iter().zip(self.lines.mesh());
+        let rank = place.fold(0, |rank, (at, extent)| rank * extent + at);
+        run(
+            &network,
+            options.pieces,
+            (0..QUEUES.len()).map(queue).collect(),
+            |_| token(),
+            rank,
+            options.traced,
+        )
     }
 }
 
@@ -236,14 +317,21 @@ impl<'r, 'a> Hands<'r, 'a> {
     fn act(&mut self, at: usize, piece: usize, inputs: Vec<FlexTensor>) -> Result<Vec<FlexTensor>> {
         let node = &self.rank.physical.nodes[at];
         let results = self.work(at, piece, inputs)?;
+        let piece = self.options.first + piece;
         if self.options.checked {
             for (result, &value) in results.iter().zip(&node.outputs) {
                 let broken = result.dtype() == DType::F32
-                    && result.to_contiguous().as_slice::<f32>().is_some_and(|values| values.iter().any(|x| x.is_nan()));
+                    && result
+                        .to_contiguous()
+                        .as_slice::<f32>()
+                        .is_some_and(|values| values.iter().any(|x| x.is_nan()));
                 if broken {
                     let name = &self.rank.physical.values[value].name;
-                    return Err(Error::work(format!("{} wrote values for {name} that are not numbers, in piece {piece}", node.name))
-                        .hint("is the learning rate too high, or an input not a number?"));
+                    return Err(Error::work(format!(
+                        "{} wrote values for {name} that are not numbers, in piece {piece}",
+                        node.name
+                    ))
+                    .hint("is the learning rate too high, or an input not a number?"));
                 }
             }
         }
@@ -252,22 +340,32 @@ impl<'r, 'a> Hands<'r, 'a> {
 
     fn work(&mut self, at: usize, piece: usize, mut inputs: Vec<FlexTensor>) -> Result<Vec<FlexTensor>> {
         let rank = self.rank;
+        let number = self.options.first + piece;
         let node = &rank.physical.nodes[at];
         let lost = || Error::work(format!("{} misses an operand", node.name));
         match &node.work {
             Work::Input(port) => {
                 if self.fed.as_ref().is_none_or(|(fed, _)| *fed != piece) {
-                    self.fed = Some((piece, (self.feed)(piece)?));
+                    self.fed = Some((piece, (self.feed)(number)?));
                 }
                 let data = self.fed.as_ref().and_then(|(_, data)| data.get(*port)).ok_or_else(lost)?;
                 let value = &rank.physical.values[node.outputs[0]];
                 let boundary = &rank.logical.graph.inputs[*port].port;
                 if data.shape().to_vec() != boundary.shape {
-                    let found = format!("has shape {:?}, the graph takes {:?}", data.shape().to_vec(), boundary.shape);
+                    let found = format!(
+                        "has shape {:?}, the graph takes {:?}",
+                        data.shape().to_vec(),
+                        boundary.shape
+                    );
                     return Err(Error::input(format!("input \"{}\"", boundary.name), found));
                 }
-                let region = Region::local(&value.shape, rank.lines.mesh(), &value.sbp, rank.lines.coordinate());
-                let data = if data.dtype() == value.dtype { cut(data, &region)? } else { cut(&data.clone().convert_dtype(value.dtype), &region)? };
+                let region =
+                    Region::local(&value.shape, rank.lines.mesh(), &value.sbp, rank.lines.coordinate());
+                let data = if data.dtype() == value.dtype {
+                    cut(data, &region)?
+                } else {
+                    cut(&data.clone().convert_dtype(value.dtype), &region)?
+                };
                 Ok(vec![FlexTensor::from_data(data)])
             }
             Work::Constant(_) => Ok(vec![rank.constants.get(&at).cloned().ok_or_else(lost)?]),
@@ -279,8 +377,15 @@ impl<'r, 'a> Hands<'r, 'a> {
                 let local = rank.locals[at].as_ref().ok_or_else(lost)?;
                 if let Some(distribution) = random(operation) {
                     let out = &rank.physical.values[node.outputs[0]];
-                    let region = Region::local(&out.shape, rank.lines.mesh(), &signature.output(0), rank.lines.coordinate());
-                    let key = key(self.options.seed, at as u64, piece as u64);
+                    let region = Region::local(
+                        &out.shape,
+                        rank.lines.mesh(),
+                        &signature.output(0),
+                        rank.lines.coordinate(),
+                    );
+                    // By the logical tensor's number, which is the same in every physical graph.
+                    let tensor = operation.outputs().next().map_or(0, |out| out.id.value());
+                    let key = key(self.options.seed, tensor, number as u64);
                     return Ok(vec![draw(&out.shape, out.dtype, &region, distribution, key)]);
                 }
                 compute(&mut self.interpreter, local, inputs).map_err(|found| {
@@ -297,7 +402,7 @@ impl<'r, 'a> Hands<'r, 'a> {
                 let gradient = inputs.pop().ok_or_else(lost)?;
                 // The step needs the value alone, so that it can be made in place.
                 let state = rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable].take();
-                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, piece);
+                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, number);
                 rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable] = Some(state);
                 Ok(Vec::new())
             }
@@ -322,8 +427,7 @@ pub fn cut(data: &TensorData, region: &Region) -> Result<TensorData> {
         ($($dtype:pat => $type:ty),+) => {
             match data.dtype() {
                 $($dtype => {
-                    let values = data.try_view::<$type>().map_err(|e| Error::work(format!("a tensor cannot be read: {e:?}")))?;
-                    let values: &[$type] = &values;
+                    let values = data.as_slice::<$type>().map_err(|e| Error::work(format!("a tensor cannot be read: {e:?}")))?;
                     let mut out = vec![<$type>::default(); region.elements()];
                     copy_box(values, &whole, &mut out, region, region);
                     Ok(TensorData::new(out, region.size.clone()))
@@ -349,7 +453,7 @@ fn bools(bytes: Vec<u8>, shape: &[usize], store: BoolStore) -> TensorData {
 ///
 /// # Errors
 /// When parts have another type or size than their form says, or are partial.
-pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &crate::sbp::NdSbp, parts: &[TensorData]) -> Result<TensorData> {
+pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &NdSbp, parts: &[TensorData]) -> Result<TensorData> {
     let whole = Region::whole(shape);
     let first = parts.first().ok_or_else(|| Error::work("there are no parts to assemble"))?;
     if sbp.is_partial() {
@@ -363,8 +467,8 @@ pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &crate::sbp::NdSbp, parts:
                     let mut out = vec![<$type>::default(); whole.elements()];
                     for (index, part) in parts.iter().enumerate() {
                         let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
-                        let values = part.try_view::<$type>().map_err(|e| Error::work(format!("a part cannot be read: {e:?}")))?;
-                        copy_box(&values, &region, &mut out, &whole, &region);
+                        let values = part.as_slice::<$type>().map_err(|e| Error::work(format!("a part cannot be read: {e:?}")))?;
+                        copy_box(values, &region, &mut out, &whole, &region);
                     }
                     Ok(TensorData::new(out, shape.to_vec()))
                 })+
@@ -400,8 +504,13 @@ pub(crate) fn compute(
         let results = local.outputs.iter().map(|out| take(interpreter, out)).collect();
         // Operands and what lies between are needed no more.
         let made = local.operations.iter().flat_map(|operation| operation.outputs());
-        for tensor in local.inputs.iter().chain(made.filter(|made| local.outputs.iter().all(|out| out.id != made.id))) {
-            interpreter.register_op(OperationIr::Drop(TensorIr { status: TensorStatus::ReadWrite, ..tensor.clone() }));
+        for tensor in
+            local.inputs.iter().chain(made.filter(|made| local.outputs.iter().all(|out| out.id != made.id)))
+        {
+            interpreter.register_op(OperationIr::Drop(TensorIr {
+                status: TensorStatus::ReadWrite,
+                ..tensor.clone()
+            }));
         }
         results
     })
@@ -425,7 +534,8 @@ fn take(interpreter: &mut TensorInterpreter<Flex>, tensor: &TensorIr) -> FlexTen
 fn filled(tensor: &TensorIr, fill: f64) -> FlexTensor {
     let data = match tensor.dtype {
         DType::Bool(_) => TensorData::new(vec![false; tensor.shape.num_elements()], tensor.shape.clone()),
-        dtype => TensorData::new(vec![fill; tensor.shape.num_elements()], tensor.shape.clone()).convert_dtype(dtype),
+        dtype => TensorData::new(vec![fill; tensor.shape.num_elements()], tensor.shape.clone())
+            .convert_dtype(dtype),
     };
     FlexTensor::from_data(data)
 }
@@ -447,12 +557,18 @@ fn mixed(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-fn key(seed: u64, node: u64, piece: u64) -> u64 {
-    mixed(mixed(mixed(seed) ^ node) ^ piece)
+fn key(seed: u64, tensor: u64, piece: u64) -> u64 {
+    mixed(mixed(mixed(seed) ^ tensor) ^ piece)
 }
 
 /// Random numbers that depend on their place in the whole tensor, so that every way to split it draws the same.
-pub(crate) fn draw(shape: &[usize], dtype: DType, region: &Region, distribution: Distribution, key: u64) -> FlexTensor {
+pub(crate) fn draw(
+    shape: &[usize],
+    dtype: DType,
+    region: &Region,
+    distribution: Distribution,
+    key: u64,
+) -> FlexTensor {
     let uniform = |number: u64| (mixed(key ^ number) >> 11) as f64 / (1u64 << 53) as f64;
     let one = |number: u64| match distribution {
         Distribution::Default => uniform(2 * number),

@@ -27,6 +27,8 @@ pub struct Variable {
     pub gradient: TensorId,
     /// What it begins with.
     pub value: TensorData,
+    /// What the optimiser keeps of it; nothing before the first step.
+    pub kept: Vec<TensorData>,
 }
 
 impl Logical {
@@ -35,6 +37,8 @@ impl Logical {
     /// # Errors
     /// When the graph is malformed.
     pub fn of(mut graph: Graph) -> Result<Self> {
+        // Registers end the lives of tensors here.
+        graph.operations.retain(|operation| !matches!(operation, OperationIr::Drop(_)));
         for pass in GraphPass::ALL {
             pass.apply(&mut graph)?;
         }
@@ -64,11 +68,20 @@ impl Logical {
             };
             if with.inputs[input].port.shape != value.shape().to_vec() {
                 let found = format!("has shape {:?}", value.shape().to_vec());
-                return Err(Error::input(name, format!("{found}, the graph takes {:?}", with.inputs[input].port.shape)));
+                return Err(Error::input(
+                    name,
+                    format!("{found}, the graph takes {:?}", with.inputs[input].port.shape),
+                ));
             }
             let tensor = with.inputs.remove(input).tensor;
             let gradient = with.outputs.remove(gradient).tensor;
-            variables.push(Variable { name: name.clone(), tensor, gradient, value: value.clone() });
+            variables.push(Variable {
+                name: name.clone(),
+                tensor,
+                gradient,
+                value: value.clone(),
+                kept: Vec::new(),
+            });
         }
         Ok(Self { graph: with, variables })
     }
@@ -103,7 +116,9 @@ impl Logical {
     pub fn names(&self) -> BTreeMap<TensorId, String> {
         let mut names: BTreeMap<TensorId, String> = BTreeMap::new();
         for operation in &self.graph.operations {
-            operation.outputs().for_each(|tensor| drop(names.insert(tensor.id, format!("%{}", tensor.id.value()))));
+            operation
+                .outputs()
+                .for_each(|tensor| drop(names.insert(tensor.id, format!("%{}", tensor.id.value()))));
         }
         self.graph.constants.keys().for_each(|id| drop(names.insert(*id, format!("%{}", id.value()))));
         for Boundary { port, tensor } in self.graph.outputs.iter().chain(&self.graph.inputs) {
@@ -140,10 +155,18 @@ pub fn work(operation: &OperationIr) -> f64 {
             Module::LinearWeightBackward(op) => 2.0 * count(&op.x) * op.out.shape[1] as f64,
             Module::Conv1d(op) => product(op.weight.shape[1..].iter().product()),
             Module::Conv2d(op) => product(op.weight.shape[1..].iter().product()),
-            Module::Conv1dXBackward(op) => 2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64),
-            Module::Conv2dXBackward(op) => 2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64),
-            Module::Conv1dWeightBackward(op) => 2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64),
-            Module::Conv2dWeightBackward(op) => 2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64),
+            Module::Conv1dXBackward(op) => {
+                2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64)
+            }
+            Module::Conv2dXBackward(op) => {
+                2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64)
+            }
+            Module::Conv1dWeightBackward(op) => {
+                2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64)
+            }
+            Module::Conv2dWeightBackward(op) => {
+                2.0 * count(&op.output_grad) * (count(&op.weight) / op.weight.shape[0] as f64)
+            }
             Module::Attention(op) => 4.0 * count(&op.query) * op.key.shape[2] as f64,
             _ => out,
         },

@@ -48,7 +48,7 @@ pub struct Selection {
 const ELEMENT: usize = 4;
 /// The signatures that divide a product.
 const PRODUCT: [([Sbp; 2], Sbp); 3] =
-    [([Sbp::S(0), Sbp::B], Sbp::S(0)), ([Sbp::B, Sbp::S(1)], Sbp::S(1)), ([Sbp::S(1), Sbp::S(0)], Sbp::P)];
+    [([Sbp::S(0), Sbp::B], Sbp::S(0)), ([Sbp::B, Sbp::S(1)], Sbp::S(1)), ([Sbp::S(1), Sbp::S(0)], Sbp::SUM)];
 
 // The tensors, by their number.
 const X: usize = 0;
@@ -74,7 +74,8 @@ impl Linear {
             return Err(Error::usage("batch, features, classes and devices must be at least 1"));
         }
         let forms = [Sbp::B, Sbp::S(0), Sbp::S(1)];
-        let by_weight_sbp = forms.into_iter().map(|weight| self.best_for(weight, devices)).collect::<Result<Vec<_>>>()?;
+        let by_weight_sbp =
+            forms.into_iter().map(|weight| self.best_for(weight, devices)).collect::<Result<Vec<_>>>()?;
         let best = by_weight_sbp.iter().min_by(|a, b| a.bytes.total_cmp(&b.bytes)).cloned();
         let best = best.ok_or_else(|| Error::work("there is no form of the weight"))?;
         Ok(Selection { best, by_weight_sbp })
@@ -105,7 +106,11 @@ impl Linear {
     }
 
     fn problem(&self, weight: Sbp, devices: usize) -> Problem {
-        let edge = |name: &str, shape: [usize; 2]| Edge { name: name.into(), shape: shape.to_vec(), element: ELEMENT };
+        let edge = |name: &str, shape: [usize; 2]| Edge {
+            name: name.into(),
+            shape: shape.to_vec(),
+            element: ELEMENT,
+        };
         let (b, f, c) = (self.batch, self.features, self.classes);
         let edges = vec![
             edge("x", [b, f]),

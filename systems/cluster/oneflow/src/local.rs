@@ -2,8 +2,8 @@
 
 use burn::backend::ir::{
     BaseOperationIr as Base, BinaryOpIr, BoolOperationIr, ClampOpIr, IrVisitorMut, MaskFillOpIr,
-    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, ReduceOpIr, ScalarIr,
-    ScalarOpIr, ShapeOpIr, TensorId, TensorIr, TensorStatus,
+    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, ReduceOpIr,
+    ScalarIr, ScalarOpIr, ShapeOpIr, TensorId, TensorIr, TensorStatus,
 };
 use burn::tensor::{BoolStore, DType, Shape, Slice};
 
@@ -26,14 +26,21 @@ pub struct Local {
 }
 
 /// The part of an operation that the device at a coordinate of the mesh computes.
-pub fn localise(operation: &OperationIr, signature: &NdSignature, mesh: &[usize], coordinate: &[usize]) -> Local {
+pub fn localise(
+    operation: &OperationIr,
+    signature: &NdSignature,
+    mesh: &[usize],
+    coordinate: &[usize],
+) -> Local {
     let region = |tensor: &TensorIr, sbp: &NdSbp| Region::local(&tensor.shape, mesh, sbp, coordinate);
     let inputs: Vec<Region> =
         operation.inputs().enumerate().map(|(at, tensor)| region(tensor, &signature.input(at))).collect();
     let outputs: Vec<Region> =
         operation.outputs().enumerate().map(|(at, tensor)| region(tensor, &signature.output(at))).collect();
-    let mut renumber =
-        Renumber { shapes: inputs.iter().chain(&outputs).map(|region| region.size.clone()).collect(), next: 0 };
+    let mut renumber = Renumber {
+        shapes: inputs.iter().chain(&outputs).map(|region| region.size.clone()).collect(),
+        next: 0,
+    };
     let mut local = operation.clone();
     local.visit_mut(&mut renumber);
     set_ranges(&mut local, operation);
@@ -41,7 +48,8 @@ pub fn localise(operation: &OperationIr, signature: &NdSignature, mesh: &[usize]
     let mut writer = Writer { operations: Vec::new(), next: (inputs.len() + outputs.len()) as u64 };
     let operands: Vec<TensorIr> = local.inputs().cloned().collect();
     let results: Vec<TensorIr> = local.outputs().cloned().collect();
-    let nothing = outputs.iter().all(|region| region.elements() == 0) || inputs.iter().any(|region| region.elements() == 0);
+    let nothing = outputs.iter().all(|region| region.elements() == 0)
+        || inputs.iter().any(|region| region.elements() == 0);
     if !nothing {
         writer.write(operation, local, &inputs);
     }
@@ -67,14 +75,20 @@ impl IrVisitorMut for Renumber {
 
 /// Slices that take an axis in full take what there is of it.
 fn set_ranges(local: &mut OperationIr, global: &OperationIr) {
-    let (OperationIr::BaseFloat(to) | OperationIr::BaseInt(to) | OperationIr::BaseBool(to)) = local else { return };
-    let (OperationIr::BaseFloat(from) | OperationIr::BaseInt(from) | OperationIr::BaseBool(from)) = global else { return };
+    let (OperationIr::BaseFloat(to) | OperationIr::BaseInt(to) | OperationIr::BaseBool(to)) = local else {
+        return;
+    };
+    let (OperationIr::BaseFloat(from) | OperationIr::BaseInt(from) | OperationIr::BaseBool(from)) = global
+    else {
+        return;
+    };
     let (tensor, here, ranges) = match (from, to) {
         (Base::Slice(from), Base::Slice(to)) => (&from.tensor, &to.tensor, &mut to.ranges),
         (Base::SliceAssign(from), Base::SliceAssign(to)) => (&from.tensor, &to.tensor, &mut to.ranges),
         _ => return,
     };
-    let whole: Vec<bool> = (0..tensor.shape.rank()).map(|axis| is_whole(ranges, axis, tensor.shape[axis])).collect();
+    let whole: Vec<bool> =
+        (0..tensor.shape.rank()).map(|axis| is_whole(ranges, axis, tensor.shape[axis])).collect();
     for (axis, range) in ranges.iter_mut().enumerate() {
         if whole[axis] {
             *range = Slice::from(0..here.shape[axis]);
@@ -122,7 +136,10 @@ impl Writer {
         let last = ScalarIr::Int(rows as i64 - 1);
         let int = indices.dtype;
         let id = self.fresh();
-        let moved = self.push(OperationIr::NumericInt(int, Numeric::SubScalar(ScalarOpIr::create(indices, first, || id))));
+        let moved = self.push(OperationIr::NumericInt(
+            int,
+            Numeric::SubScalar(ScalarOpIr::create(indices, first, || id)),
+        ));
         let id = self.fresh();
         let under = ScalarOpIr::create_comparison(moved.clone(), below, BOOL, || id);
         let under = self.push(OperationIr::NumericInt(int, Numeric::LowerElem(under)));
@@ -130,9 +147,11 @@ impl Writer {
         let over = ScalarOpIr::create_comparison(moved.clone(), last, BOOL, || id);
         let over = self.push(OperationIr::NumericInt(int, Numeric::GreaterElem(over)));
         let id = self.fresh();
-        let elsewhere = self.push(OperationIr::Bool(BoolOperationIr::Or(BinaryOpIr::create(under, over, || id))));
+        let elsewhere =
+            self.push(OperationIr::Bool(BoolOperationIr::Or(BinaryOpIr::create(under, over, || id))));
         let id = self.fresh();
-        let kept = self.push(OperationIr::NumericInt(int, Numeric::Clamp(ClampOpIr::create(moved, below, last, || id))));
+        let kept = self
+            .push(OperationIr::NumericInt(int, Numeric::Clamp(ClampOpIr::create(moved, below, last, || id))));
 
         replace_indices(&mut local, &kept);
         match value_of(&mut local) {
@@ -175,7 +194,11 @@ impl Writer {
         let id = out.unwrap_or_else(|| self.fresh());
         let zero = if x.dtype.is_float() { ScalarIr::Float(0.0) } else { ScalarIr::Int(0) };
         let filled = Base::MaskFill(MaskFillOpIr::create(x.clone(), mask, zero, || id));
-        self.push(if x.dtype.is_float() { OperationIr::BaseFloat(filled) } else { OperationIr::BaseInt(filled) })
+        self.push(if x.dtype.is_float() {
+            OperationIr::BaseFloat(filled)
+        } else {
+            OperationIr::BaseInt(filled)
+        })
     }
 
     /// A mean over more elements than are here: their sum, divided by the number of all.
@@ -223,7 +246,8 @@ fn mean_count(global: &OperationIr, inputs: &[Region]) -> Option<usize> {
 fn replace_indices(local: &mut OperationIr, indices: &TensorIr) {
     let indices = indices.clone();
     match local {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base
+        {
             Base::Select(op) => op.indices = indices,
             Base::Gather(op) => op.indices = indices,
             Base::SelectAssign(op) => op.indices = indices,
@@ -239,8 +263,12 @@ fn replace_indices(local: &mut OperationIr, indices: &TensorIr) {
 /// What is added by number.
 fn value_of(local: &mut OperationIr) -> Option<&mut TensorIr> {
     match local {
-        OperationIr::BaseFloat(Base::SelectAssign(op)) | OperationIr::BaseInt(Base::SelectAssign(op)) => Some(&mut op.value),
-        OperationIr::BaseFloat(Base::Scatter(op)) | OperationIr::BaseInt(Base::Scatter(op)) => Some(&mut op.value),
+        OperationIr::BaseFloat(Base::SelectAssign(op)) | OperationIr::BaseInt(Base::SelectAssign(op)) => {
+            Some(&mut op.value)
+        }
+        OperationIr::BaseFloat(Base::Scatter(op)) | OperationIr::BaseInt(Base::Scatter(op)) => {
+            Some(&mut op.value)
+        }
         OperationIr::Module(Module::EmbeddingBackward(op)) => Some(&mut op.out_grad),
         _ => None,
     }

@@ -43,9 +43,19 @@ pub struct State {
 }
 
 impl State {
-    /// Before the first step.
-    pub fn new(value: FlexTensor) -> Self {
-        Self { value, kept: Vec::new() }
+    /// A value, with what the optimiser kept of it; nothing before the first step.
+    pub fn new(value: FlexTensor, kept: Vec<TensorData>) -> Self {
+        let flat = |data: TensorData| {
+            let count = data.num_elements();
+            Tensor::from_data(reshaped(data, &[count]), &Device::flex())
+        };
+        Self { value, kept: kept.into_iter().map(flat).collect() }
+    }
+
+    /// What the optimiser keeps, of the value's shape.
+    pub fn kept(&self) -> impl Iterator<Item = TensorData> {
+        let shape = self.value.layout().shape().to_vec();
+        self.kept.iter().map(move |kept| reshaped(kept.to_data(), &shape))
     }
 }
 
@@ -56,9 +66,8 @@ impl Optimiser {
         let shape = state.value.layout().shape().to_vec();
         let flat = |tensor: FlexTensor| {
             let data = tensor.into_data();
-            let len = data.shape().iter().product::<usize>();
-            let (bytes, _, dtype) = data.into_parts();
-            Tensor::<1>::from_data(TensorData::from_bytes(bytes, [len], dtype), &device)
+            let count = data.num_elements();
+            Tensor::<1>::from_data(reshaped(data, &[count]), &device)
         };
         let (value, gradient) = (flat(state.value), flat(gradient));
         let zeros = || Tensor::<1>::zeros(value.shape(), &device);
@@ -69,17 +78,29 @@ impl Optimiser {
                 let step = SgdStep { lr: self.lr, momentum: MOMENTUM, nesterov: false, scale: 1.0 };
                 let state = [next()];
                 let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
-                stepped.into_iter().map(|p| (p.value, p.state.to_vec())).next().expect("one parameter went in")
+                stepped
+                    .into_iter()
+                    .map(|p| (p.value, p.state.to_vec()))
+                    .next()
+                    .expect("one parameter went in")
             }
             Kind::Adam => {
                 let step = i32::try_from(piece + 1).unwrap_or(i32::MAX);
                 let step = AdamWStep { lr: self.lr, betas: BETAS, epsilon: EPSILON, step, scale: 1.0 };
                 let state = [next(), next()];
                 let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
-                stepped.into_iter().map(|p| (p.value, p.state.to_vec())).next().expect("one parameter went in")
+                stepped
+                    .into_iter()
+                    .map(|p| (p.value, p.state.to_vec()))
+                    .next()
+                    .expect("one parameter went in")
             }
         };
-        let (bytes, _, dtype) = value.into_data().into_parts();
-        State { value: FlexTensor::from_data(TensorData::from_bytes(bytes, shape, dtype)), kept }
+        State { value: FlexTensor::from_data(reshaped(value.into_data(), &shape)), kept }
     }
+}
+
+fn reshaped(data: TensorData, shape: &[usize]) -> TensorData {
+    let (bytes, _, dtype) = data.into_parts();
+    TensorData::from_bytes(bytes, shape.to_vec(), dtype)
 }

@@ -146,18 +146,27 @@ impl Physical {
         let bytes: Vec<usize> =
             self.values.iter().map(|value| value.local_bytes(&self.placement.mesh, &origin)).collect();
         let lasting = |node: &Node| matches!(node.work, Work::Variable(_) | Work::Constant(_));
-        let stored: usize = self.nodes.iter().filter(|node| lasting(node)).map(|node| bytes[node.outputs[0]]).sum();
+        let stored: usize =
+            self.nodes.iter().filter(|node| lasting(node)).map(|node| bytes[node.outputs[0]]).sum();
         let mut kept = vec![true; self.values.len()];
         self.nodes.iter().filter(|node| lasting(node)).for_each(|node| kept[node.outputs[0]] = false);
         let lifetimes = self.lifetimes();
         let alive = |at: usize| -> usize {
             let values = lifetimes.iter().zip(&bytes).zip(&kept);
-            values.filter(|((life, _), kept)| **kept && life.0 <= at && at <= life.1).map(|((_, bytes), _)| bytes).sum()
+            values
+                .filter(|((life, _), kept)| **kept && life.0 <= at && at <= life.1)
+                .map(|((_, bytes), _)| bytes)
+                .sum()
         };
         let shared = (0..self.nodes.len()).map(alive).max().unwrap_or(0);
-        let own = bytes.iter().zip(&kept).filter(|(_, kept)| **kept).map(|(bytes, _)| bytes * registers).sum();
-        let mut largest: Vec<(String, usize)> =
-            self.values.iter().zip(&bytes).map(|(value, bytes)| (format!("{} [{}]", value.name, value.sbp), *bytes)).collect();
+        let own =
+            bytes.iter().zip(&kept).filter(|(_, kept)| **kept).map(|(bytes, _)| bytes * registers).sum();
+        let mut largest: Vec<(String, usize)> = self
+            .values
+            .iter()
+            .zip(&bytes)
+            .map(|(value, bytes)| (format!("{} [{}]", value.name, value.sbp), *bytes))
+            .collect();
         largest.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
         largest.truncate(5);
         Memory { stored, shared, own, largest }
@@ -166,7 +175,8 @@ impl Physical {
     /// The actors of one device. Every value is a channel of `registers` registers, and an update lets the variable's next
     /// piece go.
     pub fn network(&self, registers: usize) -> Network {
-        let actors = self.nodes.iter().map(|node| Actor { name: node.name.clone(), queue: node.queue, duration: 1.0 });
+        let actors =
+            self.nodes.iter().map(|node| Actor { name: node.name.clone(), queue: node.queue, duration: 1.0 });
         let mut network = Network { actors: actors.collect(), channels: Vec::new() };
         let mut readers: Vec<Vec<usize>> = vec![Vec::new(); self.values.len()];
         let mut writer = vec![0; self.values.len()];
@@ -219,13 +229,25 @@ impl Physical {
 
     /// The physical graph for Graphviz.
     pub fn to_dot(&self) -> String {
-        let mut dot = String::from("digraph physical {\n  rankdir=TB; node [shape=box, fontname=\"sans-serif\", fontsize=10];\n");
+        let mut dot = String::from(
+            "digraph physical {\n  rankdir=TB; node [shape=box, fontname=\"sans-serif\", fontsize=10];\n",
+        );
         let mut writer = vec![0; self.values.len()];
         for (at, node) in self.nodes.iter().enumerate() {
-            let _ = writeln!(dot, "  n{at} [label=\"{}\", style=filled, fillcolor=\"{}\"];", quoted(&node.name), colour(node));
+            let _ = writeln!(
+                dot,
+                "  n{at} [label=\"{}\", style=filled, fillcolor=\"{}\"];",
+                quoted(&node.name),
+                colour(node)
+            );
             for &value in &node.inputs {
                 let label = format!("{} {}", self.values[value].name, self.values[value].sbp);
-                let _ = writeln!(dot, "  n{} -> n{at} [label=\"{}\", fontsize=8];", writer[value], quoted(&label));
+                let _ = writeln!(
+                    dot,
+                    "  n{} -> n{at} [label=\"{}\", fontsize=8];",
+                    writer[value],
+                    quoted(&label)
+                );
             }
             node.outputs.iter().for_each(|&value| writer[value] = at);
         }
@@ -352,7 +374,11 @@ fn colour(node: &Node) -> &'static str {
 
 fn shortened(name: &str) -> String {
     const MOST: usize = 26;
-    if name.chars().count() <= MOST { name.into() } else { name.chars().take(MOST - 1).chain(['…']).collect() }
+    if name.chars().count() <= MOST {
+        name.into()
+    } else {
+        name.chars().take(MOST - 1).chain(['…']).collect()
+    }
 }
 
 fn quoted(text: &str) -> String {

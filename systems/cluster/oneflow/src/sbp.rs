@@ -41,7 +41,7 @@ pub enum Sbp {
 
 impl Sbp {
     /// Partial sums.
-    pub const P: Self = Self::P(Reduction::Sum);
+    pub const SUM: Self = Self::P(Reduction::Sum);
 
     /// The axis of the tensor that is split.
     pub fn axis(self) -> Option<usize> {
@@ -64,7 +64,7 @@ impl Sbp {
     pub fn dual(self) -> Self {
         match self {
             Self::S(axis) => Self::S(axis),
-            Self::B => Self::P,
+            Self::B => Self::SUM,
             Self::P(_) => Self::B,
         }
     }
@@ -89,7 +89,7 @@ impl FromStr for Sbp {
         let text = text.trim();
         match text.to_ascii_lowercase().as_str() {
             "b" => return Ok(Self::B),
-            "p" | "psum" => return Ok(Self::P),
+            "p" | "psum" => return Ok(Self::SUM),
             "pmax" => return Ok(Self::P(Reduction::Max)),
             "pmin" => return Ok(Self::P(Reduction::Min)),
             _ => {}
@@ -134,8 +134,13 @@ impl NdSbp {
     /// When the mesh has another number of axes, or an axis is split that the tensor lacks.
     pub fn check(&self, name: &str, shape: &[usize], mesh: &[usize]) -> Result<()> {
         if self.0.len() != mesh.len() {
-            let found = format!("{self} says what {} axes of a mesh do, the mesh {mesh:?} has {}", self.0.len(), mesh.len());
-            return Err(Error::usage(format!("{name}: {found}")).hint("one of S0, S1, …, B, P an axis, joined by commas"));
+            let found = format!(
+                "{self} says what {} axes of a mesh do, the mesh {mesh:?} has {}",
+                self.0.len(),
+                mesh.len()
+            );
+            return Err(Error::usage(format!("{name}: {found}"))
+                .hint("one of S0, S1, …, B, P an axis, joined by commas"));
         }
         match self.0.iter().filter_map(|sbp| sbp.axis()).find(|axis| *axis >= shape.len()) {
             Some(axis) => Err(Error::usage(format!(
@@ -212,7 +217,8 @@ impl Placement {
     /// # Errors
     /// When the text is something else.
     pub fn parse(text: &str) -> Result<Self> {
-        let extents: Option<Vec<usize>> = text.split(['x', ',', '×']).map(|part| part.trim().parse().ok()).collect();
+        let extents: Option<Vec<usize>> =
+            text.split(['x', ',', '×']).map(|part| part.trim().parse().ok()).collect();
         match extents {
             Some(extents) => Self::mesh(&extents),
             None => Err(Error::usage(format!("\"{text}\" is no mesh of devices")).hint("write 4 or 2x2")),
@@ -381,13 +387,13 @@ mod tests {
         let what = from.intersect(&to);
         assert_eq!(what, Region { start: vec![1, 1, 2], size: vec![2, 1, 3] });
         let value = |i: usize, j: usize, k: usize| i * 100 + j * 10 + k;
-        let values: Vec<usize> =
-            (0..24).map(|at| value(1 + at / 8, (at / 4) % 2, 2 + at % 4)).collect();
+        let values: Vec<usize> = (0..24).map(|at| value(1 + at / 8, (at / 4) % 2, 2 + at % 4)).collect();
         let mut into = vec![usize::MAX; 15];
         copy_box(&values, &from, &mut into, &to, &what);
         for (at, found) in into.into_iter().enumerate() {
             let (i, k) = (at / 5, at % 5);
-            let expected = if (1..3).contains(&i) && (2..5).contains(&k) { value(i, 1, k) } else { usize::MAX };
+            let expected =
+                if (1..3).contains(&i) && (2..5).contains(&k) { value(i, 1, k) } else { usize::MAX };
             assert_eq!(found, expected, "{i} {k}");
         }
     }

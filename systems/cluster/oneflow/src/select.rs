@@ -89,7 +89,10 @@ impl<'a> Solver<'a> {
     pub fn new(problem: &'a Problem, router: &mut Router) -> Self {
         let mut links: Vec<Link> = problem.edges.iter().map(|_| Link::default()).collect();
         for (at, node) in problem.nodes.iter().enumerate() {
-            node.outputs.iter().enumerate().for_each(|(place, &edge)| links[edge].producer = Some((at, place)));
+            node.outputs
+                .iter()
+                .enumerate()
+                .for_each(|(place, &edge)| links[edge].producer = Some((at, place)));
             node.inputs.iter().enumerate().for_each(|(place, &edge)| links[edge].consumers.push((at, place)));
         }
         let mut costs = Vec::with_capacity(links.len());
@@ -112,7 +115,9 @@ impl<'a> Solver<'a> {
             let bytes = |router: &mut Router, from: &NdSbp, to: &NdSbp| {
                 router.bytes(&edge.shape, edge.element, from, to).map_or(f64::INFINITY, |bytes| bytes as f64)
             };
-            costs.push(forms.iter().map(|from| forms.iter().map(|to| bytes(router, from, to)).collect()).collect());
+            costs.push(
+                forms.iter().map(|from| forms.iter().map(|to| bytes(router, from, to)).collect()).collect(),
+            );
         }
         Self { problem, links, costs }
     }
@@ -137,7 +142,8 @@ impl<'a> Solver<'a> {
 
     /// The cost of an assignment of a choice to every node.
     pub fn cost(&self, assignment: &[usize]) -> f64 {
-        let own: f64 = self.problem.nodes.iter().zip(assignment).map(|(node, &at)| node.choices[at].cost).sum();
+        let own: f64 =
+            self.problem.nodes.iter().zip(assignment).map(|(node, &at)| node.choices[at].cost).sum();
         own + (0..self.links.len()).map(|edge| self.edge_cost(edge, |node| assignment[node])).sum::<f64>()
     }
 
@@ -186,7 +192,8 @@ impl<'a> Solver<'a> {
                     let from = link.forms[&(producer, true, written)][chosen];
                     let to = link.forms[&(at, false, place)][choice];
                     let there = link.consumers.iter().any(|&(other, place)| {
-                        assignment[other].is_some_and(|chosen| link.forms[&(other, false, place)][chosen] == to)
+                        assignment[other]
+                            .is_some_and(|chosen| link.forms[&(other, false, place)][chosen] == to)
                     });
                     if !there {
                         cost += self.costs[edge][from][to];
@@ -218,7 +225,9 @@ impl<'a> Solver<'a> {
                     choices[choice].cost + edges.map(|&edge| self.edge_cost(edge, of)).sum::<f64>()
                 };
                 let now = cost(assignment[at]);
-                let best = (0..choices.len()).map(|choice| (choice, cost(choice))).min_by(|a, b| a.1.total_cmp(&b.1));
+                let best = (0..choices.len())
+                    .map(|choice| (choice, cost(choice)))
+                    .min_by(|a, b| a.1.total_cmp(&b.1));
                 if let Some((choice, found)) = best
                     && found < now * (1.0 - 1e-12) - 1e-9
                 {
@@ -242,7 +251,8 @@ impl<'a> Solver<'a> {
         for assignment in &mut found {
             self.adjust(assignment);
         }
-        let mut best = found.into_iter().min_by(|a, b| self.cost(a).total_cmp(&self.cost(b))).unwrap_or_default();
+        let mut best =
+            found.into_iter().min_by(|a, b| self.cost(a).total_cmp(&self.cost(b))).unwrap_or_default();
         let mut idle = 0;
         while idle < PATIENCE {
             let (mut next, exact) = self.eliminate(&best, rng);
@@ -323,17 +333,23 @@ impl<'a> Solver<'a> {
             factors.retain(Option::is_some);
             let mut whole = around.clone();
             whole.push(node);
-            let strides: Vec<Vec<usize>> = touching.iter().map(|factor| factor.strides(domains, &whole)).collect();
+            let strides: Vec<Vec<usize>> =
+                touching.iter().map(|factor| factor.strides(domains, &whole)).collect();
             let (mut table, mut best) = (Vec::new(), Vec::new());
             let choices = domains[node].len();
             each(domains, &around, |chosen| {
-                let at: Vec<usize> =
-                    strides.iter().map(|strides| strides.iter().zip(chosen).map(|(a, b)| a * b).sum()).collect();
+                let at: Vec<usize> = strides
+                    .iter()
+                    .map(|strides| strides.iter().zip(chosen).map(|(a, b)| a * b).sum())
+                    .collect();
                 let cost = |choice: usize| -> f64 {
                     let parts = touching.iter().zip(&at).zip(&strides);
-                    parts.map(|((factor, at), strides)| factor.table[at + choice * strides[around.len()]]).sum()
+                    parts
+                        .map(|((factor, at), strides)| factor.table[at + choice * strides[around.len()]])
+                        .sum()
                 };
-                let found = (0..choices).map(|choice| (choice, cost(choice))).min_by(|a, b| a.1.total_cmp(&b.1));
+                let found =
+                    (0..choices).map(|choice| (choice, cost(choice))).min_by(|a, b| a.1.total_cmp(&b.1));
                 let (choice, cost) = found.unwrap_or((0, 0.0));
                 table.push(cost);
                 best.push(choice);
@@ -380,7 +396,9 @@ fn each(domains: &[Vec<usize>], scope: &[usize], mut f: impl FnMut(&[usize])) {
     let mut chosen = vec![0; scope.len()];
     loop {
         f(&chosen);
-        let Some(at) = (0..scope.len()).rev().find(|&at| chosen[at] + 1 < domains[scope[at]].len()) else { return };
+        let Some(at) = (0..scope.len()).rev().find(|&at| chosen[at] + 1 < domains[scope[at]].len()) else {
+            return;
+        };
         chosen[at] += 1;
         chosen[at + 1..].fill(0);
     }
@@ -424,8 +442,10 @@ impl Neighbours {
 
     /// The node whose table is smallest, with its neighbours.
     fn next(&self, domains: &[Vec<usize>]) -> Option<(usize, Vec<usize>)> {
-        let candidates = self.around.iter().enumerate().filter_map(|(node, around)| Some((node, around.as_ref()?)));
-        let table = |around: &BTreeSet<usize>| around.iter().fold(1usize, |n, &m| n.saturating_mul(domains[m].len()));
+        let candidates =
+            self.around.iter().enumerate().filter_map(|(node, around)| Some((node, around.as_ref()?)));
+        let table =
+            |around: &BTreeSet<usize>| around.iter().fold(1usize, |n, &m| n.saturating_mul(domains[m].len()));
         let (node, around) = candidates.min_by_key(|(_, around)| table(around))?;
         Some((node, around.iter().copied().collect()))
     }
@@ -450,7 +470,7 @@ mod tests {
     /// A random acyclic problem of up to seven nodes.
     fn random_problem(number: u64) -> Problem {
         let mut rng = random_stream(7, "problem", number);
-        let forms = [Sbp::S(0), Sbp::S(1), Sbp::B, Sbp::P];
+        let forms = [Sbp::S(0), Sbp::S(1), Sbp::B, Sbp::SUM];
         let mut problem = Problem { edges: Vec::new(), nodes: Vec::new() };
         let count = rng.random_range(2..8);
         for at in 0..count {
@@ -481,7 +501,11 @@ mod tests {
             let solver = Solver::new(&problem, &mut Router::new(&[3]));
             let best = solver.cost(&solver.enumerate().unwrap());
             let found = solver.solve(&[], &mut random_stream(0, "solve", number)).unwrap();
-            assert!((solver.cost(&found) - best).abs() < 1e-9, "{number}: {} and {best}", solver.cost(&found));
+            assert!(
+                (solver.cost(&found) - best).abs() < 1e-9,
+                "{number}: {} and {best}",
+                solver.cost(&found)
+            );
             assert!(solver.cost(&solver.greedy()) >= best - 1e-9);
         }
     }

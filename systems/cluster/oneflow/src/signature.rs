@@ -9,8 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::backend::ir::{
-    BaseOperationIr as Base, FloatOperationIr as Float, ModuleOperationIr as Module, NumericOperationIr as Numeric,
-    OperationIr, PadModeIr, ScalarIr, TensorIr,
+    BaseOperationIr as Base, FloatOperationIr as Float, ModuleOperationIr as Module,
+    NumericOperationIr as Numeric, OperationIr, PadModeIr, ScalarIr, TensorIr,
 };
 use burn::tensor::{IndexingUpdateOp, Slice};
 use kiln_core::Result;
@@ -33,10 +33,7 @@ pub struct Signature {
 impl Signature {
     /// Everything as copies, which any operation allows.
     pub fn broadcast(operation: &OperationIr) -> Self {
-        Self::plain(
-            vec![Sbp::B; operation.inputs().count()],
-            vec![Sbp::B; operation.outputs().count()],
-        )
+        Self::plain(vec![Sbp::B; operation.inputs().count()], vec![Sbp::B; operation.outputs().count()])
     }
 
     fn plain(inputs: Vec<Sbp>, outputs: Vec<Sbp>) -> Self {
@@ -78,6 +75,36 @@ pub enum Law {
     Make,
 }
 
+impl std::fmt::Display for Law {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let linear = |f: &mut std::fmt::Formatter<'_>, forms: &[&str]| {
+            forms.iter().try_for_each(|forms| write!(f, "; linear in {forms}"))
+        };
+        match self {
+            Self::Index(notation, forms) => {
+                f.write_str(notation)?;
+                linear(f, forms)
+            }
+            Self::Along(forms) => {
+                f.write_str("works along an axis, others are split")?;
+                linear(f, forms)
+            }
+            Self::Normalise => {
+                f.write_str("works along an axis, others are split; a split of that one is computed in parts")
+            }
+            Self::Reduce(reduction) => {
+                write!(f, "reduces: a split of a reduced axis gives {}", Sbp::P(*reduction))
+            }
+            Self::Move => f.write_str("moves elements: a split goes where its axis goes; P stays P"),
+            Self::Pick => {
+                f.write_str("picks by number: rows split give P, other axes and the numbers' split stay")
+            }
+            Self::Put => f.write_str("adds by number: rows and other axes split stay, split numbers give P"),
+            Self::Make => f.write_str("made in place: any axis may be split"),
+        }
+    }
+}
+
 /// One row of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
@@ -100,54 +127,151 @@ const fn row(kind: &'static str, law: Law) -> Row {
 /// Every kind of operation that may be split. What is not here is computed as copies.
 pub const TABLE: &[Row] = &[
     // Element by element.
-    row("Exp", EACH), row("Log", EACH), row("Log1p", EACH), row("Erf", EACH), row("PowfScalar", EACH), row("Sqrt", EACH),
-    row("Cos", EACH), row("Cosh", EACH), row("Sin", EACH), row("Sinh", EACH), row("Tan", EACH), row("Tanh", EACH),
-    row("ArcCos", EACH), row("ArcCosh", EACH), row("ArcSin", EACH), row("ArcSinh", EACH), row("ArcTan", EACH),
-    row("ArcTanh", EACH), row("Round", EACH), row("Floor", EACH), row("Ceil", EACH), row("Trunc", EACH),
-    row("IntoInt", EACH), row("Recip", EACH), row("IsNan", EACH), row("IsInf", EACH), row("Abs", EACH), row("Sign", EACH),
-    row("AddScalar", EACH), row("SubScalar", EACH), row("RemScalar", EACH), row("PowiScalar", EACH), row("Clamp", EACH),
-    row("ClampMin", EACH), row("ClampMax", EACH), row("GreaterElem", EACH), row("GreaterEqualElem", EACH),
-    row("LowerElem", EACH), row("LowerEqualElem", EACH), row("EqualElem", EACH), row("NotEqualElem", EACH),
-    row("Not", EACH), row("BitwiseNot", EACH), row("BitwiseAndScalar", EACH), row("BitwiseOrScalar", EACH),
-    row("BitwiseXorScalar", EACH), row("BitwiseLeftShiftScalar", EACH), row("BitwiseRightShiftScalar", EACH),
-    row("Relu", EACH), row("LeakyRelu", EACH), row("Gelu", EACH), row("Sigmoid", EACH), row("HardSigmoid", EACH),
+    row("Exp", EACH),
+    row("Log", EACH),
+    row("Log1p", EACH),
+    row("Erf", EACH),
+    row("PowfScalar", EACH),
+    row("Sqrt", EACH),
+    row("Cos", EACH),
+    row("Cosh", EACH),
+    row("Sin", EACH),
+    row("Sinh", EACH),
+    row("Tan", EACH),
+    row("Tanh", EACH),
+    row("ArcCos", EACH),
+    row("ArcCosh", EACH),
+    row("ArcSin", EACH),
+    row("ArcSinh", EACH),
+    row("ArcTan", EACH),
+    row("ArcTanh", EACH),
+    row("Round", EACH),
+    row("Floor", EACH),
+    row("Ceil", EACH),
+    row("Trunc", EACH),
+    row("IntoInt", EACH),
+    row("Recip", EACH),
+    row("IsNan", EACH),
+    row("IsInf", EACH),
+    row("Abs", EACH),
+    row("Sign", EACH),
+    row("AddScalar", EACH),
+    row("SubScalar", EACH),
+    row("RemScalar", EACH),
+    row("PowiScalar", EACH),
+    row("Clamp", EACH),
+    row("ClampMin", EACH),
+    row("ClampMax", EACH),
+    row("GreaterElem", EACH),
+    row("GreaterEqualElem", EACH),
+    row("LowerElem", EACH),
+    row("LowerEqualElem", EACH),
+    row("EqualElem", EACH),
+    row("NotEqualElem", EACH),
+    row("Not", EACH),
+    row("BitwiseNot", EACH),
+    row("BitwiseAndScalar", EACH),
+    row("BitwiseOrScalar", EACH),
+    row("BitwiseXorScalar", EACH),
+    row("BitwiseLeftShiftScalar", EACH),
+    row("BitwiseRightShiftScalar", EACH),
+    row("Relu", EACH),
+    row("LeakyRelu", EACH),
+    row("Gelu", EACH),
+    row("Sigmoid", EACH),
+    row("HardSigmoid", EACH),
     row("LogSigmoid", EACH),
-    row("Neg", EACH_LINEAR), row("MulScalar", EACH_LINEAR), row("DivScalar", EACH_LINEAR), row("Cast", EACH_LINEAR),
+    row("Neg", EACH_LINEAR),
+    row("MulScalar", EACH_LINEAR),
+    row("DivScalar", EACH_LINEAR),
+    row("Cast", EACH_LINEAR),
     row("IntoFloat", EACH_LINEAR),
-    row("Add", Law::Index("* * > *", &["PP"])), row("Sub", Law::Index("* * > *", &["PP"])),
-    row("Mul", Law::Index("* * > *", &["PB", "BP"])), row("Div", Law::Index("* * > *", &["PB"])),
-    row("Rem", PAIR), row("Powi", PAIR), row("Powf", PAIR), row("Hypot", PAIR), row("ArcTan2", PAIR),
-    row("Greater", PAIR), row("GreaterEqual", PAIR), row("Lower", PAIR), row("LowerEqual", PAIR), row("Equal", PAIR),
-    row("NotEqual", PAIR), row("And", PAIR), row("Or", PAIR), row("Xor", PAIR), row("BitwiseAnd", PAIR),
-    row("BitwiseOr", PAIR), row("BitwiseXor", PAIR), row("BitwiseLeftShift", PAIR), row("BitwiseRightShift", PAIR),
-    row("ReluBackward", SLOPE), row("GeluBackward", SLOPE), row("SigmoidBackward", SLOPE),
+    row("Add", Law::Index("* * > *", &["PP"])),
+    row("Sub", Law::Index("* * > *", &["PP"])),
+    row("Mul", Law::Index("* * > *", &["PB", "BP"])),
+    row("Div", Law::Index("* * > *", &["PB"])),
+    row("Rem", PAIR),
+    row("Powi", PAIR),
+    row("Powf", PAIR),
+    row("Hypot", PAIR),
+    row("ArcTan2", PAIR),
+    row("Greater", PAIR),
+    row("GreaterEqual", PAIR),
+    row("Lower", PAIR),
+    row("LowerEqual", PAIR),
+    row("Equal", PAIR),
+    row("NotEqual", PAIR),
+    row("And", PAIR),
+    row("Or", PAIR),
+    row("Xor", PAIR),
+    row("BitwiseAnd", PAIR),
+    row("BitwiseOr", PAIR),
+    row("BitwiseXor", PAIR),
+    row("BitwiseLeftShift", PAIR),
+    row("BitwiseRightShift", PAIR),
+    row("ReluBackward", SLOPE),
+    row("GeluBackward", SLOPE),
+    row("SigmoidBackward", SLOPE),
     row("LogSigmoidBackward", SLOPE),
-    row("MaskWhere", Law::Index("* * * > *", &["PBP"])), row("MaskFill", Law::Index("* * > *", &["PB"])),
+    row("MaskWhere", Law::Index("* * * > *", &["PBP"])),
+    row("MaskFill", Law::Index("* * > *", &["PB"])),
     // Reductions.
-    row("Sum", Law::Reduce(Reduction::Sum)), row("SumDim", Law::Reduce(Reduction::Sum)),
-    row("SumDims", Law::Reduce(Reduction::Sum)), row("Mean", Law::Reduce(Reduction::Sum)),
-    row("MeanDim", Law::Reduce(Reduction::Sum)), row("Max", Law::Reduce(Reduction::Max)),
-    row("MaxDim", Law::Reduce(Reduction::Max)), row("Min", Law::Reduce(Reduction::Min)),
+    row("Sum", Law::Reduce(Reduction::Sum)),
+    row("SumDim", Law::Reduce(Reduction::Sum)),
+    row("SumDims", Law::Reduce(Reduction::Sum)),
+    row("Mean", Law::Reduce(Reduction::Sum)),
+    row("MeanDim", Law::Reduce(Reduction::Sum)),
+    row("Max", Law::Reduce(Reduction::Max)),
+    row("MaxDim", Law::Reduce(Reduction::Max)),
+    row("Min", Law::Reduce(Reduction::Min)),
     row("MinDim", Law::Reduce(Reduction::Min)),
     // Along an axis.
-    row("Softmax", Law::Normalise), row("LogSoftmax", Law::Normalise), row("Softmin", Law::Along(&[])),
-    row("CumSum", Law::Along(&["P"])), row("CumProd", Law::Along(&[])), row("CumMin", Law::Along(&[])),
-    row("CumMax", Law::Along(&[])), row("ProdDim", Law::Along(&[])), row("MaxAbsDim", Law::Along(&[])),
-    row("ArgMax", Law::Along(&[])), row("ArgMin", Law::Along(&[])), row("ArgTopK", Law::Along(&[])),
-    row("TopK", Law::Along(&[])), row("TopKWithIndices", Law::Along(&[])), row("MaxDimWithIndices", Law::Along(&[])),
-    row("MinDimWithIndices", Law::Along(&[])), row("Sort", Law::Along(&[])), row("SortWithIndices", Law::Along(&[])),
-    row("ArgSort", Law::Along(&[])), row("AllDim", Law::Along(&[])), row("AnyDim", Law::Along(&[])),
+    row("Softmax", Law::Normalise),
+    row("LogSoftmax", Law::Normalise),
+    row("Softmin", Law::Along(&[])),
+    row("CumSum", Law::Along(&["P"])),
+    row("CumProd", Law::Along(&[])),
+    row("CumMin", Law::Along(&[])),
+    row("CumMax", Law::Along(&[])),
+    row("ProdDim", Law::Along(&[])),
+    row("MaxAbsDim", Law::Along(&[])),
+    row("ArgMax", Law::Along(&[])),
+    row("ArgMin", Law::Along(&[])),
+    row("ArgTopK", Law::Along(&[])),
+    row("TopK", Law::Along(&[])),
+    row("TopKWithIndices", Law::Along(&[])),
+    row("MaxDimWithIndices", Law::Along(&[])),
+    row("MinDimWithIndices", Law::Along(&[])),
+    row("Sort", Law::Along(&[])),
+    row("SortWithIndices", Law::Along(&[])),
+    row("ArgSort", Law::Along(&[])),
+    row("AllDim", Law::Along(&[])),
+    row("AnyDim", Law::Along(&[])),
     row("Cross", Law::Along(&["PB", "BP"])),
     // Moves.
-    row("Reshape", Law::Move), row("SwapDims", Law::Move), row("Permute", Law::Move), row("Flip", Law::Move),
-    row("Expand", Law::Move), row("Slice", Law::Move), row("SliceAssign", Law::Move), row("RepeatDim", Law::Move),
-    row("Cat", Law::Move), row("Unfold", Law::Move), row("Pad", Law::Move),
+    row("Reshape", Law::Move),
+    row("SwapDims", Law::Move),
+    row("Permute", Law::Move),
+    row("Flip", Law::Move),
+    row("Expand", Law::Move),
+    row("Slice", Law::Move),
+    row("SliceAssign", Law::Move),
+    row("RepeatDim", Law::Move),
+    row("Cat", Law::Move),
+    row("Unfold", Law::Move),
+    row("Pad", Law::Move),
     // Rows and elements by number.
-    row("Select", Law::Pick), row("Gather", Law::Pick), row("SelectAssign", Law::Put), row("Scatter", Law::Put),
+    row("Select", Law::Pick),
+    row("Gather", Law::Pick),
+    row("SelectAssign", Law::Put),
+    row("Scatter", Law::Put),
     row("Embedding", Law::Index("vd * > *d", &["PB"])),
     row("EmbeddingBackward", Law::Index("vd *d * > vd", &["BPB"])),
     // Out of nothing.
-    row("Full", Law::Make), row("Zeros", Law::Make), row("Ones", Law::Make), row("Random", Law::Make),
+    row("Full", Law::Make),
+    row("Zeros", Law::Make),
+    row("Ones", Law::Make),
+    row("Random", Law::Make),
     row("IntRandom", Law::Make),
     // Products.
     row("Matmul", Law::Index("*mk *kn > *mn", &["PB", "BP"])),
@@ -170,14 +294,16 @@ pub const TABLE: &[Row] = &[
     row("LayerNorm", Law::Index("*_ _ _ > *_", &[])),
     row("BatchNorm", Law::Index("bc* c c c c > bc*", &[])),
     row("PRelu", Law::Index("bc* c > bc*", &[])),
-    row("AvgPool1d", Law::Index("bc_ > bc_", &["P"])), row("AvgPool2d", Law::Index("bc__ > bc__", &["P"])),
+    row("AvgPool1d", Law::Index("bc_ > bc_", &["P"])),
+    row("AvgPool2d", Law::Index("bc__ > bc__", &["P"])),
     row("AvgPool1dBackward", Law::Index("bc_ bc_ > bc_", &["BP"])),
     row("AvgPool2dBackward", Law::Index("bc__ bc__ > bc__", &["BP"])),
     row("AdaptiveAvgPool1d", Law::Index("bc_ > bc_", &["P"])),
     row("AdaptiveAvgPool2d", Law::Index("bc__ > bc__", &["P"])),
     row("AdaptiveAvgPool1dBackward", Law::Index("bc_ bc_ > bc_", &["BP"])),
     row("AdaptiveAvgPool2dBackward", Law::Index("bc__ bc__ > bc__", &["BP"])),
-    row("MaxPool1d", Law::Index("bc_ > bc_", &[])), row("MaxPool2d", Law::Index("bc__ > bc__", &[])),
+    row("MaxPool1d", Law::Index("bc_ > bc_", &[])),
+    row("MaxPool2d", Law::Index("bc__ > bc__", &[])),
     row("MaxPool1dWithIndices", Law::Index("bc_ > bc_ bc_", &[])),
     row("MaxPool2dWithIndices", Law::Index("bc__ > bc__ bc__", &[])),
     row("MaxPool1dWithIndicesBackward", Law::Index("bc_ bc_ bc_ > bc_", &["BBP"])),
@@ -201,7 +327,9 @@ pub fn signatures(operation: &OperationIr) -> Result<Vec<Signature>> {
     let truth = |tensor: &TensorIr| tensor.dtype.is_bool();
     found.retain(|signature| {
         let inputs = operation.inputs().zip(&signature.inputs);
-        inputs.chain(operation.outputs().zip(&signature.outputs)).all(|(tensor, sbp)| !(truth(tensor) && sbp.reduction().is_some()))
+        inputs
+            .chain(operation.outputs().zip(&signature.outputs))
+            .all(|(tensor, sbp)| !(truth(tensor) && sbp.reduction().is_some()))
     });
     found.push(Signature::broadcast(operation));
     Ok(found)
@@ -245,7 +373,9 @@ fn by_law(operation: &OperationIr, kind: &str, law: Law) -> Vec<Signature> {
 fn is_linear(operation: &OperationIr, kind: &str) -> bool {
     match operation {
         OperationIr::NumericInt(..) => !matches!(kind, "Div" | "DivScalar"),
-        OperationIr::BaseFloat(Base::MaskFill(op)) | OperationIr::BaseInt(Base::MaskFill(op)) => is_zero(&op.value),
+        OperationIr::BaseFloat(Base::MaskFill(op)) | OperationIr::BaseInt(Base::MaskFill(op)) => {
+            is_zero(&op.value)
+        }
         OperationIr::BaseFloat(Base::Cast(_)) => true,
         OperationIr::BaseInt(Base::Cast(_)) => false,
         _ => true,
@@ -260,8 +390,8 @@ fn is_zero(value: &ScalarIr) -> bool {
 /// fall away.
 fn partial(operation: &OperationIr, forms: &str) -> Signature {
     let forms = forms.chars().chain(std::iter::repeat('B'));
-    let inputs = operation.inputs().zip(forms).map(|(_, form)| if form == 'P' { Sbp::P } else { Sbp::B });
-    Signature::plain(inputs.collect(), vec![Sbp::P; operation.outputs().count()])
+    let inputs = operation.inputs().zip(forms).map(|(_, form)| if form == 'P' { Sbp::SUM } else { Sbp::B });
+    Signature::plain(inputs.collect(), vec![Sbp::SUM; operation.outputs().count()])
 }
 
 /// An axis in the notation.
@@ -299,8 +429,10 @@ fn by_notation(operation: &OperationIr, notation: &str) -> Vec<Signature> {
         let words = words.split_whitespace().map(|word| word.trim_start_matches('+'));
         words.zip(tensors).map(|(word, tensor)| letters(word, tensor.shape.rank())).collect()
     };
-    let (inputs, outputs): (Vec<&TensorIr>, Vec<&TensorIr>) = (operation.inputs().collect(), operation.outputs().collect());
-    let (Some(operand_letters), Some(result_letters)) = (read(operands, &inputs), read(results, &outputs)) else {
+    let (inputs, outputs): (Vec<&TensorIr>, Vec<&TensorIr>) =
+        (operation.inputs().collect(), operation.outputs().collect());
+    let (Some(operand_letters), Some(result_letters)) = (read(operands, &inputs), read(results, &outputs))
+    else {
         return Vec::new();
     };
     let mut extents: BTreeMap<Letter, usize> = BTreeMap::new();
@@ -325,11 +457,12 @@ fn by_notation(operation: &OperationIr, notation: &str) -> Vec<Signature> {
             return None;
         }
         let outputs = result_letters.iter().zip(&outputs);
-        let outputs: Vec<Sbp> =
-            outputs.map(|(letters, tensor)| place(letters, tensor, letter, extent).map_or(Sbp::P, Sbp::S)).collect();
-        let sums = outputs.contains(&Sbp::P);
+        let outputs: Vec<Sbp> = outputs
+            .map(|(letters, tensor)| place(letters, tensor, letter, extent).map_or(Sbp::SUM, Sbp::S))
+            .collect();
+        let sums = outputs.contains(&Sbp::SUM);
         let inputs = operand_letters.iter().zip(&inputs).zip(&added).map(|((letters, tensor), &added)| {
-            let absent = if added && sums { Sbp::P } else { Sbp::B };
+            let absent = if added && sums { Sbp::SUM } else { Sbp::B };
             place(letters, tensor, letter, extent).map_or(absent, Sbp::S)
         });
         Some(Signature::plain(inputs.collect(), outputs))
@@ -357,13 +490,19 @@ fn groups(operation: &OperationIr) -> usize {
 pub(crate) fn worked_axis(operation: &OperationIr) -> Option<usize> {
     use burn::backend::ir::ActivationOperationIr as Activation;
     match operation {
-        OperationIr::Activation(Activation::Softmax(op) | Activation::LogSoftmax(op) | Activation::Softmin(op)) => {
-            Some(op.axis)
-        }
+        OperationIr::Activation(
+            Activation::Softmax(op) | Activation::LogSoftmax(op) | Activation::Softmin(op),
+        ) => Some(op.axis),
         OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => match numeric {
-            Numeric::CumSum(op) | Numeric::CumProd(op) | Numeric::CumMin(op) | Numeric::CumMax(op) => Some(op.axis),
-            Numeric::ProdDim(op) | Numeric::MaxAbsDim(op) | Numeric::ArgMax(op) | Numeric::ArgMin(op)
-            | Numeric::ArgTopK(op) | Numeric::TopK(op) => Some(op.axis),
+            Numeric::CumSum(op) | Numeric::CumProd(op) | Numeric::CumMin(op) | Numeric::CumMax(op) => {
+                Some(op.axis)
+            }
+            Numeric::ProdDim(op)
+            | Numeric::MaxAbsDim(op)
+            | Numeric::ArgMax(op)
+            | Numeric::ArgMin(op)
+            | Numeric::ArgTopK(op)
+            | Numeric::TopK(op) => Some(op.axis),
             Numeric::TopKWithIndices(op) => Some(op.dim),
             Numeric::MaxDimWithIndices(op) | Numeric::MinDimWithIndices(op) => Some(op.dim),
             Numeric::Sort(op) | Numeric::ArgSort(op) => Some(op.dim),
@@ -380,22 +519,35 @@ pub(crate) fn worked_axis(operation: &OperationIr) -> Option<usize> {
 
 /// Every axis but the one that is worked along.
 fn along(operation: &OperationIr) -> Vec<Signature> {
-    let (Some(worked), Some(input)) = (worked_axis(operation), operation.inputs().next()) else { return Vec::new() };
+    let (Some(worked), Some(input)) = (worked_axis(operation), operation.inputs().next()) else {
+        return Vec::new();
+    };
     let (operands, results) = (operation.inputs().count(), operation.outputs().count());
     let splittable = (0..input.shape.rank()).filter(|&axis| axis != worked && input.shape[axis] > 1);
     splittable
-        .filter(|&axis| operation.inputs().chain(operation.outputs()).all(|tensor| tensor.shape[axis] == input.shape[axis]))
+        .filter(|&axis| {
+            operation
+                .inputs()
+                .chain(operation.outputs())
+                .all(|tensor| tensor.shape[axis] == input.shape[axis])
+        })
         .map(|axis| Signature::plain(vec![Sbp::S(axis); operands], vec![Sbp::S(axis); results]))
         .collect()
 }
 
 /// The axes that a reduction reduces; all where it leaves one element.
 pub(crate) fn reduced_axes(operation: &OperationIr) -> Vec<usize> {
-    let (OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric)) = operation else { return Vec::new() };
+    let (OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric)) = operation else {
+        return Vec::new();
+    };
     match numeric {
-        Numeric::SumDim(op) | Numeric::MeanDim(op) | Numeric::MaxDim(op) | Numeric::MinDim(op) => vec![op.axis],
+        Numeric::SumDim(op) | Numeric::MeanDim(op) | Numeric::MaxDim(op) | Numeric::MinDim(op) => {
+            vec![op.axis]
+        }
         Numeric::SumDims(op) => op.axes.clone(),
-        Numeric::Sum(op) | Numeric::Mean(op) | Numeric::Max(op) | Numeric::Min(op) => (0..op.input.shape.rank()).collect(),
+        Numeric::Sum(op) | Numeric::Mean(op) | Numeric::Max(op) | Numeric::Min(op) => {
+            (0..op.input.shape.rank()).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -406,7 +558,9 @@ fn reduce(operation: &OperationIr, reduction: Reduction) -> Vec<Signature> {
     // Means of whole numbers are rounded, and the largest few are no single maximum.
     match operation {
         OperationIr::NumericInt(_, Numeric::Mean(_) | Numeric::MeanDim(_)) => return Vec::new(),
-        OperationIr::NumericFloat(_, Numeric::MaxDim(op) | Numeric::MinDim(op)) if op.accumulator_len != 1 => {
+        OperationIr::NumericFloat(_, Numeric::MaxDim(op) | Numeric::MinDim(op))
+            if op.accumulator_len != 1 =>
+        {
             return Vec::new();
         }
         _ => {}
@@ -427,27 +581,38 @@ fn reduce(operation: &OperationIr, reduction: Reduction) -> Vec<Signature> {
 type Moved = (usize, Vec<Option<usize>>);
 
 fn moves(operation: &OperationIr) -> Vec<Signature> {
-    let (OperationIr::BaseFloat(_) | OperationIr::BaseInt(_) | OperationIr::BaseBool(_) | OperationIr::NumericFloat(..) | OperationIr::NumericInt(..)) =
-        operation
+    let (OperationIr::BaseFloat(_)
+    | OperationIr::BaseInt(_)
+    | OperationIr::BaseBool(_)
+    | OperationIr::NumericFloat(..)
+    | OperationIr::NumericInt(..)) = operation
     else {
         return Vec::new();
     };
-    let (Some(output), operands) = (operation.outputs().next(), operation.inputs().count()) else { return Vec::new() };
+    let (Some(output), operands) = (operation.outputs().next(), operation.inputs().count()) else {
+        return Vec::new();
+    };
     let splits = moved_axes(operation).into_iter().filter(|(axis, _)| output.shape[*axis] > 1);
     let mut found: Vec<Signature> = splits
         .map(|(axis, places)| {
-            Signature::plain(places.into_iter().map(|place| place.map_or(Sbp::B, Sbp::S)).collect(), vec![Sbp::S(axis)])
+            Signature::plain(
+                places.into_iter().map(|place| place.map_or(Sbp::B, Sbp::S)).collect(),
+                vec![Sbp::S(axis)],
+            )
         })
         .collect();
     // What only moves does so before or after a reduction alike; a border of zeros adds nothing to sums.
     let kinds: &[Reduction] = match operation {
-        OperationIr::NumericFloat(_, Numeric::Pad(op)) | OperationIr::NumericInt(_, Numeric::Pad(op)) => match &op.mode {
-            PadModeIr::Constant(value) if is_zero(value) => &[Reduction::Sum],
-            _ => &[],
-        },
+        OperationIr::NumericFloat(_, Numeric::Pad(op)) | OperationIr::NumericInt(_, Numeric::Pad(op)) => {
+            match &op.mode {
+                PadModeIr::Constant(value) if is_zero(value) => &[Reduction::Sum],
+                _ => &[],
+            }
+        }
         _ => &[Reduction::Sum, Reduction::Max, Reduction::Min],
     };
-    found.extend(kinds.iter().map(|&kind| Signature::plain(vec![Sbp::P(kind); operands], vec![Sbp::P(kind)])));
+    found
+        .extend(kinds.iter().map(|&kind| Signature::plain(vec![Sbp::P(kind); operands], vec![Sbp::P(kind)])));
     found
 }
 
@@ -456,10 +621,12 @@ fn moved_axes(operation: &OperationIr) -> Vec<Moved> {
         (0..rank).filter(|&axis| keep(axis)).map(|axis| (axis, vec![Some(axis)])).collect()
     };
     match operation {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
-            Base::Reshape(op) => {
-                reshaped_axes(&op.input.shape, &op.out.shape).into_iter().map(|(from, to)| (to, vec![Some(from)])).collect()
-            }
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base
+        {
+            Base::Reshape(op) => reshaped_axes(&op.input.shape, &op.out.shape)
+                .into_iter()
+                .map(|(from, to)| (to, vec![Some(from)]))
+                .collect(),
             Base::SwapDims(op) => {
                 let swapped = |axis| match axis {
                     axis if axis == op.dim1 => op.dim2,
@@ -468,7 +635,9 @@ fn moved_axes(operation: &OperationIr) -> Vec<Moved> {
                 };
                 (0..op.out.shape.rank()).map(|axis| (axis, vec![Some(swapped(axis))])).collect()
             }
-            Base::Permute(op) => op.axes.iter().enumerate().map(|(to, &from)| (to, vec![Some(from)])).collect(),
+            Base::Permute(op) => {
+                op.axes.iter().enumerate().map(|(to, &from)| (to, vec![Some(from)])).collect()
+            }
             Base::Flip(op) => same(op.out.shape.rank(), &|axis| !op.axes.contains(&axis)),
             Base::Expand(op) => {
                 let extra = op.out.shape.rank() - op.input.shape.rank();
@@ -477,7 +646,9 @@ fn moved_axes(operation: &OperationIr) -> Vec<Moved> {
                 };
                 (0..op.out.shape.rank()).map(|axis| (axis, vec![place(axis)])).collect()
             }
-            Base::Slice(op) => same(op.out.shape.rank(), &|axis| is_whole(&op.ranges, axis, op.tensor.shape[axis])),
+            Base::Slice(op) => {
+                same(op.out.shape.rank(), &|axis| is_whole(&op.ranges, axis, op.tensor.shape[axis]))
+            }
             Base::SliceAssign(op) => (0..op.out.shape.rank())
                 .filter(|&axis| is_whole(&op.ranges, axis, op.tensor.shape[axis]))
                 .map(|axis| (axis, vec![Some(axis); 2]))
@@ -538,7 +709,8 @@ fn reshaped_axes(from: &[usize], to: &[usize]) -> Vec<(usize, usize)> {
 /// The tensor that is picked from or put into, its indices and the axis.
 pub(crate) fn indexed(operation: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
     match operation {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base
+        {
             Base::Select(op) => Some((&op.tensor, &op.indices, op.dim)),
             Base::Gather(op) => Some((&op.tensor, &op.indices, op.dim)),
             Base::SelectAssign(op) => Some((&op.tensor, &op.indices, op.dim)),
@@ -577,13 +749,13 @@ fn pick(operation: &OperationIr) -> Vec<Signature> {
         .map(|(axis, of_indices)| Signature::plain(vec![Sbp::S(axis), of_indices], vec![Sbp::S(axis)]))
         .collect();
     if tensor.shape[dim] > 1 {
-        found.push(Signature::plain(vec![Sbp::S(dim), Sbp::B], vec![Sbp::P]));
+        found.push(Signature::plain(vec![Sbp::S(dim), Sbp::B], vec![Sbp::SUM]));
     }
     let of_indices = if rows { 0 } else { dim };
     if indices.shape[of_indices] > 1 {
         found.push(Signature::plain(vec![Sbp::B, Sbp::S(of_indices)], vec![Sbp::S(dim)]));
     }
-    found.push(Signature::plain(vec![Sbp::P, Sbp::B], vec![Sbp::P]));
+    found.push(Signature::plain(vec![Sbp::SUM, Sbp::B], vec![Sbp::SUM]));
     found
 }
 
@@ -592,7 +764,9 @@ fn put(operation: &OperationIr) -> Vec<Signature> {
     let rows = is_rows(operation);
     let mut found: Vec<Signature> = beside(tensor, indices, dim, rows)
         .into_iter()
-        .map(|(axis, of_indices)| Signature::plain(vec![Sbp::S(axis), of_indices, Sbp::S(axis)], vec![Sbp::S(axis)]))
+        .map(|(axis, of_indices)| {
+            Signature::plain(vec![Sbp::S(axis), of_indices, Sbp::S(axis)], vec![Sbp::S(axis)])
+        })
         .collect();
     let adds = match operation {
         OperationIr::BaseFloat(Base::SelectAssign(op)) | OperationIr::BaseInt(Base::SelectAssign(op)) => {
@@ -609,9 +783,9 @@ fn put(operation: &OperationIr) -> Vec<Signature> {
         }
         let of_indices = if rows { 0 } else { dim };
         if indices.shape[of_indices] > 1 {
-            found.push(Signature::plain(vec![Sbp::P, Sbp::S(of_indices), Sbp::S(dim)], vec![Sbp::P]));
+            found.push(Signature::plain(vec![Sbp::SUM, Sbp::S(of_indices), Sbp::S(dim)], vec![Sbp::SUM]));
         }
-        found.push(Signature::plain(vec![Sbp::P, Sbp::B, Sbp::P], vec![Sbp::P]));
+        found.push(Signature::plain(vec![Sbp::SUM, Sbp::B, Sbp::SUM], vec![Sbp::SUM]));
     }
     found
 }
@@ -669,15 +843,17 @@ fn is_sound(operation: &OperationIr, mesh: &[usize], signature: &NdSignature) ->
         let splits = signature.0.iter().zip(mesh).filter(|(one, _)| one.inputs[index] == Sbp::S(axis));
         splits.map(|(_, n)| n).product()
     };
-    let added = |one: &Signature| one.inputs.contains(&Sbp::P) && one.inputs.iter().any(|sbp| sbp.axis().is_some());
+    let added =
+        |one: &Signature| one.inputs.contains(&Sbp::SUM) && one.inputs.iter().any(|sbp| sbp.axis().is_some());
     let empty = |(index, tensor): (usize, &TensorIr)| {
         (0..tensor.shape.rank()).any(|axis| pieces_of(index, axis) > tensor.shape[axis])
     };
     if signature.0.iter().any(added) && operation.inputs().enumerate().any(empty) {
         return false;
     }
-    let (OperationIr::BaseFloat(Base::Reshape(op)) | OperationIr::BaseInt(Base::Reshape(op)) | OperationIr::BaseBool(Base::Reshape(op))) =
-        operation
+    let (OperationIr::BaseFloat(Base::Reshape(op))
+    | OperationIr::BaseInt(Base::Reshape(op))
+    | OperationIr::BaseBool(Base::Reshape(op))) = operation
     else {
         return true;
     };

@@ -46,7 +46,11 @@ pub fn on_parts(
         found.into_iter().enumerate().for_each(|(at, part)| results[at].push(part));
     }
     let shapes = operation.outputs().map(|out| out.shape.to_vec());
-    shapes.zip(results).enumerate().map(|(at, (shape, parts))| gather(&shape, mesh, &signature.output(at), parts)).collect()
+    shapes
+        .zip(results)
+        .enumerate()
+        .map(|(at, (shape, parts))| gather(&shape, mesh, &signature.output(at), parts))
+        .collect()
 }
 
 fn device(
@@ -62,7 +66,8 @@ fn device(
     }
     let local = localise(operation, signature, mesh, coordinate);
     let inputs = inputs.into_iter().map(FlexTensor::from_data).collect();
-    let results = compute(&mut TensorInterpreter::<Flex>::new(FlexDevice), &local, inputs).map_err(Error::work)?;
+    let results =
+        compute(&mut TensorInterpreter::<Flex>::new(FlexDevice), &local, inputs).map_err(Error::work)?;
     Ok(results.into_iter().map(FlexTensor::into_data).collect())
 }
 
@@ -70,7 +75,12 @@ fn device(
 ///
 /// # Errors
 /// When the elements cannot be split.
-pub fn scatter(whole: &TensorData, sbp: &NdSbp, mesh: &[usize], rng: &mut impl Rng) -> Result<Vec<TensorData>> {
+pub fn scatter(
+    whole: &TensorData,
+    sbp: &NdSbp,
+    mesh: &[usize],
+    rng: &mut impl Rng,
+) -> Result<Vec<TensorData>> {
     // Partial tensors by the place on the axes that make them so, the last the fastest.
     let mut values = vec![whole.clone()];
     for (form, &extent) in sbp.0.iter().zip(mesh) {
@@ -110,7 +120,10 @@ fn apart(whole: &TensorData, parts: usize, kind: Reduction, rng: &mut impl Rng) 
         found[keeper][at] = if kind == Reduction::Sum { rest } else { value };
     }
     let shape = whole.shape().to_vec();
-    found.into_iter().map(|values| TensorData::new(values, shape.clone()).convert_dtype(whole.dtype())).collect()
+    found
+        .into_iter()
+        .map(|values| TensorData::new(values, shape.clone()).convert_dtype(whole.dtype()))
+        .collect()
 }
 
 /// The whole of a tensor from the parts of all devices, partial ones reduced.

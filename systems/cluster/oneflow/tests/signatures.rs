@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 
 use burn::tensor::TensorData;
 use kiln_core::random_stream;
-use kiln_oneflow::soundness::{on_parts, on_whole};
 use kiln_oneflow::signature::{NdSignature, TABLE, on_mesh, signatures};
+use kiln_oneflow::soundness::{on_parts, on_whole};
 
 use samples::{Sample, samples};
 
@@ -24,7 +24,8 @@ fn check(sample: &Sample, signature: &NdSignature, mesh: &[usize], number: u64) 
     let place = format!("{} {:?} {signature} on {mesh:?}", sample.kind, sample.operation);
     let mut rng = random_stream(11, "signature", number);
     let expected = on_whole(&sample.operation, &sample.inputs).unwrap();
-    let found = on_parts(&sample.operation, signature, mesh, &sample.inputs, &mut rng).unwrap_or_else(|e| panic!("{place}: {e}"));
+    let found = on_parts(&sample.operation, signature, mesh, &sample.inputs, &mut rng)
+        .unwrap_or_else(|e| panic!("{place}: {e}"));
     for (found, expected) in found.iter().zip(&expected) {
         close(found, expected, &place);
     }

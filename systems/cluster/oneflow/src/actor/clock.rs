@@ -26,14 +26,18 @@ pub struct Timetable {
 pub fn chain(durations: &[f64], registers: &[usize]) -> Result<Network> {
     if durations.is_empty() || registers.len() + 1 != durations.len() {
         let found = format!("{} durations with {} channels between them", durations.len(), registers.len());
-        return Err(Error::usage(found).hint("--durations 2,1,3 needs --registers of two numbers, such as 2,2"));
+        return Err(
+            Error::usage(found).hint("--durations 2,1,3 needs --registers of two numbers, such as 2,2")
+        );
     }
     if let Some(duration) = durations.iter().find(|duration| !(duration.is_finite() && **duration >= 0.0)) {
         return Err(Error::usage(format!("{duration} is no duration")));
     }
     let actors = durations.iter().enumerate();
     let network = Network {
-        actors: actors.map(|(at, &duration)| Actor { name: format!("actor {at}"), queue: at, duration }).collect(),
+        actors: actors
+            .map(|(at, &duration)| Actor { name: format!("actor {at}"), queue: at, duration })
+            .collect(),
         channels: registers
             .iter()
             .enumerate()
@@ -109,7 +113,8 @@ pub fn simulate(network: &Network, pieces: usize) -> Result<Timetable> {
             let mut seen = vec![0; network.channels.len()];
             read.iter()
                 .map(|&channel| {
-                    let places = network.channels[channel].to.iter().enumerate().filter(|(_, to)| **to == actor);
+                    let places =
+                        network.channels[channel].to.iter().enumerate().filter(|(_, to)| **to == actor);
                     let slot = places.map(|(slot, _)| slot).nth(seen[channel]).unwrap_or(0);
                     seen[channel] += 1;
                     (channel, slot)
@@ -134,7 +139,8 @@ pub fn simulate(network: &Network, pieces: usize) -> Result<Timetable> {
             }
             for &channel in &writes[actor] {
                 channels[channel].free -= 1;
-                peak[channel] = peak[channel].max(network.channels[channel].registers - channels[channel].free);
+                peak[channel] =
+                    peak[channel].max(network.channels[channel].registers - channels[channel].free);
             }
             starts[actor].push(now);
             busy[network.actors[actor].queue] = true;
@@ -175,8 +181,12 @@ pub fn simulate(network: &Network, pieces: usize) -> Result<Timetable> {
         let empty = slots[actor].iter().filter(|&&(channel, slot)| channels[channel].available[slot] == 0);
         let full = writes[actor].iter().filter(|&&channel| channels[channel].free == 0);
         let waits: Vec<String> = empty
-            .map(|&(channel, _)| format!("a piece of {}", network.actors[network.channels[channel].from].name))
-            .chain(full.map(|&channel| format!("one of {} registers of its own", network.channels[channel].registers)))
+            .map(|&(channel, _)| {
+                format!("a piece of {}", network.actors[network.channels[channel].from].name)
+            })
+            .chain(full.map(|&channel| {
+                format!("one of {} registers of its own", network.channels[channel].registers)
+            }))
             .collect();
         network.blocked(actor, finished[actor], pieces, &waits)
     });

@@ -66,7 +66,9 @@ impl Network {
                     "the channel behind {name} has {} registers, {} of them filled",
                     channel.registers, channel.filled
                 ))
-                .hint("a channel needs one register at least; two let writer and readers work at the same time"));
+                .hint(
+                    "a channel needs one register at least; two let writer and readers work at the same time",
+                ));
             }
         }
         Ok(())

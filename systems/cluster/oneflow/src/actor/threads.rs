@@ -73,12 +73,15 @@ pub fn run<V: Clone + Send>(
         traced,
     };
     let names: Vec<String> = queues.iter().map(|queue| queue.name.clone()).collect();
-    let (senders, receivers): (Vec<Sender<Message<V>>>, Vec<Receiver<Message<V>>>) = queues.iter().map(|_| channel()).unzip();
+    let (senders, receivers): (Vec<Sender<Message<V>>>, Vec<Receiver<Message<V>>>) =
+        queues.iter().map(|_| channel()).unzip();
     let mut lanes: Vec<Lane<V>> = queues
         .into_iter()
         .zip(receivers)
         .enumerate()
-        .map(|(number, (queue, receiver))| Lane::new(number, queue, receiver, senders.clone(), &shared, &start))
+        .map(|(number, (queue, receiver))| {
+            Lane::new(number, queue, receiver, senders.clone(), &shared, &start)
+        })
         .collect();
     drop(senders);
     let ends: Vec<End> = std::thread::scope(|scope| {
@@ -197,14 +200,15 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
                 slot,
                 waiting: (0..filled).map(|_| start(channel)).collect(),
             });
-            let outlets = channels().filter(|(_, channel)| channel.from == actor).map(|(number, channel)| Outlet {
-                channel: number,
-                free: channel.registers - channel.filled,
-                peak: channel.filled,
-                readers: vec![channel.to.len(); channel.filled].into(),
-                freed: 0,
-                done: vec![0; channel.to.len()],
-            });
+            let outlets =
+                channels().filter(|(_, channel)| channel.from == actor).map(|(number, channel)| Outlet {
+                    channel: number,
+                    free: channel.registers - channel.filled,
+                    peak: channel.filled,
+                    readers: vec![channel.to.len(); channel.filled].into(),
+                    freed: 0,
+                    done: vec![0; channel.to.len()],
+                });
             let (inlets, outlets) = (inlets.collect(), outlets.collect());
             players.push(Player { actor, inlets, outlets, done: 0, queued: false });
         }
@@ -272,10 +276,10 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
                 self.stop_all();
                 return self.finish();
             }
-            match self.receiver.recv() {
-                // The message counted; now this thread does.
-                Ok(message) if self.take(message) => {}
-                _ => return self.finish(),
+            // A message counted while it was under way; now this thread does.
+            let goes_on = self.receiver.recv().is_ok_and(|message| self.take(message));
+            if !goes_on {
+                return self.finish();
             }
         }
     }
@@ -292,14 +296,20 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
                 let actor = self.shared.network.channels[channel].to[slot];
                 let Some(player) = self.places[actor] else { return true };
                 let inlets = &mut self.players[player].inlets;
-                if let Some(inlet) = inlets.iter_mut().find(|inlet| inlet.channel == channel && inlet.slot == slot) {
+                if let Some(inlet) =
+                    inlets.iter_mut().find(|inlet| inlet.channel == channel && inlet.slot == slot)
+                {
                     inlet.waiting.push_back(value);
                 }
                 self.consider(player);
             }
             Message::Ack { channel, slot } => {
-                let Some(player) = self.places[self.shared.network.channels[channel].from] else { return true };
-                if let Some(outlet) = self.players[player].outlets.iter_mut().find(|outlet| outlet.channel == channel) {
+                let Some(player) = self.places[self.shared.network.channels[channel].from] else {
+                    return true;
+                };
+                if let Some(outlet) =
+                    self.players[player].outlets.iter_mut().find(|outlet| outlet.channel == channel)
+                {
                     outlet.acknowledge(slot);
                 }
                 self.consider(player);
@@ -335,7 +345,11 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
         let state = &mut self.players[player];
         if outputs.len() != state.outlets.len() {
             let name = &self.shared.network.actors[actor].name;
-            return Err(Error::work(format!("{name} wrote {} registers of {}", outputs.len(), state.outlets.len())));
+            return Err(Error::work(format!(
+                "{name} wrote {} registers of {}",
+                outputs.len(),
+                state.outlets.len()
+            )));
         }
         state.done += 1;
         self.shared.left.fetch_sub(1, Ordering::SeqCst);
@@ -374,7 +388,9 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
                 let empty = state.inlets.iter().filter(|inlet| inlet.waiting.is_empty());
                 let full = state.outlets.iter().filter(|outlet| outlet.free == 0);
                 let waits: Vec<String> = empty
-                    .map(|inlet| format!("a piece of {}", network.actors[network.channels[inlet.channel].from].name))
+                    .map(|inlet| {
+                        format!("a piece of {}", network.actors[network.channels[inlet.channel].from].name)
+                    })
                     .chain(full.map(|outlet| {
                         format!("one of {} registers of its own", network.channels[outlet.channel].registers)
                     }))

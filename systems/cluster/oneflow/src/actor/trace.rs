@@ -113,7 +113,11 @@ impl Trace {
         for tick in 0..=5 {
             let time = end * f64::from(tick) / 5.0;
             let label = if end >= 10_000.0 { format!("{:.0} ms", time / 1e3) } else { format!("{time:.0}") };
-            let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"{bottom:.1}\" text-anchor=\"middle\">{label}</text>", x(time));
+            let _ = writeln!(
+                svg,
+                "<text x=\"{:.1}\" y=\"{bottom:.1}\" text-anchor=\"middle\">{label}</text>",
+                x(time)
+            );
         }
         svg.push_str("</svg>\n");
         svg

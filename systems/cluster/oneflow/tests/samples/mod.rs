@@ -41,11 +41,16 @@ impl Samples {
         let inputs = operation.inputs().map(|tensor| {
             let (count, shape) = (tensor.shape.num_elements(), tensor.shape.clone());
             match tensor.dtype {
-                DType::Bool(_) => TensorData::new((0..count).map(|_| rng.random::<bool>()).collect::<Vec<_>>(), shape),
-                dtype if dtype.is_float() => {
-                    TensorData::new((0..count).map(|_| rng.random_range(0.1..0.9f32)).collect::<Vec<_>>(), shape)
+                DType::Bool(_) => {
+                    TensorData::new((0..count).map(|_| rng.random::<bool>()).collect::<Vec<_>>(), shape)
                 }
-                _ => TensorData::new((0..count).map(|_| rng.random_range(0..below)).collect::<Vec<_>>(), shape),
+                dtype if dtype.is_float() => TensorData::new(
+                    (0..count).map(|_| rng.random_range(0.1..0.9f32)).collect::<Vec<_>>(),
+                    shape,
+                ),
+                _ => {
+                    TensorData::new((0..count).map(|_| rng.random_range(0..below)).collect::<Vec<_>>(), shape)
+                }
             }
         });
         let inputs = inputs.collect();
@@ -68,8 +73,8 @@ fn elementwise(s: &mut Samples) {
     let x = [5, 3];
     let unary = |from: DType, to: DType| json!({"input": t(0, &x, from), "out": t(1, &x, to)});
     for kind in [
-        "Exp", "Log", "Log1p", "Erf", "Sqrt", "Cos", "Cosh", "Sin", "Sinh", "Tan", "Tanh", "ArcCos", "ArcCosh", "ArcSin",
-        "ArcSinh", "ArcTan", "ArcTanh", "Round", "Floor", "Ceil", "Trunc", "Recip",
+        "Exp", "Log", "Log1p", "Erf", "Sqrt", "Cos", "Cosh", "Sin", "Sinh", "Tan", "Tanh", "ArcCos",
+        "ArcCosh", "ArcSin", "ArcSinh", "ArcTan", "ArcTanh", "Round", "Floor", "Ceil", "Trunc", "Recip",
     ] {
         s.add(kind, "Float", unary(F, F), 1);
     }
@@ -103,13 +108,19 @@ fn elementwise(s: &mut Samples) {
         s.add(kind, "BaseInt", scalar(I, json!({"Int": 1}), T), 3);
     }
     for kind in [
-        "BitwiseAndScalar", "BitwiseOrScalar", "BitwiseXorScalar", "BitwiseLeftShiftScalar", "BitwiseRightShiftScalar",
+        "BitwiseAndScalar",
+        "BitwiseOrScalar",
+        "BitwiseXorScalar",
+        "BitwiseLeftShiftScalar",
+        "BitwiseRightShiftScalar",
     ] {
         s.add(kind, "Int", scalar(I, json!({"Int": 1}), I), 9);
     }
-    let clamp = json!({"tensor": t(0, &x, F), "min": {"Float": 0.3}, "max": {"Float": 0.6}, "out": t(1, &x, F)});
+    let clamp =
+        json!({"tensor": t(0, &x, F), "min": {"Float": 0.3}, "max": {"Float": 0.6}, "out": t(1, &x, F)});
     s.add("Clamp", "NumericFloat", clamp, 1);
-    let hard = json!({"tensor": t(0, &x, F), "alpha": {"Float": 0.2}, "beta": {"Float": 0.5}, "out": t(1, &x, F)});
+    let hard =
+        json!({"tensor": t(0, &x, F), "alpha": {"Float": 0.2}, "beta": {"Float": 0.5}, "out": t(1, &x, F)});
     s.add("HardSigmoid", "Activation", hard, 1);
 
     let pair = |a: &[usize], b: &[usize], from: DType, to: DType| json!({"lhs": t(0, a, from), "rhs": t(1, b, from), "out": t(2, &x, to)});
@@ -137,7 +148,8 @@ fn elementwise(s: &mut Samples) {
     for kind in ["ReluBackward", "GeluBackward", "SigmoidBackward", "LogSigmoidBackward"] {
         s.add(kind, "Activation", pair(&x, &x, F, F), 1);
     }
-    let choose = json!({"tensor": t(0, &x, F), "mask": t(1, &x, T), "value": t(2, &x, F), "out": t(3, &x, F)});
+    let choose =
+        json!({"tensor": t(0, &x, F), "mask": t(1, &x, T), "value": t(2, &x, F), "out": t(3, &x, F)});
     s.add("MaskWhere", "BaseFloat", choose, 1);
     for value in [0.0, 2.0] {
         let fill = json!({"tensor": t(0, &x, F), "mask": t(1, &x, T), "value": {"Float": value}, "out": t(2, &x, F)});
@@ -154,17 +166,20 @@ fn reductions(s: &mut Samples) {
         s.add(kind, "NumericFloat", fields, 1);
     }
     for (kind, to) in [("ProdDim", F), ("MaxAbsDim", F), ("ArgMax", I), ("ArgMin", I)] {
-        let fields = json!({"input": t(0, &x, F), "out": t(1, &[5, 1, 3], to), "axis": 1, "accumulator_len": 1});
+        let fields =
+            json!({"input": t(0, &x, F), "out": t(1, &[5, 1, 3], to), "axis": 1, "accumulator_len": 1});
         s.add(kind, "NumericFloat", fields, 1);
     }
     for (kind, to) in [("ArgTopK", I), ("TopK", F)] {
-        let fields = json!({"input": t(0, &x, F), "out": t(1, &[5, 2, 3], to), "axis": 1, "accumulator_len": 2});
+        let fields =
+            json!({"input": t(0, &x, F), "out": t(1, &[5, 2, 3], to), "axis": 1, "accumulator_len": 2});
         s.add(kind, "NumericFloat", fields, 1);
     }
     let top = json!({"tensor": t(0, &x, F), "dim": 1, "k": 2, "out": t(1, &[5, 2, 3], F), "out_indices": t(2, &[5, 2, 3], I)});
     s.add("TopKWithIndices", "NumericFloat", top, 1);
     for kind in ["AllDim", "AnyDim"] {
-        let fields = json!({"input": t(0, &x, T), "out": t(1, &[5, 1, 3], T), "axis": 1, "accumulator_len": 1});
+        let fields =
+            json!({"input": t(0, &x, T), "out": t(1, &[5, 1, 3], T), "axis": 1, "accumulator_len": 1});
         s.add(kind, "BaseBool", fields, 1);
     }
     let sums = json!({"input": t(0, &x, F), "out": t(1, &[5, 1, 1], F), "axes": [1, 2]});
@@ -197,22 +212,45 @@ fn reductions(s: &mut Samples) {
 fn moves(s: &mut Samples) {
     let x = [6, 4, 3];
     let shaped = |from: &[usize], to: &[usize]| json!({"input": t(0, from, F), "out": t(1, to, F)});
-    for (from, to) in [(&x[..], &[24, 3][..]), (&[24, 3], &x), (&x, &[6, 12]), (&[5, 1, 3], &[5, 3]), (&[12], &[3, 4])] {
+    for (from, to) in
+        [(&x[..], &[24, 3][..]), (&[24, 3], &x), (&x, &[6, 12]), (&[5, 1, 3], &[5, 3]), (&[12], &[3, 4])]
+    {
         s.add("Reshape", "BaseFloat", shaped(from, to), 1);
     }
     s.add("Expand", "BaseFloat", shaped(&[1, 3], &[5, 3]), 1);
     s.add("Expand", "BaseFloat", shaped(&[3], &[5, 3]), 1);
-    s.add("SwapDims", "BaseFloat", json!({"input": t(0, &x, F), "out": t(1, &[3, 4, 6], F), "dim1": 0, "dim2": 2}), 1);
-    s.add("Permute", "BaseFloat", json!({"input": t(0, &x, F), "out": t(1, &[3, 6, 4], F), "axes": [2, 0, 1]}), 1);
-    s.add("Permute", "BaseInt", json!({"input": t(0, &x, I), "out": t(1, &[3, 6, 4], I), "axes": [2, 0, 1]}), 9);
+    s.add(
+        "SwapDims",
+        "BaseFloat",
+        json!({"input": t(0, &x, F), "out": t(1, &[3, 4, 6], F), "dim1": 0, "dim2": 2}),
+        1,
+    );
+    s.add(
+        "Permute",
+        "BaseFloat",
+        json!({"input": t(0, &x, F), "out": t(1, &[3, 6, 4], F), "axes": [2, 0, 1]}),
+        1,
+    );
+    s.add(
+        "Permute",
+        "BaseInt",
+        json!({"input": t(0, &x, I), "out": t(1, &[3, 6, 4], I), "axes": [2, 0, 1]}),
+        9,
+    );
     s.add("Flip", "BaseFloat", json!({"input": t(0, &x, F), "out": t(1, &x, F), "axes": [1]}), 1);
     let slice = |start: i64, end: i64| json!({"start": start, "end": end, "step": 1});
     let ranges = json!([slice(0, 6), slice(1, 3), slice(0, 3)]);
     let cut = json!({"tensor": t(0, &x, F), "ranges": ranges, "out": t(1, &[6, 2, 3], F)});
     s.add("Slice", "BaseFloat", cut, 1);
-    let assign = json!({"tensor": t(0, &x, F), "ranges": ranges, "value": t(1, &[6, 2, 3], F), "out": t(2, &x, F)});
+    let assign =
+        json!({"tensor": t(0, &x, F), "ranges": ranges, "value": t(1, &[6, 2, 3], F), "out": t(2, &x, F)});
     s.add("SliceAssign", "BaseFloat", assign, 1);
-    s.add("RepeatDim", "BaseFloat", json!({"tensor": t(0, &x, F), "dim": 1, "times": 2, "out": t(1, &[6, 8, 3], F)}), 1);
+    s.add(
+        "RepeatDim",
+        "BaseFloat",
+        json!({"tensor": t(0, &x, F), "dim": 1, "times": 2, "out": t(1, &[6, 8, 3], F)}),
+        1,
+    );
     let cat = json!({"tensors": [t(0, &x, F), t(1, &[6, 2, 3], F)], "dim": 1, "out": t(2, &[6, 6, 3], F)});
     s.add("Cat", "BaseFloat", cat, 1);
     let unfold = json!({"input": t(0, &x, F), "out": t(1, &[6, 3, 3, 2], F), "dim": 1, "size": 2, "step": 1});
@@ -227,7 +265,12 @@ fn moves(s: &mut Samples) {
     s.add("Ones", "BaseFloat", json!({"out": t(0, &[5, 3], F)}), 1);
     s.add("Random", "Float", json!({"out": t(0, &[5, 3], F), "distribution": {"Normal": [0.5, 2.0]}}), 1);
     s.add("Random", "Float", json!({"out": t(0, &[5, 3], F), "distribution": {"Bernoulli": 0.5}}), 1);
-    s.add("IntRandom", "NumericInt", json!({"out": t(0, &[5, 3], I), "distribution": {"Uniform": [0.0, 9.0]}}), 1);
+    s.add(
+        "IntRandom",
+        "NumericInt",
+        json!({"out": t(0, &[5, 3], I), "distribution": {"Uniform": [0.0, 9.0]}}),
+        1,
+    );
 }
 
 fn rows(s: &mut Samples) {
@@ -238,9 +281,11 @@ fn rows(s: &mut Samples) {
     };
     select("BaseFloat", s, F);
     select("BaseInt", s, I);
-    let columns = json!({"tensor": t(0, &table, F), "dim": 1, "indices": t(1, &[4], I), "out": t(2, &[7, 4], F)});
+    let columns =
+        json!({"tensor": t(0, &table, F), "dim": 1, "indices": t(1, &[4], I), "out": t(2, &[7, 4], F)});
     s.add("Select", "BaseFloat", columns, 5);
-    let gather = json!({"tensor": t(0, &table, F), "dim": 1, "indices": t(1, &[7, 3], I), "out": t(2, &[7, 3], F)});
+    let gather =
+        json!({"tensor": t(0, &table, F), "dim": 1, "indices": t(1, &[7, 3], I), "out": t(2, &[7, 3], F)});
     s.add("Gather", "BaseFloat", gather, 5);
     let put = json!({"tensor": t(0, &table, F), "dim": 0, "indices": t(1, &[4], I), "value": t(2, &[4, 5], F), "update": "Add",
                      "out": t(3, &table, F)});
@@ -264,11 +309,17 @@ fn products(s: &mut Samples) {
         let fields = json!({"x": t(0, &[2, 5, 4], F), "weight": t(1, &[4, 6], F), "bias": bias, "out": t(3, &[2, 5, 6], F)});
         s.add("Linear", "Module", fields, 1);
     }
-    let back = json!({"weight": t(0, &[4, 6], F), "output_grad": t(1, &[2, 5, 6], F), "out": t(2, &[2, 5, 4], F)});
+    let back =
+        json!({"weight": t(0, &[4, 6], F), "output_grad": t(1, &[2, 5, 6], F), "out": t(2, &[2, 5, 4], F)});
     s.add("LinearXBackward", "Module", back, 1);
     let back = json!({"x": t(0, &[2, 5, 4], F), "output_grad": t(1, &[2, 5, 6], F), "out": t(2, &[4, 6], F)});
     s.add("LinearWeightBackward", "Module", back, 1);
-    s.add("LinearBiasBackward", "Module", json!({"output_grad": t(0, &[2, 5, 6], F), "out": t(1, &[6], F)}), 1);
+    s.add(
+        "LinearBiasBackward",
+        "Module",
+        json!({"output_grad": t(0, &[2, 5, 6], F), "out": t(1, &[6], F)}),
+        1,
+    );
 
     for groups in [1, 2] {
         let (x, w, y) = ([3, 4, 6], [6, 4 / groups, 3], [3, 6, 6]);
@@ -292,13 +343,15 @@ fn products(s: &mut Samples) {
     s.add("Conv2dXBackward", "Module", fields, 1);
     let fields = json!({"x": t(0, &x, F), "weight": t(1, &w, F), "output_grad": t(2, &y, F), "options": options, "out": t(3, &w, F)});
     s.add("Conv2dWeightBackward", "Module", fields, 1);
-    let fields = json!({"x": t(0, &x, F), "bias": t(1, &[6], F), "output_grad": t(2, &y, F), "out": t(3, &[6], F)});
+    let fields =
+        json!({"x": t(0, &x, F), "bias": t(1, &[6], F), "output_grad": t(2, &y, F), "out": t(3, &[6], F)});
     s.add("Conv2dBiasBackward", "Module", fields, 1);
     let options = json!({"stride": [1], "padding": [1], "padding_out": [0], "dilation": [1], "groups": 1});
     let fields = json!({"x": t(0, &[3, 4, 6], F), "weight": t(1, &[4, 6, 3], F), "bias": t(2, &[6], F), "options": options,
                         "out": t(3, &[3, 6, 6], F)});
     s.add("ConvTranspose1d", "Module", fields, 1);
-    let options = json!({"stride": [1, 1], "padding": [1, 1], "padding_out": [0, 0], "dilation": [1, 1], "groups": 1});
+    let options =
+        json!({"stride": [1, 1], "padding": [1, 1], "padding_out": [0, 0], "dilation": [1, 1], "groups": 1});
     let fields = json!({"x": t(0, &x, F), "weight": t(1, &[4, 6, 3, 3], F), "bias": t(2, &[6], F), "options": options, "out": t(3, &y, F)});
     s.add("ConvTranspose2d", "Module", fields, 1);
     let heads = [2, 3, 5, 4];
@@ -334,17 +387,35 @@ fn layers(s: &mut Samples) {
         let name = |one: &'static str, two: &'static str| if suffix == 1 { one } else { two };
         let options_a = with(options, average.clone());
         let options_m = with(options, largest(dilation));
-        s.add(name("AvgPool1d", "AvgPool2d"), "Module", with(&options_a, json!({"x": t(0, x, F), "out": t(1, y, F)})), 1);
+        s.add(
+            name("AvgPool1d", "AvgPool2d"),
+            "Module",
+            with(&options_a, json!({"x": t(0, x, F), "out": t(1, y, F)})),
+            1,
+        );
         let fields = with(&options_a, json!({"x": t(0, x, F), "grad": t(1, y, F), "out": t(2, x, F)}));
         s.add(name("AvgPool1dBackward", "AvgPool2dBackward"), "Module", fields, 1);
-        s.add(name("AdaptiveAvgPool1d", "AdaptiveAvgPool2d"), "Module", json!({"x": t(0, x, F), "out": t(1, y, F)}), 1);
+        s.add(
+            name("AdaptiveAvgPool1d", "AdaptiveAvgPool2d"),
+            "Module",
+            json!({"x": t(0, x, F), "out": t(1, y, F)}),
+            1,
+        );
         let fields = json!({"x": t(0, x, F), "grad": t(1, y, F), "out": t(2, x, F)});
         s.add(name("AdaptiveAvgPool1dBackward", "AdaptiveAvgPool2dBackward"), "Module", fields, 1);
-        s.add(name("MaxPool1d", "MaxPool2d"), "Module", with(&options_m, json!({"x": t(0, x, F), "out": t(1, y, F)})), 1);
+        s.add(
+            name("MaxPool1d", "MaxPool2d"),
+            "Module",
+            with(&options_m, json!({"x": t(0, x, F), "out": t(1, y, F)})),
+            1,
+        );
         let fields = with(&options_m, json!({"x": t(0, x, F), "out": t(1, y, F), "out_indices": t(2, y, I)}));
         s.add(name("MaxPool1dWithIndices", "MaxPool2dWithIndices"), "Module", fields, 1);
         // Places within a channel: the first of every window.
-        let fields = with(&options_m, json!({"x": t(0, x, F), "indices": t(1, y, I), "grad": t(2, y, F), "out": t(3, x, F)}));
+        let fields = with(
+            &options_m,
+            json!({"x": t(0, x, F), "indices": t(1, y, I), "grad": t(2, y, F), "out": t(3, x, F)}),
+        );
         s.add(name("MaxPool1dWithIndicesBackward", "MaxPool2dWithIndicesBackward"), "Module", fields, 6);
     }
     let fields = json!({"x": t(0, &x, F), "output_size": [9, 9], "options": {"mode": "Nearest", "align_corners": false},

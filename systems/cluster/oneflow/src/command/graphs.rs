@@ -1,0 +1,390 @@
+//! `kiln oneflow compile` and `run`
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use burn::tensor::TensorData;
+use clap::Args;
+use kiln_cluster::ClusterArgs;
+use kiln_compiler::Graph;
+use kiln_core::{Context, Error, HostTensor, PortKind, Result, Table, TensorFile, write_atomic};
+use kiln_data::{read_tensors, write_tensors};
+use rand::RngExt;
+use serde_json::json;
+
+use super::{CaseArgs, Source, logical, parse_bytes, parse_hint, parse_mesh, read_hints, told_bytes};
+use crate::actor::Trace;
+use crate::compile::{Compiler, Parallel};
+use crate::execute::{Rank, Run};
+use crate::graph::Logical;
+use crate::physical::{Physical, told};
+use crate::sbp::{NdSbp, Placement};
+
+/// What is fixed, and on what the graph runs.
+#[derive(Debug, Args)]
+pub(super) struct PlanArgs {
+    /// Devices: 4, or 2x2
+    #[arg(long, default_value = "2", value_parser = parse_mesh)]
+    pub mesh: Placement,
+    /// auto, data, model, or a TOML file with a line "tensor" = "S0" each
+    #[arg(long, default_value = "auto")]
+    sbp: String,
+    /// The form of one tensor; may be repeated
+    #[arg(long, value_name = "NAME=SBP", value_parser = parse_hint)]
+    hint: Vec<(String, NdSbp)>,
+    /// Most bytes of a device
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    memory: Option<u64>,
+}
+
+impl PlanArgs {
+    pub fn compile(&self, logical: &Logical, explain: bool, cx: &Context) -> Result<Physical> {
+        let mut compiler = Compiler::new(logical.clone()).memory(self.memory).explain(explain);
+        compiler = match self.sbp.as_str() {
+            "auto" => compiler,
+            "data" => compiler.parallel(Parallel::Data, &self.mesh),
+            "model" => compiler.parallel(Parallel::Model, &self.mesh),
+            file if file.ends_with(".toml") => read_hints(Path::new(file))?
+                .into_iter()
+                .fold(compiler, |compiler, (name, form)| compiler.hint(name, form)),
+            other => {
+                return Err(Error::usage(format!("--sbp is \"{other}\""))
+                    .hint("use auto, data, model, or the path of a .toml file"));
+            }
+        };
+        let hints = self.hint.iter().cloned();
+        let physical =
+            hints.fold(compiler, |compiler, (name, form)| compiler.hint(name, form)).compile(&self.mesh)?;
+        for (name, work) in &physical.undivided {
+            // Small things are not worth a word.
+            const NOTABLE: f64 = 1e6;
+            if *work >= NOTABLE {
+                cx.note(format!(
+                    "{name} cannot be divided: every device computes all of its {work:.1e} operations"
+                ));
+            }
+        }
+        Ok(physical)
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct CompileArgs {
+    #[command(flatten)]
+    source: Source,
+    #[command(flatten)]
+    case: CaseArgs,
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// Registers of every value, for the memory that is told
+    #[arg(long, default_value_t = 2)]
+    registers: usize,
+    /// Tell for every operation why it is computed so
+    #[arg(long)]
+    explain: bool,
+    /// Folder to write physical.json, .svg and .dot into
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+impl CompileArgs {
+    pub fn run(&self, cx: &Context) -> Result<()> {
+        if self.registers == 0 {
+            return Err(Error::usage("--registers is 0, but must be at least 1"));
+        }
+        let logical = logical(&self.source, &self.case, cx)?;
+        let begun = Instant::now();
+        let physical = self.plan.compile(&logical, self.explain, cx)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        if let Some(folder) = &self.out {
+            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+            let text = serde_json::to_vec_pretty(&physical.to_json())
+                .map_err(|e| Error::work("cannot write the physical graph as JSON").caused_by(e))?;
+            write_atomic(&folder.join("physical.svg"), physical.to_svg().as_bytes())?;
+            write_atomic(&folder.join("physical.dot"), physical.to_dot().as_bytes())?;
+            write_atomic(&folder.join("physical.json"), &text)?;
+        }
+        let memory = physical.memory(self.registers);
+        let stored: Vec<_> = physical
+            .stored()
+            .into_iter()
+            .map(|(name, shape, sbp)| json!({"tensor": name, "shape": shape, "sbp": sbp}))
+            .collect();
+        let conversions: Vec<_> = physical
+            .conversions()
+            .map(|(node, path)| {
+                let bytes: u64 = path.iter().map(|step| step.bytes).sum();
+                json!({"tensor": node.name, "by": told(path), "bytes": bytes})
+            })
+            .collect();
+        let undivided: Vec<_> =
+            physical.undivided.iter().map(|(name, work)| json!({"op": name, "work": work})).collect();
+        let shown = json!({
+            "placement": physical.placement, "operations": logical.graph.operations.len(), "nodes": physical.nodes.len(),
+            "bytes": physical.bytes(), "stored": stored, "conversions": conversions, "undivided": undivided,
+            "memory": memory, "reasons": physical.reasons, "seconds": seconds, "out": self.out,
+        });
+        cx.emit(&shown, |_| {
+            let mut table = Table::new("Stored tensors", &["tensor", "shape", "SBP"]);
+            for (name, shape, sbp) in physical.stored() {
+                table.row([name, format!("{shape:?}"), sbp.to_string()]);
+            }
+            let mut text = format!("Stored tensors\n{}", table.to_text());
+            let mut table = Table::new("Conversions", &["tensor", "by", "bytes"]);
+            let mut any = false;
+            for (node, path) in physical.conversions() {
+                let bytes: u64 = path.iter().map(|step| step.bytes).sum();
+                if bytes > 0 {
+                    any = true;
+                    table.row([node.name.clone(), told(path), told_bytes(bytes as f64)]);
+                }
+            }
+            if any {
+                text += &format!("Conversions that move bytes\n{}", table.to_text());
+            }
+            if self.explain {
+                let mut table = Table::new("Reasons", &["operation", "chosen", "next best", "bytes more"]);
+                for reason in &physical.reasons {
+                    let second = reason.second.clone().unwrap_or_else(|| "none".into());
+                    let more = reason.more_bytes.map_or_else(String::new, |more| format!("{more:+.0}"));
+                    table.row([reason.node.clone(), reason.chosen.clone(), second, more]);
+                }
+                text += &format!("Why\n{}", table.to_text());
+            }
+            text + &format!(
+                "{} operations become {} on each device of {}; {} move for one piece\n{} of weights and {} of registers on \
+                 the first device; compiled in {seconds:.2} s\n",
+                logical.graph.operations.len(),
+                physical.nodes.len(),
+                physical.placement,
+                told_bytes(physical.bytes() as f64),
+                told_bytes(memory.stored as f64),
+                told_bytes(memory.own as f64)
+            )
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    source: Source,
+    /// Inputs by their names: an .npz or .safetensors file [default: random floats, and 0 for whole numbers]
+    #[arg(long, value_name = "FILE")]
+    inputs: Option<PathBuf>,
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// Registers of every value; 0 runs one operation after another, without actors
+    #[arg(long, default_value_t = 2)]
+    registers: usize,
+    /// How often the inputs go through
+    #[arg(long, default_value_t = 1)]
+    pieces: usize,
+    /// Compare with one device
+    #[arg(long)]
+    check: bool,
+    /// File for the outputs, .npz or .safetensors
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// File for what the actors of rank 0 did: .json for Chrome's trace viewer, or .svg
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+/// Outputs of the first rank, and what every rank in this process sent and held.
+struct Outcome {
+    rank: usize,
+    outputs: Vec<TensorData>,
+    bytes_sent: u64,
+    peak_bytes: usize,
+    trace: Option<Trace>,
+    seconds: f64,
+}
+
+impl RunArgs {
+    pub fn run(&self, cx: &Context) -> Result<()> {
+        if self.pieces == 0 {
+            return Err(Error::usage("--pieces is 0, but must be at least 1"));
+        }
+        let graph = self.source.open(cx)?.ok_or_else(|| Error::usage("--graph or --model is needed"))?;
+        let inputs = match &self.inputs {
+            Some(path) => read_inputs(path, &graph)?,
+            None => random_inputs(&graph, cx),
+        };
+        let logical = Logical::of(graph.clone())?;
+        let physical = self.plan.compile(&logical, false, cx)?;
+        let run = Run {
+            pieces: self.pieces,
+            registers: (self.registers > 0).then_some(self.registers),
+            seed: cx.seed,
+            checked: true,
+            traced: self.trace.is_some(),
+            ..Run::default()
+        };
+        let outcomes = self.cluster.run(self.plan.mesh.len(), cx, |world| {
+            let rank = Rank::new(&physical, &logical, &world)?;
+            let begun = Instant::now();
+            let mut done = rank.run(&run, &|_| Ok(inputs.clone()))?;
+            let seconds = begun.elapsed().as_secs_f64();
+            let last = done.outputs.pop().unwrap_or_default();
+            let outputs = last
+                .into_iter()
+                .enumerate()
+                .map(|(port, part)| rank.output(port, part))
+                .collect::<Result<_>>()?;
+            let trace = done.course.map(|course| course.trace);
+            Ok(Outcome {
+                rank: world.rank(),
+                outputs,
+                bytes_sent: done.bytes_sent,
+                peak_bytes: done.peak_bytes,
+                trace,
+                seconds,
+            })
+        })?;
+        // Files are rank 0's to write.
+        let Some(first) = outcomes.first().filter(|first| first.rank == 0) else { return Ok(()) };
+        let difference =
+            if self.check { Some(difference(&first.outputs, &graph.run(&inputs)?)?) } else { None };
+        if let Some(path) = &self.out {
+            write_tensors(path, &named(&logical.graph, &first.outputs))?;
+        }
+        if let (Some(path), Some(trace)) = (&self.trace, &first.trace) {
+            let bytes = if path.extension().is_some_and(|extension| extension == "svg") {
+                trace.to_svg().into_bytes()
+            } else {
+                trace.to_chrome().to_string().into_bytes()
+            };
+            write_atomic(path, &bytes)?;
+        }
+        let sent: u64 = outcomes.iter().map(|outcome| outcome.bytes_sent).sum();
+        let predicted = physical.bytes() * self.pieces as u64;
+        let peaks: Vec<usize> = outcomes.iter().map(|outcome| outcome.peak_bytes).collect();
+        let shapes: Vec<_> = logical
+            .graph
+            .outputs
+            .iter()
+            .map(|output| json!({"name": output.port.name, "shape": output.port.shape}))
+            .collect();
+        let shown = json!({
+            "outputs": shapes, "ranks": self.plan.mesh.len(), "bytes_sent": sent, "bytes_predicted": predicted,
+            "peak_register_bytes": peaks, "seconds": first.seconds, "difference": difference, "out": self.out,
+        });
+        cx.emit(&shown, |_| {
+            let mut text = String::new();
+            for output in &logical.graph.outputs {
+                text += &format!("{} {:?}\n", output.port.name, output.port.shape);
+            }
+            let whose = if outcomes.len() == self.plan.mesh.len() { "all ranks" } else { "this rank" };
+            text += &format!(
+                "{} sent by {whose} ({} predicted for all), {} of registers at most, {:.3} s\n",
+                told_bytes(sent as f64),
+                told_bytes(predicted as f64),
+                told_bytes(peaks.iter().copied().max().unwrap_or(0) as f64),
+                first.seconds
+            );
+            match difference {
+                Some(difference) => text + &format!("largest difference from one device, relative to the largest value: {difference:.1e}\n"),
+                None => text,
+            }
+        })
+    }
+}
+
+/// Inputs of a graph from a file.
+fn read_inputs(path: &Path, graph: &Graph) -> Result<Vec<TensorData>> {
+    let mut arrays = read_tensors(path)?;
+    let names: Vec<String> = arrays.names().map(str::to_string).collect();
+    graph
+        .inputs
+        .iter()
+        .map(|input| {
+            let port = &input.port;
+            if !names.contains(&port.name) {
+                let found = format!("has no array \"{}\"", port.name);
+                return Err(Error::input(path.display(), found).hint(format!(
+                    "the network reads \"{}\" {:?}; the file has: {}",
+                    port.name,
+                    port.shape,
+                    names.join(", ")
+                )));
+            }
+            let tensor = arrays.take(&port.name)?;
+            let shape = tensor.shape.clone();
+            if shape != port.shape {
+                let found =
+                    format!("\"{}\" has the shape {shape:?}, the network reads {:?}", port.name, port.shape);
+                return Err(Error::input(path.display(), found));
+            }
+            match (port.kind, tensor.as_floats(), tensor.as_ints()) {
+                (PortKind::Float, Some(values), _) => {
+                    match values.iter().position(|value| !value.is_finite()) {
+                        Some(at) => Err(Error::input(
+                            path.display(),
+                            format!("\"{}\" is {} at {at}", port.name, values[at]),
+                        )),
+                        None => Ok(TensorData::new(values.to_vec(), shape)),
+                    }
+                }
+                (PortKind::Int, _, Some(values)) => Ok(TensorData::new(values.to_vec(), shape)),
+                (kind, ..) => {
+                    let kind = if kind == PortKind::Int { "whole numbers" } else { "floats" };
+                    Err(Error::input(path.display(), format!("\"{}\" must hold {kind}", port.name)))
+                }
+            }
+        })
+        .collect()
+}
+
+/// Floats between 0 and 1, and zeros for whole numbers, which may be ids of anything.
+fn random_inputs(graph: &Graph, cx: &Context) -> Vec<TensorData> {
+    let inputs = graph.inputs.iter().enumerate();
+    inputs
+        .map(|(number, input)| {
+            let (shape, count) = (input.port.shape.clone(), input.port.shape.iter().product());
+            let mut rng = cx.rng("inputs", number as u64);
+            match input.port.kind {
+                PortKind::Float => {
+                    TensorData::new((0..count).map(|_| rng.random::<f32>()).collect::<Vec<_>>(), shape)
+                }
+                PortKind::Int => TensorData::new(vec![0i64; count], shape),
+            }
+        })
+        .collect()
+}
+
+/// Outputs by their names.
+pub(super) fn named(graph: &Graph, outputs: &[TensorData]) -> TensorFile {
+    let mut file = TensorFile::new();
+    for (output, data) in graph.outputs.iter().zip(outputs) {
+        let shape = data.shape().to_vec();
+        let tensor = if data.dtype().is_float() {
+            HostTensor::float(shape, data.iter::<f32>().collect())
+        } else {
+            HostTensor::int(shape, data.iter::<i64>().collect())
+        };
+        file.insert(&output.port.name, tensor);
+    }
+    file
+}
+
+/// The largest difference between outputs, relative to the largest value of each.
+fn difference(found: &[TensorData], expected: &[TensorData]) -> Result<f64> {
+    let mut worst = 0.0f64;
+    for (found, expected) in found.iter().zip(expected) {
+        if found.shape() != expected.shape() {
+            return Err(Error::work(format!(
+                "an output has the shape {:?}, on one device {:?}",
+                found.shape(),
+                expected.shape()
+            )));
+        }
+        let largest = expected.iter::<f64>().fold(f64::MIN_POSITIVE, |most, value| most.max(value.abs()));
+        let apart =
+            found.iter::<f64>().zip(expected.iter::<f64>()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        worst = worst.max(apart / largest);
+    }
+    Ok(worst)
+}
