@@ -1,6 +1,7 @@
 //! Published neural systems on your own data: the facade over Kiln's crates, and the table of systems.
 
 pub use kiln_compiler as compiler;
+pub use kiln_connectome as connectome;
 pub use kiln_core as core;
 pub use kiln_data as data;
 pub use kiln_gla as gla;
@@ -29,4 +30,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_neumeta::NeuMeta,
     &kiln_stitch::Stitch,
     &kiln_ptq::Ptq,
+    &kiln_connectome::Connectome,
 ];

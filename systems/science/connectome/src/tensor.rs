@@ -121,6 +121,18 @@ impl AffinityTensor {
         file
     }
 
+    /// As symmetric matrices with zeros on the diagonal, `[T, W, N, N]`.
+    pub fn as_matrices(&self, neurons: usize) -> HostTensor {
+        let mut matrices = vec![0.0; self.frames * self.animals * neurons * neurons];
+        for (matrix, pairs) in matrices.chunks_mut(neurons * neurons).zip(self.values.chunks(self.pairs)) {
+            let places = (0..neurons).flat_map(|i| (i + 1..neurons).map(move |j| (i, j)));
+            for ((i, j), &value) in places.zip(pairs) {
+                (matrix[i * neurons + j], matrix[j * neurons + i]) = (value, value);
+            }
+        }
+        HostTensor::float([self.frames, self.animals, neurons, neurons], matrices)
+    }
+
     /// From a file with `tensor` [T, W, P], or [T, W, N, N] with symmetric slices, and perhaps `mask` [W, P].
     ///
     /// # Errors
