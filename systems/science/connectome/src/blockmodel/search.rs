@@ -80,7 +80,7 @@ fn best_nested(graph: &Graph, degree_corrected: bool, mut found: Vec<Vec<usize>>
         let mut last = f64::INFINITY;
         loop {
             state.set_hierarchy(Some(state.infer_hierarchy()));
-            sweep(&mut state, rng, None);
+            sweep(&mut state, rng, Moves::Any);
             let now = state.description_length();
             if now > last - LEAST_GAIN {
                 break;
@@ -112,7 +112,7 @@ fn agglomerate(mut state: State, rng: &mut impl Rng, stopped: &impl Fn() -> bool
         let target = if count <= FEW_GROUPS { count - 1 } else { (count as f64 / SHRINK) as usize };
         state = merged(&state, count - target);
         for _ in 0..3 {
-            if sweep(&mut state, rng, None) < LEAST_GAIN {
+            if sweep(&mut state, rng, Moves::Existing) < LEAST_GAIN {
                 break;
             }
         }
@@ -156,18 +156,28 @@ fn merged<'g>(state: &State<'g>, wanted: usize) -> State<'g> {
 /// Single moves, merges and splits until none of them shortens the description.
 fn refine<'g>(mut state: State<'g>, rng: &mut impl Rng, stopped: &impl Fn() -> bool) -> State<'g> {
     loop {
-        while sweep(&mut state, rng, None) > LEAST_GAIN {}
+        while sweep(&mut state, rng, Moves::Any) > LEAST_GAIN {}
         if stopped() || !(merge_once(&mut state) || split_once(&mut state, rng)) {
             return state;
         }
     }
 }
 
-/// Moves every node to the group that shortens the description most; by how much it did. With `only`, nodes of these two
-/// groups move between them.
-fn sweep(state: &mut State, rng: &mut impl Rng, only: Option<[usize; 2]>) -> f64 {
+/// Where nodes may go.
+#[derive(Clone, Copy)]
+enum Moves {
+    /// To any group, or to a new one.
+    Any,
+    /// To groups that there are.
+    Existing,
+    /// Nodes of two groups, from one to the other.
+    Between([usize; 2]),
+}
+
+/// Moves every node to the group that shortens the description most; by how much it did.
+fn sweep(state: &mut State, rng: &mut impl Rng, moves: Moves) -> f64 {
     let mut nodes: Vec<usize> = (0..state.graph().len()).collect();
-    if let Some(pair) = only {
+    if let Moves::Between(pair) = moves {
         nodes.retain(|&node| pair.contains(&state.groups()[node]));
     }
     nodes.shuffle(rng);
@@ -183,17 +193,15 @@ fn sweep(state: &mut State, rng: &mut impl Rng, only: Option<[usize; 2]>) -> f64
                 best = (delta, to);
             }
         };
-        match only {
-            Some(pair) => pair.into_iter().filter(|&to| to != from && state.size(from) > 1).for_each(&mut consider),
-            None => {
-                match count <= FEW_GROUPS {
-                    true => (0..count).filter(|&to| to != from).for_each(&mut consider),
-                    false => reach.groups.iter().filter(|&&to| to != from).for_each(|&to| consider(to)),
-                }
-                if state.size(from) > 1 {
-                    consider(count);
-                }
+        match moves {
+            Moves::Between(pair) => {
+                pair.into_iter().filter(|&to| to != from && state.size(from) > 1).for_each(&mut consider);
             }
+            _ if count <= FEW_GROUPS => (0..count).filter(|&to| to != from).for_each(&mut consider),
+            _ => reach.groups.iter().filter(|&&to| to != from).for_each(|&to| consider(to)),
+        }
+        if matches!(moves, Moves::Any) && state.size(from) > 1 {
+            consider(count);
         }
         if best.1 != from {
             state.apply(node, best.1, &reach);
@@ -235,7 +243,7 @@ fn split_once(state: &mut State, rng: &mut impl Rng) -> bool {
             let mut halved = state.with_groups(&groups);
             let pair = [halved.groups()[halves[0]], halved.groups()[halves[members.len() - 1]]];
             for _ in 0..8 {
-                if sweep(&mut halved, rng, Some(pair)) < LEAST_GAIN {
+                if sweep(&mut halved, rng, Moves::Between(pair)) < LEAST_GAIN {
                     break;
                 }
             }

@@ -3,14 +3,13 @@
 
 use std::path::Path;
 
-use hdf5_reader::group::Group;
-use hdf5_reader::{Attribute, Dataset, Hdf5File, OpenOptions};
+use hdf5_pure::{AttrValue, Dataset, File, Group};
 use kiln_core::{Error, Result};
 
 use super::{Recording, animal_name};
 
-/// Most bytes of one array.
-const MAX_BYTES: usize = 2 << 30;
+/// Most numbers of one array.
+const MOST_VALUES: u64 = 1 << 28;
 /// Deepest nesting of groups that is searched.
 const MAX_DEPTH: usize = 8;
 /// Columns of the plane segmentation that hold names, the likeliest first.
@@ -18,28 +17,30 @@ const NAME_COLUMNS: [&str; 6] = ["neuron_name", "ID_labels", "labels", "label", 
 
 pub fn read(path: &Path) -> Result<Recording> {
     let place = path.display().to_string();
-    let malformed = |e: hdf5_reader::error::Error| {
-        Error::input(&place, "cannot be read as HDF5").caused_by(e.to_string()).hint("is it a complete NWB file?")
+    let malformed = |found: String| {
+        Error::input(&place, "cannot be read as HDF5").caused_by(found).hint("is it a complete NWB file?")
     };
-    let options = OpenOptions::default().with_max_read_bytes(MAX_BYTES);
-    let file = Hdf5File::open_with_options(path, options).map_err(malformed)?;
-    let root = file.root_group().map_err(malformed)?;
-    let processing = root.group("processing").map_err(|_| {
-        Error::input(&place, "has no group \"processing\"").hint("traces are expected in processing/*/*/RoiResponseSeries")
+    std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let file = File::open(path).map_err(|e| malformed(e.to_string()))?;
+    let processing = file.group("processing").map_err(|_| {
+        Error::input(&place, "has no group \"processing\"")
+            .hint("traces are expected in processing/*/*/RoiResponseSeries")
     })?;
-    let mut series = Vec::new();
-    find(&processing, "RoiResponseSeries", MAX_DEPTH, &mut series);
-    let series = series.into_iter().next().ok_or_else(|| {
+    let series = find(&processing, "RoiResponseSeries", MAX_DEPTH);
+    let series = series.first().ok_or_else(|| {
         Error::input(&place, "has no RoiResponseSeries below \"processing\"").hint("export dF/F traces as one")
     })?;
-    let data = series.dataset("data").map_err(malformed)?;
+    let data = series.dataset("data").map_err(|e| malformed(e.to_string()))?;
     let (shape, values) = numbers(&data).map_err(malformed)?;
-    let &[frames, count] = &shape[..] else {
+    let [frames, count] = shape[..] else {
         return Err(Error::input(&place, format!("the traces have the shape {shape:?}, not [time, regions]")));
     };
     let traces = (0..count).map(|i| (0..frames).map(|t| values[t * count + i]).collect()).collect();
-    let time_s = clock(&series, frames).ok_or_else(|| {
-        Error::input(&place, format!("the traces have neither {frames} timestamps nor a starting_time with a rate"))
+    let time_s = clock(series, frames).ok_or_else(|| {
+        Error::input(
+            &place,
+            format!("the traces have neither {frames} timestamps nor a starting_time with a rate"),
+        )
     })?;
     let neurons = names(&processing, count).ok_or_else(|| {
         Error::input(&place, format!("no plane segmentation has {count} regions with names or numbers"))
@@ -48,52 +49,63 @@ pub fn read(path: &Path) -> Result<Recording> {
     Ok(Recording { animal: animal_name(path), source: place, neurons, time_s, traces, behaviours: Vec::new() })
 }
 
-/// Every group of an NWB type, in the order of the file.
-fn find(group: &Group, kind: &str, depth: usize, found: &mut Vec<Group>) {
-    let Ok(groups) = group.groups() else { return };
-    for inner in groups {
-        let is_it = inner.attribute("neurodata_type").and_then(|attribute| text(&attribute)).is_ok_and(|t| t == kind);
-        if is_it {
-            found.push(inner);
-        } else if depth > 0 {
-            find(&inner, kind, depth - 1, found);
+/// Every group of an NWB type below a group.
+fn find(group: &Group, kind: &str, depth: usize) -> Vec<Group> {
+    let names = group.groups().unwrap_or_default();
+    let inner = names.iter().filter_map(|name| group.group(name).ok());
+    let found = inner.flat_map(|inner| {
+        let is_it = inner.attrs().is_ok_and(|attrs| attrs.get("neurodata_type").is_some_and(|a| text(a) == Some(kind)));
+        match is_it {
+            true => vec![inner],
+            false if depth > 0 => find(&inner, kind, depth - 1),
+            false => Vec::new(),
         }
+    });
+    found.collect()
+}
+
+fn text(attribute: &AttrValue) -> Option<&str> {
+    match attribute {
+        AttrValue::String(text)
+        | AttrValue::AsciiString(text)
+        | AttrValue::VarLenString(text)
+        | AttrValue::VarLenAsciiString(text) => Some(text),
+        AttrValue::StringSized { value, .. } | AttrValue::AsciiStringSized { value, .. } => Some(value),
+        _ => None,
     }
 }
 
-fn text(attribute: &Attribute) -> Result<String, hdf5_reader::error::Error> {
-    attribute.read_string()
-}
-
-/// Numbers of any width.
-fn numbers(dataset: &Dataset) -> Result<(Vec<usize>, Vec<f64>), hdf5_reader::error::Error> {
-    let shape = dataset.shape().iter().map(|&n| n as usize).collect();
-    let values = match dataset.read_array::<f32>() {
-        Ok(values) => values.iter().map(|&x| x.into()).collect(),
-        Err(_) => match dataset.read_array::<f64>() {
-            Ok(values) => values.iter().copied().collect(),
-            Err(_) => dataset.read_array::<i64>()?.iter().map(|&x| x as f64).collect(),
-        },
-    };
-    Ok((shape, values))
+/// The shape and the numbers of an array, whatever their width.
+fn numbers(dataset: &Dataset) -> Result<(Vec<usize>, Vec<f64>), String> {
+    let shape = dataset.shape().map_err(|e| e.to_string())?;
+    let count = shape.iter().try_fold(1u64, |n, &m| n.checked_mul(m)).filter(|&n| n <= MOST_VALUES);
+    let count = count.ok_or_else(|| format!("an array claims the shape {shape:?}"))?;
+    let values = dataset.read_f64().map_err(|e| e.to_string())?;
+    if values.len() as u64 != count {
+        return Err(format!("an array of the shape {shape:?} holds {} numbers", values.len()));
+    }
+    Ok((shape.iter().map(|&n| n as usize).collect(), values))
 }
 
 fn clock(series: &Group, frames: usize) -> Option<Vec<f64>> {
-    if let Ok((_, times)) = series.dataset("timestamps").and_then(|dataset| numbers(&dataset)) {
-        return (times.len() == frames).then_some(times);
+    if let Ok(times) = series.dataset("timestamps") {
+        return numbers(&times).ok().map(|(_, times)| times).filter(|times| times.len() == frames);
     }
     let start = series.dataset("starting_time").ok()?;
-    let rate = start.attribute("rate").ok()?.read_as_f64().ok().filter(|rate| *rate > 0.0)?;
-    let (_, first) = numbers(&start).ok()?;
-    Some((0..frames).map(|t| first.first().copied().unwrap_or(0.0) + t as f64 / rate).collect())
+    let rate = match start.attrs().ok()?.get("rate")? {
+        AttrValue::F64(rate) => *rate,
+        AttrValue::F32(rate) => f64::from(*rate),
+        AttrValue::I64(rate) => *rate as f64,
+        _ => return None,
+    };
+    let first = numbers(&start).ok()?.1.first().copied()?;
+    (rate > 0.0).then(|| (0..frames).map(|t| first + t as f64 / rate).collect())
 }
 
 /// The names of so many regions of interest, or their numbers.
 fn names(processing: &Group, count: usize) -> Option<Vec<String>> {
-    let mut tables = Vec::new();
-    find(processing, "PlaneSegmentation", MAX_DEPTH, &mut tables);
-    tables.iter().find_map(|table| {
-        let words = |column: &&str| table.dataset(column).ok()?.read_strings().ok();
+    find(processing, "PlaneSegmentation", MAX_DEPTH).iter().find_map(|table| {
+        let words = |column: &&str| table.dataset(column).ok()?.read_string().ok();
         let named = NAME_COLUMNS.iter().filter_map(words).find(|words| words.len() == count);
         named.or_else(|| {
             let (_, ids) = numbers(&table.dataset("id").ok()?).ok()?;
