@@ -45,7 +45,9 @@ fn hals() -> f64 {
 /// The nested block model of a benchmark graph with 125 nodes and about 1500 edges.
 fn communities() -> f64 {
     let cx = Context::for_tests("");
-    let drawn = LfrConfig::table(0.5, 0.5, 1.0).draw(&mut random_stream(0, "bench", 1)).expect("the table's graphs exist");
+    let drawn = LfrConfig::table(0.5, 0.5, 1.0)
+        .draw(&mut random_stream(0, "bench", 1))
+        .expect("the table's graphs exist");
     let (graph, _) = drawn.graph.without_isolated();
     median_seconds(|| {
         black_box(BlockModelConfig::default().infer(&graph, &cx).expect("every node has an edge"));

@@ -90,7 +90,8 @@ impl AffinityConfig {
             return Err(Error::work("no animal has two neurons: there is no pair to compare")
                 .hint("check the neurons that were left out, and the names in the header"));
         }
-        let signals: Vec<Signals> = traces.animals.iter().map(|animal| self.signals(&animal.traces)).collect();
+        let signals: Vec<Signals> =
+            traces.animals.iter().map(|animal| self.signals(&animal.traces)).collect();
         let mut mask = vec![false; animals * pairs];
         let places: Vec<Vec<usize>> = (traces.animals.iter().enumerate())
             .map(|(w, animal)| {
@@ -303,7 +304,11 @@ mod tests {
     #[test]
     fn windows_of_the_same_course_correlate_fully() {
         let rising: Vec<f64> = (0..40).map(|t| f64::from(t) * f64::from(t)).collect();
-        let traces = vec![rising.clone(), rising.iter().map(|x| 2.0 * x + 1.0).collect(), rising.iter().map(|x| -x).collect()];
+        let traces = vec![
+            rising.clone(),
+            rising.iter().map(|x| 2.0 * x + 1.0).collect(),
+            rising.iter().map(|x| -x).collect(),
+        ];
         let config = AffinityConfig { affinity: Affinity::CorrelationWindow, ..AffinityConfig::new() };
         for frame in config.of_animal(&traces).unwrap() {
             assert!((frame[0] - 1.0).abs() < 1e-9 && frame[1] == 0.0, "{frame:?}");

@@ -43,12 +43,15 @@ pub fn compare(a: &Atlas, b: &Atlas) -> Result<Vec<Counterpart>> {
     let similarity: Vec<Vec<f64>> = (a.motifs.iter())
         .map(|m| {
             let left: Vec<f64> = pairs.iter().map(|((i, j), _)| m.between(*i, *j)).collect();
-            let right = |n: &crate::atlas::Motif| pairs.iter().map(|(_, (p, q))| n.between(*p, *q)).collect::<Vec<_>>();
+            let right = |n: &crate::atlas::Motif| {
+                pairs.iter().map(|(_, (p, q))| n.between(*p, *q)).collect::<Vec<_>>()
+            };
             b.motifs.iter().map(|n| cosine(&left, &right(n))).collect()
         })
         .collect();
     let counterpart = |(r, q): (usize, usize)| {
-        let both = shared.iter().filter_map(|&(i, p)| a.motifs[r].communities[i].zip(b.motifs[q].communities[p]));
+        let both =
+            shared.iter().filter_map(|&(i, p)| a.motifs[r].communities[i].zip(b.motifs[q].communities[p]));
         let (left, right): (Vec<usize>, Vec<usize>) = both.unzip();
         Counterpart { a: r + 1, b: q + 1, similarity: similarity[r][q], community_nmi: nmi(&left, &right) }
     };

@@ -33,7 +33,10 @@ struct Plan {
 impl Plan {
     fn at(scale: Scale) -> Self {
         let each = [0.25, 0.5, 0.75];
-        let cells = each.into_iter().flat_map(|t| each.map(|w| (t, w))).flat_map(|(t, w)| [0.5, 1.0, 2.0].map(|b| (t, w, b)));
+        let cells = each
+            .into_iter()
+            .flat_map(|t| each.map(|w| (t, w)))
+            .flat_map(|(t, w)| [0.5, 1.0, 2.0].map(|b| (t, w, b)));
         let few = vec![(0.25, 0.25, 1.0), (0.5, 0.25, 1.0), (0.5, 0.5, 1.0)];
         match scale {
             Scale::Smoke => Self { seeds: 1, cells: few[..1].to_vec(), graphs: 1, silenced: 3, worms: false },
@@ -135,7 +138,9 @@ fn recovery(atlas: &Atlas, planted: &[PlantedMotif], cx: &Context) -> Recovery {
     let traces = &atlas.traces;
     let courses: Vec<Vec<f64>> = atlas.motifs.iter().map(|motif| smoothed(&motif.time, SMOOTH)).collect();
     let likeness: Vec<Vec<f64>> = (planted.iter())
-        .map(|motif| courses.iter().map(|course| correlation(course, &window(motif, traces.frames))).collect())
+        .map(|motif| {
+            courses.iter().map(|course| correlation(course, &window(motif, traces.frames))).collect()
+        })
         .collect();
     let matched = assign(&likeness);
     let pairs = || planted.iter().zip(&matched).map(|(truth, &r)| (truth, &atlas.motifs[r]));
@@ -262,7 +267,11 @@ fn report_silencing(report: &mut Report, plan: &Plan, cx: &Context) -> Result<()
         "Who is affected by silencing a neuron: rank correlation with the true effect",
         &["prediction", "silenced neurons", "mean rank correlation"],
     );
-    table.row(["shared communities of motifs", &predicted.len().to_string(), &format!("{:.3}", mean(&predicted))]);
+    table.row([
+        "shared communities of motifs",
+        &predicted.len().to_string(),
+        &format!("{:.3}", mean(&predicted)),
+    ]);
     table.row(["plain correlation of traces", &simple.len().to_string(), &format!("{:.3}", mean(&simple))]);
     report.tables.push(table);
     report.claims.push(Claim::new(
@@ -281,24 +290,37 @@ fn report_worms(report: &mut Report, cx: &Context) -> Result<()> {
         report.notes.push("Real worms were left out: their recordings are not on this machine.".into());
         return Ok(());
     };
-    let mut recordings = read_recordings(&[folder.join("flavell_neuropal.npz"), folder.join("worm_2022-08-02-38.csv")])?;
+    let mut recordings =
+        read_recordings(&[folder.join("flavell_neuropal.npz"), folder.join("worm_2022-08-02-38.csv")])?;
     let events = Events::read(&folder.join("events_2022-08-02-38.csv"))?;
     if let Some(last) = recordings.last_mut() {
-        last.behaviours = events.series.iter().map(|series| (series.name.clone(), series.values.clone())).collect();
+        last.behaviours =
+            events.series.iter().map(|series| (series.name.clone(), series.values.clone())).collect();
     }
     let mut table = Table::new(
         "Freely moving worms: the motif closest to reversals",
-        &["animals", "motif", "r with reversals", "command neurons in one community", "best single neuron, r"],
+        &[
+            "animals",
+            "motif",
+            "r with reversals",
+            "command neurons in one community",
+            "best single neuron, r",
+        ],
     );
     let mut together = None;
     let alone: Vec<Vec<Recording>> = recordings.iter().map(|recording| vec![recording.clone()]).collect();
     for group in std::iter::once(recordings).chain(alone) {
         let name = if group.len() == 1 { group[0].animal.clone() } else { format!("all {}", group.len()) };
-        let config = AtlasConfig { ntf: NtfConfig::new(6).with_inits(3).with_sweeps(200), ..AtlasConfig::new(6) };
+        let config =
+            AtlasConfig { ntf: NtfConfig::new(6).with_inits(3).with_sweeps(200), ..AtlasConfig::new(6) };
         let atlas = Atlas::build(on_one_clock(&group)?, config, cx)?;
         let best = (atlas.motifs.iter().enumerate())
             .map(|(r, motif)| (r, reversal_correlation(&atlas, motif), command_neurons(&atlas, motif)))
-            .max_by(|a, b| (!a.2.is_empty(), a.1.abs()).partial_cmp(&(!b.2.is_empty(), b.1.abs())).unwrap_or(std::cmp::Ordering::Equal));
+            .max_by(|a, b| {
+                (!a.2.is_empty(), a.1.abs())
+                    .partial_cmp(&(!b.2.is_empty(), b.1.abs()))
+                    .unwrap_or(std::cmp::Ordering::Equal)
+            });
         let Some((r, correlation, pairs)) = best else { continue };
         table.row([
             name,
@@ -346,7 +368,11 @@ fn command_neurons(atlas: &Atlas, motif: &Motif) -> Vec<String> {
 /// The baseline: the neuron whose trace goes best with reversals, by the mean over animals.
 fn best_neuron(atlas: &Atlas) -> String {
     let reversal = |w: usize| {
-        atlas.traces.animals[w].behaviours.iter().find(|(name, _)| name == "reversal").map(|(_, series)| series)
+        atlas.traces.animals[w]
+            .behaviours
+            .iter()
+            .find(|(name, _)| name == "reversal")
+            .map(|(_, series)| series)
     };
     let mean = |i: usize| {
         let each = atlas.traces.animals.iter().enumerate().filter_map(|(w, animal)| {
@@ -355,7 +381,8 @@ fn best_neuron(atlas: &Atlas) -> String {
         let each: Vec<f64> = each.collect();
         if each.is_empty() { 0.0 } else { each.iter().sum::<f64>() / each.len() as f64 }
     };
-    let found = (0..atlas.traces.neurons.len()).map(|i| (i, mean(i))).max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
+    let found =
+        (0..atlas.traces.neurons.len()).map(|i| (i, mean(i))).max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
     found.map_or(String::new(), |(i, r)| format!("{} {r:.3}", atlas.traces.neurons[i]))
 }
 

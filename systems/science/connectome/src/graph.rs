@@ -25,7 +25,10 @@ impl Graph {
         let mut joined = BTreeMap::new();
         for (i, j, weight) in edges {
             if i >= nodes.len() || j >= nodes.len() {
-                return Err(Error::input("the graph", format!("an edge joins nodes {i} and {j} of {}", nodes.len())));
+                return Err(Error::input(
+                    "the graph",
+                    format!("an edge joins nodes {i} and {j} of {}", nodes.len()),
+                ));
             }
             let place = format!("edge {} – {}", nodes[i], nodes[j]);
             if i == j {
@@ -39,10 +42,13 @@ impl Graph {
                 continue;
             }
             if joined.insert((i.min(j), i.max(j)), weight).is_some() {
-                return Err(Error::input(place, "occurs twice").hint("add up the weights of parallel edges first"));
+                return Err(
+                    Error::input(place, "occurs twice").hint("add up the weights of parallel edges first")
+                );
             }
         }
-        let edges: Vec<(usize, usize, f64)> = joined.into_iter().map(|((i, j), weight)| (i, j, weight)).collect();
+        let edges: Vec<(usize, usize, f64)> =
+            joined.into_iter().map(|((i, j), weight)| (i, j, weight)).collect();
         for &(i, j, weight) in &edges {
             neighbours[i].push((j, weight));
             neighbours[j].push((i, weight));
@@ -81,8 +87,11 @@ impl Graph {
         for row in 0..table.rows() {
             let weight = weights.as_ref().map_or(1.0, |weights| weights[row]);
             if !weight.is_finite() {
-                return Err(Error::input(format!("{}: row {}", table.source(), row + 1), "the weight is missing")
-                    .hint("every edge has a weight, or leave the column out"));
+                return Err(Error::input(
+                    format!("{}: row {}", table.source(), row + 1),
+                    "the weight is missing",
+                )
+                .hint("every edge has a weight, or leave the column out"));
             }
             edges.push((node(source, row)?, node(target, row)?, weight));
         }

@@ -68,7 +68,9 @@ impl<E: Element> AffinityTensor<E> {
     ) -> Result<Self> {
         let wrong = |found: String| Error::input(place, found);
         if frames * animals * pairs == 0 {
-            return Err(wrong(format!("the tensor has the shape [{frames}, {animals}, {pairs}]: nothing in it")));
+            return Err(wrong(format!(
+                "the tensor has the shape [{frames}, {animals}, {pairs}]: nothing in it"
+            )));
         }
         if let Some(mask) = &mask {
             if !mask.contains(&true) {
@@ -155,7 +157,11 @@ impl AffinityTensor {
         };
         let mask = mask.map(|mask| {
             if mask.shape != shape[1..] {
-                return Err(wrong(format!("the mask has the shape {:?}, must have {:?}", mask.shape, &shape[1..])));
+                return Err(wrong(format!(
+                    "the mask has the shape {:?}, must have {:?}",
+                    mask.shape,
+                    &shape[1..]
+                )));
             }
             Ok(match mask.values {
                 Values::Float(values) => values.iter().map(|&v| v != 0.0).collect(),
@@ -176,7 +182,9 @@ fn upper_triangles(place: &str, values: &[f32], n: usize) -> Result<Vec<f32>> {
                 if (above - below).abs() > 1e-5 * above.abs().max(below.abs()) {
                     return Err(Error::input(
                         place,
-                        format!("a slice of \"tensor\" is not symmetric: {above} at [{i}, {j}], {below} at [{j}, {i}]"),
+                        format!(
+                            "a slice of \"tensor\" is not symmetric: {above} at [{i}, {j}], {below} at [{j}, {i}]"
+                        ),
                     ));
                 }
                 pairs.push(above);

@@ -74,12 +74,8 @@ fn hals_makes_the_factors_of_the_reference_with_and_without_missing_pairs() {
             let config = NtfConfig { tolerance: 0.0, ..NtfConfig::new(4).with_sweeps(sweeps) };
             let fit = config.fit_from(&tensor, start.clone(), &Context::for_tests(""), &|_| ()).unwrap();
             let matrix = |mode: usize| golden.matrix(&format!("ntf_{case}_{sweeps}_f{mode}"));
-            let expected = Factors {
-                time: matrix(0),
-                animals: matrix(1),
-                pairs: matrix(2),
-                weights: vec![1.0; 4],
-            };
+            let expected =
+                Factors { time: matrix(0), animals: matrix(1), pairs: matrix(2), weights: vec![1.0; 4] };
             let expected = expected.normalised();
             assert_close(&fit.factors.weights, &expected.weights, 10.0 * tolerance, "weights");
             for (found, expected) in fit.factors.modes().into_iter().zip(expected.modes()) {
@@ -94,7 +90,9 @@ fn hals_makes_the_factors_of_the_reference_with_and_without_missing_pairs() {
 
 /// A golden graph and its planted groups, both by the numbers of the nodes.
 fn graph(name: &str) -> (Graph, Vec<usize>) {
-    let read = |file: String| Table::read(Path::new("tests/data").join(file).as_ref(), TableOptions::default()).unwrap();
+    let read = |file: String| {
+        Table::read(Path::new("tests/data").join(file).as_ref(), TableOptions::default()).unwrap()
+    };
     let number = |table: &Table, column: &str, row: usize| -> usize {
         table.column(column).unwrap().text(row).unwrap().parse().unwrap()
     };
@@ -123,7 +121,10 @@ fn description_lengths_are_those_of_the_reference() {
             for (model, corrected) in [("dc", true), ("ndc", false)] {
                 let expected = reference[name][format!("dl_{partition}_{model}")].as_f64().unwrap();
                 let found = description_length(&graph, groups, corrected).unwrap();
-                assert!((found - expected).abs() < 1e-8 * expected, "{name} {partition} {model}: {found} {expected}");
+                assert!(
+                    (found - expected).abs() < 1e-8 * expected,
+                    "{name} {partition} {model}: {found} {expected}"
+                );
             }
         }
     }
@@ -139,8 +140,17 @@ fn the_search_finds_descriptions_no_longer_than_the_reference_search() {
             let config = BlockModelConfig { correction, nested: false, ..BlockModelConfig::default() };
             let found = config.infer(&graph, &cx).unwrap().best;
             let expected = reference[name]["best_found"][model]["dl"].as_f64().unwrap();
-            println!("{name} {model}: {} against {expected}, B {}, NMI {}", found.description_length, found.count, nmi(&found.groups, &planted));
-            assert!(found.description_length <= expected + 1e-6, "{name} {model}: {}", found.description_length);
+            println!(
+                "{name} {model}: {} against {expected}, B {}, NMI {}",
+                found.description_length,
+                found.count,
+                nmi(&found.groups, &planted)
+            );
+            assert!(
+                found.description_length <= expected + 1e-6,
+                "{name} {model}: {}",
+                found.description_length
+            );
             if name == "g1" {
                 assert_eq!(found.count, 1, "g1 has no structure");
             }

@@ -19,16 +19,20 @@ fn simulated(neurons: usize) -> Traces {
     align(&planted.recordings, &Events::default(), AlignConfig::default()).unwrap()
 }
 
-/// A sum of `rank` random rank-one tensors.
+/// A sum of `rank` random rank-one tensors, each of which is in every animal.
 fn exact([frames, animals, pairs]: [usize; 3], rank: usize) -> (AffinityTensor<f64>, Factors) {
     let mut rng = random_stream(3, "exact", 0);
-    let mut matrix = |rows: usize| {
-        // Half zeros, so that components differ.
-        let values = (0..rows * rank).map(|_| if rng.random_bool(0.5) { rng.random() } else { 0.0 });
+    // Half zeros over time and pairs, so that components differ.
+    let mut matrix = |rows: usize, zeros: f64| {
+        let values =
+            (0..rows * rank).map(|_| if rng.random_bool(zeros) { 0.0 } else { rng.random_range(0.2..1.0) });
         Matrix::new(rows, rank, values.collect())
     };
-    let factors = Factors { time: matrix(frames), animals: matrix(animals), pairs: matrix(pairs), weights: vec![1.0; rank] };
-    let values = (0..frames * animals * pairs).map(|at| factors.at(at / (animals * pairs), at / pairs % animals, at % pairs));
+    let (time, animals_factor, pairs_factor) =
+        (matrix(frames, 0.5), matrix(animals, 0.0), matrix(pairs, 0.5));
+    let factors = Factors { time, animals: animals_factor, pairs: pairs_factor, weights: vec![1.0; rank] };
+    let values = (0..frames * animals * pairs)
+        .map(|at| factors.at(at / (animals * pairs), at / pairs % animals, at % pairs));
     let tensor = AffinityTensor { frames, animals, pairs, values: values.collect(), mask: None };
     (tensor, factors.normalised())
 }
@@ -128,7 +132,10 @@ fn both_solvers_come_to_the_same_error() {
     let mut rng = random_stream(6, "noise", 0);
     tensor.values.iter_mut().for_each(|x| *x += 0.1 * rng.random::<f64>());
     let error = |solver| {
-        let config = NtfConfig { tolerance: 1e-8, ..NtfConfig::new(2).with_inits(4).with_sweeps(4000).with_solver(solver) };
+        let config = NtfConfig {
+            tolerance: 1e-8,
+            ..NtfConfig::new(2).with_inits(4).with_sweeps(4000).with_solver(solver)
+        };
         config.fit(&tensor, &Context::for_tests("")).unwrap().relative_error
     };
     let (hals, mu) = (error(Solver::Hals), error(Solver::Mu));
@@ -138,7 +145,8 @@ fn both_solvers_come_to_the_same_error() {
 #[test]
 fn a_seeded_fit_repeats() {
     let tensor = AffinityConfig::new().compute(&simulated(10)).unwrap();
-    let fit = || NtfConfig::new(3).with_inits(2).with_sweeps(10).fit(&tensor, &Context::for_tests("")).unwrap();
+    let fit =
+        || NtfConfig::new(3).with_inits(2).with_sweeps(10).fit(&tensor, &Context::for_tests("")).unwrap();
     assert_eq!(fit().factors, fit().factors);
 }
 
@@ -163,7 +171,10 @@ fn relabelled_groups_have_the_same_description_length() {
     let groups: Vec<usize> = (0..30).map(|i| i % 4).collect();
     let relabelled: Vec<usize> = groups.iter().map(|g| [7, 2, 5, 0][*g]).collect();
     for corrected in [true, false] {
-        let (a, b) = (description_length(&graph, &groups, corrected), description_length(&graph, &relabelled, corrected));
+        let (a, b) = (
+            description_length(&graph, &groups, corrected),
+            description_length(&graph, &relabelled, corrected),
+        );
         assert!((a.unwrap() - b.unwrap()).abs() < 1e-9);
     }
 }

@@ -8,7 +8,8 @@ pub const RULE: &str = "#e2e2e2";
 pub const ACCENT: &str = "#0072b2";
 /// Communities: Okabe and Ito's colours, then more hues for those who have more.
 const PALETTE: [&str; 10] = [
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b", "#5d8a00", "#c2185b",
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b", "#5d8a00",
+    "#c2185b",
 ];
 /// What belongs to no community.
 pub const NONE: &str = "#bdbdbd";
@@ -52,7 +53,14 @@ impl Svg {
         );
     }
 
-    pub fn line(&mut self, (x1, y1): (f64, f64), (x2, y2): (f64, f64), stroke: &str, width: f64, opacity: f64) {
+    pub fn line(
+        &mut self,
+        (x1, y1): (f64, f64),
+        (x2, y2): (f64, f64),
+        stroke: &str,
+        width: f64,
+        opacity: f64,
+    ) {
         let _ = writeln!(
             self.body,
             "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" stroke=\"{stroke}\" \
@@ -116,7 +124,8 @@ impl Svg {
             }
         }
         for (path, fill) in paths.iter().zip(scale).filter(|(path, _)| !path.is_empty()) {
-            let _ = writeln!(self.body, "<path d=\"{path}\" fill=\"{fill}\" shape-rendering=\"crispEdges\"/>");
+            let _ =
+                writeln!(self.body, "<path d=\"{path}\" fill=\"{fill}\" shape-rendering=\"crispEdges\"/>");
         }
     }
 

@@ -73,7 +73,10 @@ impl Atlas {
                 HostTensor::float([values.len() / self.traces.frames, self.traces.frames], values)
             };
             file.insert(format!("traces.{w}"), matrix(&mut animal.traces.iter()));
-            file.insert(format!("behaviours.{w}"), matrix(&mut animal.behaviours.iter().map(|(_, series)| series)));
+            file.insert(
+                format!("behaviours.{w}"),
+                matrix(&mut animal.behaviours.iter().map(|(_, series)| series)),
+            );
             let neurons = animal.neurons.iter().map(|&i| i as i64).collect::<Vec<_>>();
             file.insert(format!("neurons.{w}"), HostTensor::int([neurons.len()], neurons));
         }
@@ -145,7 +148,11 @@ impl Atlas {
             let series = rows(&file.take(&format!("behaviours.{w}"))?);
             frames = traces.first().map_or(0, Vec::len);
             if traces.len() != neurons.len() || series.len() != behaviours.len() {
-                return Err(wrong(format!("animal {name} has {} traces of {} neurons", traces.len(), neurons.len())));
+                return Err(wrong(format!(
+                    "animal {name} has {} traces of {} neurons",
+                    traces.len(),
+                    neurons.len()
+                )));
             }
             animals.push(Animal {
                 name: name.clone(),
@@ -161,7 +168,10 @@ impl Atlas {
             && factors.animals.rows == animals.len()
             && factors.pairs.rows == crate::tensor::pair_count(n)
             && animals.iter().all(|animal| animal.traces.iter().all(|trace| trace.len() == frames))
-            && config.motifs.iter().all(|m| m.communities.len() == n && m.active.0 <= m.active.1 && m.active.1 <= frames);
+            && config
+                .motifs
+                .iter()
+                .all(|m| m.communities.len() == n && m.active.0 <= m.active.1 && m.active.1 <= frames);
         if !fits {
             return Err(wrong("the factors fit neither the traces nor the motifs".into()));
         }
@@ -252,7 +262,9 @@ impl Atlas {
         for i in motif.order() {
             let community = motif.communities[i].map_or("none".into(), |c| (c + 1).to_string());
             let strength: f64 = (0..motif.communities.len()).map(|j| motif.between(i, j)).sum();
-            writer.write_record([&self.traces.neurons[i], &community, &format!("{strength:.6}")]).map_err(failed)?;
+            writer
+                .write_record([&self.traces.neurons[i], &community, &format!("{strength:.6}")])
+                .map_err(failed)?;
         }
         let bytes = writer.into_inner().map_err(|e| Error::work(e.to_string()))?;
         String::from_utf8(bytes).map_err(|e| Error::work(e.to_string()))
@@ -274,7 +286,8 @@ pub fn graphml(graph: &Graph, communities: &[Option<usize>]) -> String {
     );
     for (name, community) in graph.nodes().iter().zip(communities) {
         let community = community.map_or("none".into(), |c| (c + 1).to_string());
-        let _ = writeln!(text, "<node id=\"{}\"><data key=\"community\">{community}</data></node>", escape(name));
+        let _ =
+            writeln!(text, "<node id=\"{}\"><data key=\"community\">{community}</data></node>", escape(name));
     }
     for &(i, j, weight) in graph.edges() {
         let (source, target) = (escape(&graph.nodes()[i]), escape(&graph.nodes()[j]));

@@ -1,8 +1,8 @@
 //! The atlas as one page that opens from disk, without scripts and without the network.
 
+use super::Atlas;
 use super::draw::escape;
 use super::panels::community_lists;
-use super::Atlas;
 
 const STYLE: &str = "body{margin:0;font:16px/1.5 system-ui,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;color:#222;background:#fff}\
 main{max-width:1120px;margin:0 auto;padding:2rem 1rem 4rem}h1{margin:0 0 .3rem}p{margin:.3rem 0}.faint{color:#767676}\
@@ -18,8 +18,10 @@ impl Atlas {
         let mut sections = String::new();
         for (number, motif) in self.motifs.iter().enumerate() {
             let name = number + 1;
-            let related = self.behaviour_correlations(motif).into_iter().max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
-            let related = related.map_or(String::new(), |(name, r)| format!("{} (r = {r:.2})", escape(&name)));
+            let related =
+                self.behaviour_correlations(motif).into_iter().max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
+            let related =
+                related.map_or(String::new(), |(name, r)| format!("{} (r = {r:.2})", escape(&name)));
             rows += &format!(
                 "<tr><td><a href=\"#motif{name}\">Motif {name}</a></td><td class=\"n\">{:.3}</td><td class=\"n\">{:.1} – {:.1}</td>\
                  <td class=\"n\">{}</td><td class=\"n\">{}</td><td>{related}</td></tr>\n",

@@ -107,7 +107,13 @@ impl Atlas {
         Self::from_fit(traces, config, &fit, ranks, cx)
     }
 
-    fn from_fit(traces: Traces, config: AtlasConfig, fit: &Fit, ranks: Vec<RankScore>, cx: &Context) -> Result<Self> {
+    fn from_fit(
+        traces: Traces,
+        config: AtlasConfig,
+        fit: &Fit,
+        ranks: Vec<RankScore>,
+        cx: &Context,
+    ) -> Result<Self> {
         let bar = cx.progress(fit.factors.rank() as u64, "communities");
         let motifs = (0..fit.factors.rank()).map(|r| {
             let motif = Motif::find(&traces, &config, fit, r, cx);
@@ -177,7 +183,12 @@ impl Motif {
         let n = self.communities.len();
         let ties: Vec<f64> = (0..n)
             .into_par_iter()
-            .map(|i| (0..n).filter(|&j| self.communities[j] == self.communities[i]).map(|j| self.between(i, j)).sum())
+            .map(|i| {
+                (0..n)
+                    .filter(|&j| self.communities[j] == self.communities[i])
+                    .map(|j| self.between(i, j))
+                    .sum()
+            })
             .collect();
         let mut order: Vec<usize> = (0..n).collect();
         let key = |i: usize| self.communities[i].unwrap_or(usize::MAX);
@@ -193,7 +204,8 @@ pub fn smoothed(x: &[f64], sigma: f64) -> Vec<f64> {
     let total: f64 = weights.iter().sum();
     let last = x.len() as isize - 1;
     let at = |t: isize| {
-        (-radius..=radius).zip(&weights).map(|(k, w)| w * x[(t + k).clamp(0, last) as usize]).sum::<f64>() / total
+        (-radius..=radius).zip(&weights).map(|(k, w)| w * x[(t + k).clamp(0, last) as usize]).sum::<f64>()
+            / total
     };
     (0..=last).map(at).collect()
 }

@@ -24,7 +24,8 @@ impl Atlas {
     /// The picture of a motif as an SVG document.
     pub fn motif_svg(&self, number: usize) -> String {
         let motif = &self.motifs[number];
-        let order: Vec<usize> = motif.order().into_iter().filter(|&i| motif.communities[i].is_some()).collect();
+        let order: Vec<usize> =
+            motif.order().into_iter().filter(|&i| motif.communities[i].is_some()).collect();
         let raster = (order.len() as f64 * 7.0).clamp(80.0, 420.0);
         let (middle, bottom) = (212.0, 212.0 + SIDE + 76.0);
         let mut svg = Svg::new(WIDTH, bottom + raster + 52.0);
@@ -153,9 +154,11 @@ impl Atlas {
 
     /// The traces of the animal that has the motif most, around its active interval.
     fn raster_panel(&self, svg: &mut Svg, motif: &Motif, order: &[usize], (top, height): (f64, f64)) {
-        let strongest = (0..motif.animals.len()).max_by(|&a, &b| motif.animals[a].total_cmp(&motif.animals[b]));
+        let strongest =
+            (0..motif.animals.len()).max_by(|&a, &b| motif.animals[a].total_cmp(&motif.animals[b]));
         let Some(animal) = strongest.map(|w| &self.traces.animals[w]) else { return };
-        let rows: Vec<usize> = order.iter().copied().filter(|i| animal.neurons.binary_search(i).is_ok()).collect();
+        let rows: Vec<usize> =
+            order.iter().copied().filter(|i| animal.neurons.binary_search(i).is_ok()).collect();
         let (start, end) = motif.active;
         let margin = ((end - start) / 2).max(10);
         let shown = start.saturating_sub(margin)..(end + margin).min(self.traces.frames);
@@ -184,7 +187,12 @@ impl Atlas {
         });
         let cell = height / rows.len().max(1) as f64;
         for (row, &i) in rows.iter().enumerate() {
-            svg.rect((left - 6.0, top + row as f64 * cell), (4.0, cell + 0.3), colour(motif.communities[i]), 1.0);
+            svg.rect(
+                (left - 6.0, top + row as f64 * cell),
+                (4.0, cell + 0.3),
+                colour(motif.communities[i]),
+                1.0,
+            );
         }
         self.names(svg, motif, &rows, (left - 9.0, top), cell);
         let x = |frame: usize| left + width * (frame - shown.start) as f64 / shown.len().max(1) as f64;
@@ -199,7 +207,8 @@ impl Atlas {
 fn axis(svg: &mut Svg, (from, to): (f64, f64), (left, width): (f64, f64), y: f64) {
     let rough = ((to - from) / 8.0).max(1e-6);
     let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= rough).unwrap_or(rough);
+    let step =
+        [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= rough).unwrap_or(rough);
     let mut tick = (from / step).ceil() * step;
     while tick <= to {
         let x = left + width * (tick - from) / (to - from);

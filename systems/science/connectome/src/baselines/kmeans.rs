@@ -19,7 +19,8 @@ fn squared_distance(a: &[f64], b: &[f64]) -> f64 {
 fn run(points: &[Vec<f64>], k: usize, rng: &mut impl Rng) -> (f64, Vec<usize>) {
     let mut centres = vec![points[rng.random_range(0..points.len())].clone()];
     while centres.len() < k {
-        let distance = |p: &Vec<f64>| centres.iter().map(|c| squared_distance(p, c)).fold(f64::INFINITY, f64::min);
+        let distance =
+            |p: &Vec<f64>| centres.iter().map(|c| squared_distance(p, c)).fold(f64::INFINITY, f64::min);
         let distances: Vec<f64> = points.iter().map(distance).collect();
         let mut left = rng.random::<f64>() * distances.iter().sum::<f64>();
         let far = distances.iter().position(|d| {

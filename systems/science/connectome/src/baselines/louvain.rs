@@ -7,7 +7,8 @@ use crate::graph::Graph;
 
 /// The group of every node.
 pub fn louvain(graph: &Graph, rng: &mut impl Rng) -> Vec<usize> {
-    let mut neighbours: Vec<Vec<(usize, f64)>> = (0..graph.len()).map(|i| graph.neighbours(i).to_vec()).collect();
+    let mut neighbours: Vec<Vec<(usize, f64)>> =
+        (0..graph.len()).map(|i| graph.neighbours(i).to_vec()).collect();
     let mut loops = vec![0.0; graph.len()]; // twice the weight within a node that was a group
     let mut groups: Vec<usize> = (0..graph.len()).collect();
     loop {

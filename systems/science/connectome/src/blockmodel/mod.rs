@@ -56,7 +56,7 @@ pub struct BlockModelConfig {
 
 impl Default for BlockModelConfig {
     fn default() -> Self {
-        Self { correction: Correction::Auto, nested: true, restarts: 8 }
+        Self { correction: Correction::Auto, nested: true, restarts: 16 }
     }
 }
 
@@ -89,7 +89,7 @@ pub struct Communities {
 pub struct BlockModel;
 
 impl BlockModel {
-    /// With the defaults: both corrections, nested, eight restarts.
+    /// With the defaults: both corrections, nested, sixteen restarts.
     ///
     /// # Errors
     /// As [`BlockModelConfig::infer`].
@@ -127,14 +127,19 @@ impl BlockModelConfig {
 pub fn description_length(graph: &Graph, groups: &[usize], degree_corrected: bool) -> Result<f64> {
     check(graph)?;
     if groups.len() != graph.len() {
-        return Err(Error::input("the partition", format!("has {} nodes, the graph {}", groups.len(), graph.len())));
+        return Err(Error::input(
+            "the partition",
+            format!("has {} nodes, the graph {}", groups.len(), graph.len()),
+        ));
     }
     Ok(State::new(graph, groups, degree_corrected).description_length())
 }
 
 fn check(graph: &Graph) -> Result<()> {
     if graph.edges().is_empty() {
-        return Err(Error::input("the graph", "has no edge").hint("communities need edges; lower the threshold τ"));
+        return Err(
+            Error::input("the graph", "has no edge").hint("communities need edges; lower the threshold τ")
+        );
     }
     match (0..graph.len()).find(|&i| graph.neighbours(i).is_empty()) {
         Some(i) => Err(Error::input("the graph", format!("node {} has no edge", graph.nodes()[i]))

@@ -81,9 +81,8 @@ impl Hierarchy {
     /// The hierarchy with the shortest description that merging groups finds, level upon level.
     pub fn infer(state: &State, terms: &Terms) -> Self {
         let count = state.count();
-        let mut below: Vec<i64> = (0..count * count)
-            .map(|at| i64::from(state.edges_between(at / count, at % count)))
-            .collect();
+        let mut below: Vec<i64> =
+            (0..count * count).map(|at| i64::from(state.edges_between(at / count, at % count))).collect();
         let mut size = count;
         let mut levels = Vec::new();
         loop {

@@ -34,7 +34,9 @@ pub fn sample(
     cx: &Context,
 ) -> Result<Posterior> {
     if sweeps == 0 {
-        return Err(Error::usage("no sweeps draw nothing").hint("give at least 1 sweep; 1000 are a good start"));
+        return Err(
+            Error::usage("no sweeps draw nothing").hint("give at least 1 sweep; 1000 are a good start")
+        );
     }
     let nodes = graph.len();
     let mut rng = cx.rng("posterior", u64::from(degree_corrected));
@@ -55,7 +57,9 @@ pub fn sample(
         group_counts[state.count()] += 1.0;
         let groups = state.groups();
         for (row, &group) in together.chunks_mut(nodes).zip(groups) {
-            row.iter_mut().zip(groups).for_each(|(cell, other)| *cell += f64::from(u8::from(group == *other)));
+            row.iter_mut()
+                .zip(groups)
+                .for_each(|(cell, other)| *cell += f64::from(u8::from(group == *other)));
         }
     }
     let share = 1.0 / sweeps as f64;

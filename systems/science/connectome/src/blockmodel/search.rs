@@ -1,5 +1,6 @@
 //! The search for the shortest description: from single nodes by merging, from spectral partitions, and by annealing;
-//! every start is then improved by single moves, merges and splits until none of them helps.
+//! every start is then improved by single moves, merges and new divisions until none of them
+//! helps.
 
 use kiln_core::{Context, Error, Result, random_stream};
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -22,10 +23,17 @@ const MOST_GROUPS: usize = 500;
 const SPECTRAL: [usize; 8] = [2, 3, 4, 5, 6, 8, 11, 16];
 /// Sweeps of one annealing.
 const ANNEALING: usize = 40;
-/// Random halves tried for every group.
+/// Random halves tried for every group and pair of groups.
 const SPLITS: usize = 3;
+/// Most pairs of groups that are divided anew in one round.
+const MOST_PAIRS: usize = 20;
 
-pub fn search(graph: &Graph, degree_corrected: bool, config: &BlockModelConfig, cx: &Context) -> Result<Partition> {
+pub fn search(
+    graph: &Graph,
+    degree_corrected: bool,
+    config: &BlockModelConfig,
+    cx: &Context,
+) -> Result<Partition> {
     let seed = cx.rng("blockmodel", u64::from(degree_corrected)).random::<u64>();
     let stopped = || cx.interrupted();
     let mut found: Vec<Vec<usize>> = vec![vec![0; graph.len()]];
@@ -102,11 +110,9 @@ fn best_nested(graph: &Graph, degree_corrected: bool, mut found: Vec<Vec<usize>>
     Partition { groups, count, description_length, degree_corrected, levels }
 }
 
-/// Merges groups until one is left, moving single nodes in between; the refined states from a few groups on, one a number
-/// of groups.
+/// Merges groups until one is left, moving single nodes in between; from a few groups on, what refining each state gives.
 fn agglomerate(mut state: State, rng: &mut impl Rng, stopped: &impl Fn() -> bool) -> Vec<Vec<usize>> {
     let mut met = Vec::new();
-    let mut best: Option<(f64, Vec<usize>)> = None;
     while state.count() > 1 && !stopped() {
         let count = state.count();
         let target = if count <= FEW_GROUPS { count - 1 } else { (count as f64 / SHRINK) as usize };
@@ -117,15 +123,8 @@ fn agglomerate(mut state: State, rng: &mut impl Rng, stopped: &impl Fn() -> bool
             }
         }
         if state.count() <= FEW_GROUPS {
-            let length = state.description_length();
-            met.push(state.groups().to_vec());
-            if best.as_ref().is_none_or(|best| length < best.0) {
-                best = Some((length, state.groups().to_vec()));
-            }
+            met.push(refine(state.clone(), rng, stopped).groups().to_vec());
         }
-    }
-    if let Some((_, groups)) = best {
-        met.push(refine(state.with_groups(&groups), rng, stopped).groups().to_vec());
     }
     met
 }
@@ -153,11 +152,11 @@ fn merged<'g>(state: &State<'g>, wanted: usize) -> State<'g> {
     state.with_groups(&groups)
 }
 
-/// Single moves, merges and splits until none of them shortens the description.
+/// Single moves, merges and new divisions until none of them shortens the description.
 fn refine<'g>(mut state: State<'g>, rng: &mut impl Rng, stopped: &impl Fn() -> bool) -> State<'g> {
     loop {
         while sweep(&mut state, rng, Moves::Any) > LEAST_GAIN {}
-        if stopped() || !(merge_once(&mut state) || split_once(&mut state, rng)) {
+        if stopped() || !(merge_once(&mut state) || divide_once(&mut state, rng)) {
             return state;
         }
     }
@@ -226,20 +225,29 @@ fn merge_once(state: &mut State) -> bool {
     }
 }
 
-/// The first split of a group that shortens the description, once its nodes have chosen their halves.
-fn split_once(state: &mut State, rng: &mut impl Rng) -> bool {
+/// The first new division that shortens the description: of one group into two, or of two groups between them, once
+/// their nodes have chosen sides.
+fn divide_once(state: &mut State, rng: &mut impl Rng) -> bool {
     let before = state.description_length();
-    for group in 0..state.count() {
-        let members: Vec<usize> = (0..state.graph().len()).filter(|&i| state.groups()[i] == group).collect();
+    let count = state.count();
+    let single = (0..count).map(|r| (r, count));
+    let mut pairs: Vec<(usize, usize)> =
+        (0..count).flat_map(|r| (r + 1..count).map(move |s| (r, s))).collect();
+    pairs.shuffle(rng);
+    pairs.truncate(MOST_PAIRS);
+    for (r, s) in single.chain(pairs) {
+        let of_them = |i: &usize| state.groups()[*i] == r || state.groups()[*i] == s;
+        let members: Vec<usize> = (0..state.graph().len()).filter(of_them).collect();
         if members.len() < 4 {
             continue;
         }
         for _ in 0..SPLITS {
-            let mut groups = state.groups().to_vec();
-            let new = state.count();
             let mut halves = members.clone();
             halves.shuffle(rng);
-            halves[..members.len() / 2].iter().for_each(|&node| groups[node] = new);
+            let mut groups = state.groups().to_vec();
+            for (place, &node) in halves.iter().enumerate() {
+                groups[node] = if place < halves.len() / 2 { s } else { r };
+            }
             let mut halved = state.with_groups(&groups);
             let pair = [halved.groups()[halves[0]], halved.groups()[halves[members.len() - 1]]];
             for _ in 0..8 {

@@ -172,7 +172,8 @@ impl<'g> State<'g> {
         let change = |r: usize, s: usize, count: i64, weight: f64| {
             let (m, x) = old(r, s);
             let after = (i64::from(m) + count) as u32;
-            self.terms.pair(r == s, after, if after == 0 { 0.0 } else { x + weight }) - self.terms.pair(r == s, m, x)
+            self.terms.pair(r == s, after, if after == 0 { 0.0 } else { x + weight })
+                - self.terms.pair(r == s, m, x)
         };
         let mut delta = 0.0;
         for &t in reach.groups.iter().filter(|&&t| t != from && t != to) {
@@ -204,7 +205,8 @@ impl<'g> State<'g> {
 
     /// What depends on the number of groups alone.
     fn count_terms(&self, count: usize) -> f64 {
-        self.terms.partition(self.graph.len(), count) + self.terms.edge_counts(count, self.graph.edges().len())
+        self.terms.partition(self.graph.len(), count)
+            + self.terms.edge_counts(count, self.graph.edges().len())
     }
 
     /// Moves a node; an emptied group gives its number to the last one.
@@ -241,8 +243,10 @@ impl<'g> State<'g> {
             let stride = 2 * self.stride;
             let (mut counts, mut weights) = (vec![0; stride * stride], vec![0.0; stride * stride]);
             for r in 0..count {
-                counts[r * stride..r * stride + count].copy_from_slice(&self.counts[r * self.stride..][..count]);
-                weights[r * stride..r * stride + count].copy_from_slice(&self.weights[r * self.stride..][..count]);
+                counts[r * stride..r * stride + count]
+                    .copy_from_slice(&self.counts[r * self.stride..][..count]);
+                weights[r * stride..r * stride + count]
+                    .copy_from_slice(&self.weights[r * self.stride..][..count]);
             }
             (self.counts, self.weights, self.stride) = (counts, weights, stride);
         }
@@ -281,7 +285,8 @@ impl<'g> State<'g> {
             }
         }
         let ((m, x), (n, y), (k, z)) = (at(r, r), at(s, s), at(r, s));
-        delta += self.terms.pair(true, m + n + k, x + y + z) - self.pair(r, r) - self.pair(s, s) - self.pair(r, s);
+        delta +=
+            self.terms.pair(true, m + n + k, x + y + z) - self.pair(r, r) - self.pair(s, s) - self.pair(r, s);
         let group = |n, e| self.terms.group(self.degree_corrected, n, e) - self.terms.ln_factorial(n);
         delta += group(self.sizes[r] + self.sizes[s], self.half_edges[r] + self.half_edges[s])
             - group(self.sizes[r], self.half_edges[r])

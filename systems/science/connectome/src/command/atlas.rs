@@ -76,13 +76,18 @@ pub fn silence(args: &SilenceArgs, cx: &Context) -> Result<()> {
         writer.write_record(["rank", "neuron", "effect", "motif"]).map_err(failed)?;
         for (rank, affected) in found.neurons.iter().enumerate() {
             let motif = affected.motif.map_or(String::new(), |motif| motif.to_string());
-            let row = [(rank + 1).to_string(), affected.neuron.clone(), format!("{:.6}", affected.effect), motif];
+            let row =
+                [(rank + 1).to_string(), affected.neuron.clone(), format!("{:.6}", affected.effect), motif];
             writer.write_record(&row).map_err(failed)?;
         }
         write_atomic(out, &writer.into_inner().map_err(|e| Error::work(e.to_string()))?)?;
     }
     cx.emit(&found, |found| {
-        let shares = found.motifs.iter().enumerate().map(|(r, share)| format!("motif {}: {:.1} %", r + 1, 100.0 * share));
+        let shares = found
+            .motifs
+            .iter()
+            .enumerate()
+            .map(|(r, share)| format!("motif {}: {:.1} %", r + 1, 100.0 * share));
         let mut text = format!("{} carries of {}\n", found.neuron, shares.collect::<Vec<_>>().join(", "));
         for affected in found.neurons.iter().take(10).filter(|affected| affected.effect > 0.0) {
             let motif = affected.motif.map_or(String::new(), |motif| format!("motif {motif}"));

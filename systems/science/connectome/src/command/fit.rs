@@ -25,7 +25,10 @@ impl FromStr for Auto {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "auto" => Ok(Self(None)),
-            _ => text.parse().map(|n| Self(Some(n))).map_err(|_| format!("\"{text}\" is neither a number nor auto")),
+            _ => text
+                .parse()
+                .map(|n| Self(Some(n)))
+                .map_err(|_| format!("\"{text}\" is neither a number nor auto")),
         }
     }
 }
@@ -38,7 +41,8 @@ impl FromStr for Ranks {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let ends = text.split_once("..").and_then(|(low, high)| Some((low.parse().ok()?, high.parse().ok()?)));
+        let ends =
+            text.split_once("..").and_then(|(low, high)| Some((low.parse().ok()?, high.parse().ok()?)));
         match ends {
             Some((low, high)) if 1 <= low && low <= high => Ok(Self(low, high)),
             _ => Err(format!("\"{text}\" is no range of ranks; write 2..15")),
@@ -86,8 +90,10 @@ impl TraceArgs {
         let traces = align(&recordings, &events, AlignConfig { rate: self.rate })?;
         traces.warnings.iter().for_each(|warning| cx.note(warning));
         if !self.allow_unshared && !traces.share_a_pair() {
-            return Err(Error::work("no two animals have a pair of neurons in common: motifs could not be shared")
-                .hint("check the names of the neurons, or pass --allow-unshared"));
+            return Err(Error::work(
+                "no two animals have a pair of neurons in common: motifs could not be shared",
+            )
+            .hint("check the names of the neurons, or pass --allow-unshared"));
         }
         cx.note(format!(
             "{} animals, {} neurons, {} frames at {:.3} a second",
@@ -135,15 +141,20 @@ pub struct FitArgs {
 
 pub fn fit(args: FitArgs, cx: &Context) -> Result<()> {
     if !(0.0..1.0).contains(&args.threshold) {
-        return Err(Error::usage(format!("--threshold {} is not a part of the heaviest edge", args.threshold))
-            .hint("give a number from 0 to below 1"));
+        return Err(Error::usage(format!(
+            "--threshold {} is not a part of the heaviest edge",
+            args.threshold
+        ))
+        .hint("give a number from 0 to below 1"));
     }
     let traces = args.traces.read(cx)?;
     let config = AtlasConfig {
         affinity: args.traces.config(),
         ntf: NtfConfig {
             solver: args.solver,
-            ..NtfConfig::new(args.rank.0.unwrap_or(args.ranks.0)).with_inits(args.inits).with_sweeps(args.sweeps)
+            ..NtfConfig::new(args.rank.0.unwrap_or(args.ranks.0))
+                .with_inits(args.inits)
+                .with_sweeps(args.sweeps)
         },
         ranks: if args.rank.0.is_some() { Vec::new() } else { (args.ranks.0..=args.ranks.1).collect() },
         communities: BlockModelConfig {
@@ -263,7 +274,8 @@ pub fn ntf(args: &NtfArgs, cx: &Context) -> Result<()> {
         "weights": fit.factors.weights,
         "out": args.out,
     });
-    let text = serde_json::to_vec_pretty(&result).map_err(|e| Error::work("cannot write fit.json").caused_by(e))?;
+    let text =
+        serde_json::to_vec_pretty(&result).map_err(|e| Error::work("cannot write fit.json").caused_by(e))?;
     write_atomic(&args.out.join("fit.json"), &text)?;
     cx.emit(&result, |_| {
         format!(

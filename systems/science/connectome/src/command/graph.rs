@@ -26,7 +26,7 @@ pub struct CommunitiesArgs {
     #[arg(long, conflicts_with_all = ["flat", "posterior"])]
     partition: Option<PathBuf>,
     /// Annealed restarts of the search
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 16)]
     restarts: usize,
     /// Draw so many partitions from the posterior, and add how sure every node is
     #[arg(long, value_name = "SAMPLES")]
@@ -46,8 +46,7 @@ pub fn communities(args: &CommunitiesArgs, cx: &Context) -> Result<()> {
     if let Some(path) = &args.partition {
         return score(args, path, &connected, cx);
     }
-    let config =
-        BlockModelConfig { correction: args.model, nested: !args.flat, restarts: args.restarts };
+    let config = BlockModelConfig { correction: args.model, nested: !args.flat, restarts: args.restarts };
     let found = config.infer(&connected, cx)?;
     let best = &found.best;
     let posterior = match args.posterior {
@@ -168,6 +167,7 @@ fn write(folder: &Path, table: &[u8], result: &Value) -> Result<()> {
 }
 
 fn write_json(folder: &Path, result: &Value) -> Result<()> {
-    let text = serde_json::to_vec_pretty(result).map_err(|e| Error::work("cannot write dl.json").caused_by(e))?;
+    let text =
+        serde_json::to_vec_pretty(result).map_err(|e| Error::work("cannot write dl.json").caused_by(e))?;
     write_atomic(&folder.join("dl.json"), &text)
 }

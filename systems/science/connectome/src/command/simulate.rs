@@ -40,7 +40,8 @@ pub fn simulate(args: &SimulateArgs, cx: &Context) -> Result<()> {
     std::fs::create_dir_all(&args.out).map_err(Error::io("create", &args.out))?;
     write_npz(&args.out.join("traces.npz"), &planted.recordings)?;
     let truth = json!({ "config": config, "motifs": planted.motifs });
-    let text = serde_json::to_vec_pretty(&truth).map_err(|e| Error::work("cannot write truth.json").caused_by(e))?;
+    let text =
+        serde_json::to_vec_pretty(&truth).map_err(|e| Error::work("cannot write truth.json").caused_by(e))?;
     write_atomic(&args.out.join("truth.json"), &text)?;
     let result = json!({ "out": args.out, "animals": args.animals, "motifs": planted.motifs });
     cx.emit(&result, |_| format!("{} animals in {}\n", args.animals, args.out.join("traces.npz").display()))

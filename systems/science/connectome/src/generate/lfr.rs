@@ -102,8 +102,9 @@ impl LfrConfig {
         let mut room = sizes.clone();
         let mut groups = vec![0; self.nodes];
         for i in order {
-            let fits: Vec<usize> =
-                (0..sizes.len()).filter(|&c| room[c] > 0 && sizes[c] as f64 - 1.0 >= inner(degrees[i])).collect();
+            let fits: Vec<usize> = (0..sizes.len())
+                .filter(|&c| room[c] > 0 && sizes[c] as f64 - 1.0 >= inner(degrees[i]))
+                .collect();
             let total: usize = fits.iter().map(|&c| room[c]).sum();
             let mut pick = rng.random_range(0..total.max(1));
             let chosen = fits.into_iter().find(|&c| {

@@ -69,9 +69,16 @@ impl SimulateConfig {
     /// # Errors
     /// When a number is too small for motifs to be told apart.
     pub fn draw(&self, rng: &mut impl Rng) -> Result<Planted> {
-        let least = [("--animals", self.animals, 1), ("--neurons", self.neurons, 9), ("--frames", self.frames, 60), ("--motifs", self.motifs, 1)];
+        let least = [
+            ("--animals", self.animals, 1),
+            ("--neurons", self.neurons, 9),
+            ("--frames", self.frames, 60),
+            ("--motifs", self.motifs, 1),
+        ];
         if let Some((name, found, least)) = least.into_iter().find(|&(_, found, least)| found < least) {
-            return Err(Error::usage(format!("{name} {found} is too few")).hint(format!("give at least {least}")));
+            return Err(
+                Error::usage(format!("{name} {found} is too few")).hint(format!("give at least {least}"))
+            );
         }
         let motifs: Vec<PlantedMotif> = (0..self.motifs).map(|m| self.plant(m, rng)).collect();
         let recordings = (0..self.animals).map(|w| self.record(w, &motifs, rng)).collect();
@@ -102,9 +109,10 @@ impl SimulateConfig {
         let drives: Vec<Option<Vec<Vec<f64>>>> = motifs
             .iter()
             .map(|motif| {
-                motif.animals.contains(&w).then(|| {
-                    (0..DRIVEN).map(|_| smooth_noise(self.frames, DRIVE_FRAMES, rng)).collect()
-                })
+                motif
+                    .animals
+                    .contains(&w)
+                    .then(|| (0..DRIVEN).map(|_| smooth_noise(self.frames, DRIVE_FRAMES, rng)).collect())
             })
             .collect();
         let trace = |neuron: usize, rng: &mut _| -> Vec<f64> {

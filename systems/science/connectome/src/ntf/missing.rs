@@ -53,7 +53,10 @@ pub fn cross_gram<'a>(rows: impl Iterator<Item = (&'a [f64], &'a [f64])>, rank: 
     let mut gram = vec![0.0; rank * rank];
     for (left, right) in rows {
         for (q, left) in left.iter().enumerate() {
-            gram[q * rank..(q + 1) * rank].iter_mut().zip(right).for_each(|(sum, right)| *sum += left * right);
+            gram[q * rank..(q + 1) * rank]
+                .iter_mut()
+                .zip(right)
+                .for_each(|(sum, right)| *sum += left * right);
         }
     }
     gram

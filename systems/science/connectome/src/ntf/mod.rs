@@ -143,7 +143,12 @@ impl NtfConfig {
             errors.push(error);
         }
         let factors = sweeper.into_factors();
-        Ok(Fit { relative_error: errors.last().copied().unwrap_or(f64::NAN), factors: factors.normalised(), errors, converged })
+        Ok(Fit {
+            relative_error: errors.last().copied().unwrap_or(f64::NAN),
+            factors: factors.normalised(),
+            errors,
+            converged,
+        })
     }
 
     /// Factors drawn evenly from 0 to 1.
@@ -214,7 +219,8 @@ impl Factors {
         for r in 0..self.rank() {
             let mut weight = self.weights[r];
             for matrix in self.modes_mut() {
-                let norm = matrix.values.chunks(matrix.columns).map(|row| row[r] * row[r]).sum::<f64>().sqrt();
+                let norm =
+                    matrix.values.chunks(matrix.columns).map(|row| row[r] * row[r]).sum::<f64>().sqrt();
                 if norm > 0.0 {
                     matrix.values.chunks_mut(matrix.columns).for_each(|row| row[r] /= norm);
                 }
@@ -284,7 +290,10 @@ impl Factors {
         };
         let ranks = [time.columns, animals.columns, pairs.columns, weights.len()];
         if ranks.iter().any(|&rank| rank != ranks[0]) {
-            return Err(Error::input(&place, format!("time, animals, pairs and weights have {ranks:?} components")));
+            return Err(Error::input(
+                &place,
+                format!("time, animals, pairs and weights have {ranks:?} components"),
+            ));
         }
         Ok(Self { time, animals, pairs, weights })
     }

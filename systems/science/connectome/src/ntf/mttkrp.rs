@@ -24,7 +24,8 @@ pub fn contract_pairs<E: Element>(tensor: &AffinityTensor<E>, c: &Matrix) -> Mat
     let rank = c.columns;
     let lanes = in_lanes(c);
     let mut y = vec![0.0; tensor.frames * tensor.animals * rank];
-    let tasks = y.par_chunks_mut(ROWS_OF_TASK * rank).zip(tensor.values.par_chunks(ROWS_OF_TASK * tensor.pairs));
+    let tasks =
+        y.par_chunks_mut(ROWS_OF_TASK * rank).zip(tensor.values.par_chunks(ROWS_OF_TASK * tensor.pairs));
     tasks.for_each(|(y, x)| simd(|| contract_rows_of_task(y, x, tensor.pairs, rank, &lanes)));
     Matrix::new(tensor.frames * tensor.animals, rank, y)
 }
@@ -143,7 +144,8 @@ mod tests {
         let (frames, animals, pairs, rank) = (23, 3, 2 * PAIRS + 77, LANES + 3);
         let mut rng = kiln_core::random_stream(0, "mttkrp", 0);
         let mut draw = |n: usize| (0..n).map(|_| rng.random::<f64>()).collect::<Vec<f64>>();
-        let tensor = AffinityTensor { frames, animals, pairs, values: draw(frames * animals * pairs), mask: None };
+        let tensor =
+            AffinityTensor { frames, animals, pairs, values: draw(frames * animals * pairs), mask: None };
         let c = Matrix::new(pairs, rank, draw(pairs * rank));
         let h = Matrix::new(frames * animals, rank, draw(frames * animals * rank));
         let (y, m) = (contract_pairs(&tensor, &c), contract_rows(&tensor, &h));

@@ -69,7 +69,8 @@ impl<'a, E: Element> Sweeper<'a, E> {
             }
         }
         // Σ_t a_old[t,q] a[t,r]: what the old reconstruction needs of the new time factor
-        let turned = old.as_ref().map(|old| cross_gram(old.time.values.chunks(rank).zip(a.values.chunks(rank)), rank));
+        let turned =
+            old.as_ref().map(|old| cross_gram(old.time.values.chunks(rank).zip(a.values.chunks(rank)), rank));
         if let (Some(grams), Some(turned)) = (&missing_grams, &turned) {
             for ((m, b), gram) in m.values.chunks_mut(rank).zip(b.values.chunks(rank)).zip(grams) {
                 for (qr, (gram, turned)) in gram.iter().zip(turned).enumerate() {
@@ -79,9 +80,10 @@ impl<'a, E: Element> Sweeper<'a, E> {
         }
         (self.update)(b, &m, &hadamard(&gram(a), &cc));
 
-        let rows = a.values.chunks(rank).flat_map(|a| {
-            b.values.chunks(rank).flat_map(move |b| a.iter().zip(b).map(|(a, b)| a * b))
-        });
+        let rows = a
+            .values
+            .chunks(rank)
+            .flat_map(|a| b.values.chunks(rank).flat_map(move |b| a.iter().zip(b).map(|(a, b)| a * b)));
         let h = Matrix::new(a.rows * animals, rank, rows.collect());
         let observed = contract_rows(self.tensor, &h); // [P, R]
         let mut m = observed.clone();

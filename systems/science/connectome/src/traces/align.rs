@@ -57,7 +57,11 @@ pub fn align(recordings: &[Recording], events: &Events, config: AlignConfig) -> 
     for recording in recordings {
         let length = edge(recording, true) - edge(recording, false);
         if length > (end - start) * 1.01 + 2.0 / rate {
-            warnings.push(format!("{}: cut from {length:.1} to {:.1} s, which all animals have", recording.place(), end - start));
+            warnings.push(format!(
+                "{}: cut from {length:.1} to {:.1} s, which all animals have",
+                recording.place(),
+                end - start
+            ));
         }
     }
 
@@ -66,7 +70,8 @@ pub fn align(recordings: &[Recording], events: &Events, config: AlignConfig) -> 
         let clock: Vec<f64> = (0..frames).map(|t| origin(recording) + start + t as f64 / rate).collect();
         cleaned.push(clean(recording, &clock, events, &mut warnings)?);
     }
-    let names: BTreeSet<&String> = cleaned.iter().flat_map(|c| c.traces.iter().map(|(name, _)| name)).collect();
+    let names: BTreeSet<&String> =
+        cleaned.iter().flat_map(|c| c.traces.iter().map(|(name, _)| name)).collect();
     let neurons: Vec<String> = names.into_iter().cloned().collect();
     let animals = recordings.iter().zip(cleaned).map(|(recording, cleaned)| {
         let mut traces = cleaned.traces;
@@ -82,11 +87,14 @@ pub fn align(recordings: &[Recording], events: &Events, config: AlignConfig) -> 
     let animals = animals.collect();
     let mut spans: Vec<Span> = Vec::new();
     for event in &events.spans {
-        for recording in recordings.iter().filter(|r| event.animal.as_ref().is_none_or(|name| *name == r.animal)) {
+        for recording in
+            recordings.iter().filter(|r| event.animal.as_ref().is_none_or(|name| *name == r.animal))
+        {
             let zero = origin(recording) + start;
             let span = Span { label: event.label.clone(), start: event.start - zero, end: event.end - zero };
             let inside = span.end >= 0.0 && span.start <= frames as f64 / rate;
-            let same = |other: &Span| other.label == span.label && (other.start - span.start).abs() < 0.5 / rate;
+            let same =
+                |other: &Span| other.label == span.label && (other.start - span.start).abs() < 0.5 / rate;
             if inside && !spans.iter().any(same) {
                 spans.push(span);
             }
@@ -102,7 +110,12 @@ struct Cleaned {
     behaviours: Vec<(String, Vec<f64>)>,
 }
 
-fn clean(recording: &Recording, clock: &[f64], events: &Events, warnings: &mut Vec<String>) -> Result<Cleaned> {
+fn clean(
+    recording: &Recording,
+    clock: &[f64],
+    events: &Events,
+    warnings: &mut Vec<String>,
+) -> Result<Cleaned> {
     let place = recording.place();
     let mut traces = Vec::new();
     for (name, trace) in recording.neurons.iter().zip(&recording.traces) {
@@ -148,7 +161,8 @@ fn fill(time_s: &[f64], trace: &[f64]) -> Option<Vec<f64>> {
         return Some(trace.to_vec());
     }
     let ends = [time_s[first] - time_s[0], time_s[trace.len() - 1] - time_s[last]];
-    let gaps = there.windows(2).filter(|pair| pair[1] > pair[0] + 1).map(|pair| time_s[pair[1]] - time_s[pair[0]]);
+    let gaps =
+        there.windows(2).filter(|pair| pair[1] > pair[0] + 1).map(|pair| time_s[pair[1]] - time_s[pair[0]]);
     if gaps.chain(ends).any(|gap| gap > LONGEST_GAP) {
         return None;
     }
@@ -182,13 +196,19 @@ mod tests {
 
     #[test]
     fn series_are_sampled_along_straight_lines() {
-        assert_eq!(sample(&[0.0, 2.0, 3.0], &[0.0, 4.0, 1.0], &[-1.0, 0.0, 1.0, 2.5, 9.0]), [0.0, 0.0, 2.0, 2.5, 1.0]);
+        assert_eq!(
+            sample(&[0.0, 2.0, 3.0], &[0.0, 4.0, 1.0], &[-1.0, 0.0, 1.0, 2.5, 9.0]),
+            [0.0, 0.0, 2.0, 2.5, 1.0]
+        );
     }
 
     #[test]
     fn short_gaps_are_filled_and_long_ones_are_not() {
         let time: Vec<f64> = (0..6).map(|t| f64::from(t) * 0.4).collect();
-        assert_eq!(fill(&time, &[0.0, f64::NAN, 2.0, 3.0, 4.0, f64::NAN]), Some(vec![0.0, 1.0, 2.0, 3.0, 4.0, 4.0]));
+        assert_eq!(
+            fill(&time, &[0.0, f64::NAN, 2.0, 3.0, 4.0, f64::NAN]),
+            Some(vec![0.0, 1.0, 2.0, 3.0, 4.0, 4.0])
+        );
         assert_eq!(fill(&time, &[0.0, f64::NAN, f64::NAN, 3.0, 4.0, 5.0]), None);
         assert_eq!(fill(&time, &[f64::NAN; 6]), None);
     }

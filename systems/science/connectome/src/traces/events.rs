@@ -50,8 +50,10 @@ impl Events {
         match (table.column("start"), table.column(TIME)) {
             (Some(start), _) => Self::spans(&table, start),
             (None, Some(time)) => Self::series(&table, time),
-            (None, None) => Err(Error::input(table.source(), "has neither a column \"start\" nor \"time_s\"")
-                .hint("spans are start,end,label; series are time_s and one column a behaviour")),
+            (None, None) => {
+                Err(Error::input(table.source(), "has neither a column \"start\" nor \"time_s\"")
+                    .hint("spans are start,end,label; series are time_s and one column a behaviour"))
+            }
         }
     }
 
@@ -82,7 +84,9 @@ impl Events {
 
     fn series(table: &Table, time: &Column) -> Result<Self> {
         let time_s = numbers(table, time)?;
-        if let Some(at) = time_s.windows(2).position(|pair| pair[1].partial_cmp(&pair[0]).is_none_or(|o| o.is_le())) {
+        if let Some(at) =
+            time_s.windows(2).position(|pair| pair[1].partial_cmp(&pair[0]).is_none_or(|o| o.is_le()))
+        {
             return Err(Error::input(table.source(), format!("time does not rise at row {}", at + 2)));
         }
         let others = table.columns().iter().filter(|column| column.name != TIME);

@@ -77,7 +77,8 @@ pub struct Span {
 impl Traces {
     /// Whether some two animals share a pair of neurons (true for a single animal).
     pub fn share_a_pair(&self) -> bool {
-        let shared = |a: &Animal, b: &Animal| a.neurons.iter().filter(|i| b.neurons.contains(i)).take(2).count();
+        let shared =
+            |a: &Animal, b: &Animal| a.neurons.iter().filter(|i| b.neurons.contains(i)).take(2).count();
         self.animals.len() == 1
             || (self.animals.iter().enumerate())
                 .any(|(w, a)| self.animals[w + 1..].iter().any(|b| shared(a, b) == 2))
@@ -109,8 +110,11 @@ pub fn read_recordings(paths: &[PathBuf]) -> Result<Vec<Recording>> {
     for recording in &recordings {
         recording.check()?;
         if !names.insert(&recording.animal) {
-            return Err(Error::input(&recording.source, format!("a second animal is called \"{}\"", recording.animal))
-                .hint("animals are told apart by the names of their files: rename one"));
+            return Err(Error::input(
+                &recording.source,
+                format!("a second animal is called \"{}\"", recording.animal),
+            )
+            .hint("animals are told apart by the names of their files: rename one"));
         }
     }
     if recordings.is_empty() {

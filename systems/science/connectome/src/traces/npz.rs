@@ -34,9 +34,8 @@ fn recording(path: &Path, animal: String, mut arrays: BTreeMap<String, Array>) -
         Error::input(&place, found)
             .hint("an animal has traces [T, N] of numbers, neurons [N] of words and time_s [T]")
     };
-    let mut take = |key: &str| {
-        arrays.remove(key).ok_or_else(|| wrong(format!("there is no array \"{animal}/{key}\"")))
-    };
+    let mut take =
+        |key: &str| arrays.remove(key).ok_or_else(|| wrong(format!("there is no array \"{animal}/{key}\"")));
     let (Array::Numbers(shape, values), Array::Words(neurons), Array::Numbers(_, time_s)) =
         (take("traces")?, take("neurons")?, take("time_s")?)
     else {
@@ -46,7 +45,8 @@ fn recording(path: &Path, animal: String, mut arrays: BTreeMap<String, Array>) -
         return Err(wrong(format!("traces have the shape {shape:?}")));
     };
     if count != neurons.len() || frames != time_s.len() {
-        let found = format!("traces are [{frames}, {count}] for {} times and {} names", time_s.len(), neurons.len());
+        let found =
+            format!("traces are [{frames}, {count}] for {} times and {} names", time_s.len(), neurons.len());
         return Err(wrong(found));
     }
     let traces = (0..count).map(|i| (0..frames).map(|t| values[t * count + i]).collect()).collect();

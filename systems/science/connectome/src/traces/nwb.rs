@@ -28,12 +28,16 @@ pub fn read(path: &Path) -> Result<Recording> {
     })?;
     let series = find(&processing, "RoiResponseSeries", MAX_DEPTH);
     let series = series.first().ok_or_else(|| {
-        Error::input(&place, "has no RoiResponseSeries below \"processing\"").hint("export dF/F traces as one")
+        Error::input(&place, "has no RoiResponseSeries below \"processing\"")
+            .hint("export dF/F traces as one")
     })?;
     let data = series.dataset("data").map_err(|e| malformed(e.to_string()))?;
     let (shape, values) = numbers(&data).map_err(malformed)?;
     let [frames, count] = shape[..] else {
-        return Err(Error::input(&place, format!("the traces have the shape {shape:?}, not [time, regions]")));
+        return Err(Error::input(
+            &place,
+            format!("the traces have the shape {shape:?}, not [time, regions]"),
+        ));
     };
     let traces = (0..count).map(|i| (0..frames).map(|t| values[t * count + i]).collect()).collect();
     let time_s = clock(series, frames).ok_or_else(|| {
@@ -46,7 +50,14 @@ pub fn read(path: &Path) -> Result<Recording> {
         Error::input(&place, format!("no plane segmentation has {count} regions with names or numbers"))
             .hint(format!("names are looked for in its columns {}", NAME_COLUMNS.join(", ")))
     })?;
-    Ok(Recording { animal: animal_name(path), source: place, neurons, time_s, traces, behaviours: Vec::new() })
+    Ok(Recording {
+        animal: animal_name(path),
+        source: place,
+        neurons,
+        time_s,
+        traces,
+        behaviours: Vec::new(),
+    })
 }
 
 /// Every group of an NWB type below a group.
@@ -54,7 +65,9 @@ fn find(group: &Group, kind: &str, depth: usize) -> Vec<Group> {
     let names = group.groups().unwrap_or_default();
     let inner = names.iter().filter_map(|name| group.group(name).ok());
     let found = inner.flat_map(|inner| {
-        let is_it = inner.attrs().is_ok_and(|attrs| attrs.get("neurodata_type").is_some_and(|a| text(a) == Some(kind)));
+        let is_it = inner
+            .attrs()
+            .is_ok_and(|attrs| attrs.get("neurodata_type").is_some_and(|a| text(a) == Some(kind)));
         match is_it {
             true => vec![inner],
             false if depth > 0 => find(&inner, kind, depth - 1),
