@@ -2,6 +2,7 @@
 
 pub use kiln_cluster as cluster;
 pub use kiln_compiler as compiler;
+pub use kiln_connectome as connectome;
 pub use kiln_core as core;
 pub use kiln_data as data;
 pub use kiln_gla as gla;
@@ -34,4 +35,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_ptq::Ptq,
     &kiln_megatron::Megatron,
     &kiln_oneflow::OneFlow,
+    &kiln_connectome::Connectome,
 ];

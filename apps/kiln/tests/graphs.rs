@@ -15,6 +15,9 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::RngExt;
 
+/// Systems whose models are no networks.
+const WITHOUT_NETWORK: [&str; 1] = ["connectome"];
+
 /// A model of a system, trained for a step or two; whole numbers in its inputs are below the second part.
 fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
     let rows = |names: &str| {
@@ -145,7 +148,7 @@ fn floats(data: &TensorData) -> Vec<f32> {
 
 #[test]
 fn every_network_and_its_graph_compute_the_same() {
-    for system in SYSTEMS {
+    for system in SYSTEMS.iter().filter(|system| !WITHOUT_NETWORK.contains(&system.card().slug)) {
         let slug = system.card().slug;
         let desk = Desk::new(*system);
         let (model, below) = tiny_model(&desk, slug);
