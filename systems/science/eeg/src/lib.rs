@@ -1,0 +1,17 @@
+//! EEG pathology.
+pub mod augment;
+pub mod channels;
+pub mod checkpoint;
+pub mod cka;
+pub mod dataset;
+pub mod filter;
+pub mod layout;
+pub mod metrics;
+pub mod model;
+pub mod pipeline;
+pub mod resample;
+pub mod scaling;
+pub mod simulate;
+pub mod train;
+pub mod transfer;
+pub mod windows;
