@@ -3,6 +3,7 @@
 pub use kiln_compiler as compiler;
 pub use kiln_core as core;
 pub use kiln_data as data;
+pub use kiln_eeg as eeg;
 pub use kiln_gla as gla;
 pub use kiln_http as http;
 pub use kiln_hypernet as hypernet;
@@ -29,4 +30,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_neumeta::NeuMeta,
     &kiln_stitch::Stitch,
     &kiln_ptq::Ptq,
+    &kiln_eeg::Eeg,
 ];

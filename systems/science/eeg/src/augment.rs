@@ -240,7 +240,7 @@ mod tests {
     #[test]
     fn every_change_changes_and_a_probability_of_none_does_not() {
         for (_, name, _) in CHANGES {
-            let found = changed(&format!("{name}:1"));
+            let found = changed(&format!("{name}:1:0.5"));
             assert!(found != window() && found.iter().all(|x| x.is_finite()), "{name}");
             assert_eq!(changed(&format!("{name}:0")), window());
         }
