@@ -53,7 +53,8 @@ fn parse_list(list: &[u8]) -> Option<(f64, Option<f64>, Vec<String>)> {
     let mut parts = list.split(|&byte| byte == TEXT_END);
     let mut times = parts.next()?.split(|&byte| byte == DURATION);
     let onset = times.next()?;
-    let seconds = |bytes: &[u8]| std::str::from_utf8(bytes).ok()?.parse::<f64>().ok().filter(|x| x.is_finite());
+    let seconds =
+        |bytes: &[u8]| std::str::from_utf8(bytes).ok()?.parse::<f64>().ok().filter(|x| x.is_finite());
     if !matches!(onset.first()?, b'+' | b'-') {
         return None;
     }

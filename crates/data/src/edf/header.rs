@@ -152,7 +152,11 @@ impl EdfHeader {
     /// hold no date.
     pub fn start(&self) -> Option<String> {
         let three = |text: &str| -> Option<[u32; 3]> {
-            text.split(['.', ':', '-', '/']).map(|n| n.trim().parse().ok()).collect::<Option<Vec<_>>>()?.try_into().ok()
+            text.split(['.', ':', '-', '/'])
+                .map(|n| n.trim().parse().ok())
+                .collect::<Option<Vec<_>>>()?
+                .try_into()
+                .ok()
         };
         let [day, month, year] = three(&self.start_date)?;
         let [hour, minute, second] = three(&self.start_time)?;
@@ -178,7 +182,8 @@ impl EdfHeader {
             BIOSEMI => EdfFormat::Bdf,
             version if text(version) == "0" => EdfFormat::Edf,
             version => {
-                let found = format!("begins with \"{}\", neither as EDF nor as BDF", text(version).escape_debug());
+                let found =
+                    format!("begins with \"{}\", neither as EDF nor as BDF", text(version).escape_debug());
                 return Err(malformed(found));
             }
         };
@@ -262,7 +267,9 @@ fn signals(bytes: &[u8], count: usize, format: EdfFormat) -> Result<Vec<EdfSigna
             let value: f64 = number(&field(which), &place(name))?;
             match value.fract() == 0.0 && (f64::from(least)..=f64::from(largest)).contains(&value) {
                 true => Ok(value as i32),
-                false => Err(format!("{} is {value}, not a whole number from {least} to {largest}", place(name))),
+                false => {
+                    Err(format!("{} is {value}, not a whole number from {least} to {largest}", place(name)))
+                }
             }
         };
         Ok::<_, String>(EdfSignal {

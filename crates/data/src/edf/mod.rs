@@ -61,7 +61,8 @@ impl EdfReader {
         let mut warnings = Vec::new();
         let records = match header.declared_records {
             None => {
-                warnings.push(format!("the header does not say how many records there are; {whole} are whole"));
+                warnings
+                    .push(format!("the header does not say how many records there are; {whole} are whole"));
                 whole
             }
             Some(declared) if declared > whole => {
@@ -70,7 +71,8 @@ impl EdfReader {
             }
             Some(declared) => declared,
         };
-        if header.declared_records.is_some_and(|declared| declared < whole) || (rest > 0 && records == whole) {
+        if header.declared_records.is_some_and(|declared| declared < whole) || (rest > 0 && records == whole)
+        {
             let left = size - begin - records * record;
             warnings.push(format!("{left} bytes after the last whole record are not read"));
         }
@@ -120,7 +122,10 @@ impl EdfReader {
     ) -> Result<()> {
         if let Some(signal) = signals.iter().find(|&&signal| signal >= self.header.signals.len()) {
             let count = self.header.signals.len();
-            return Err(Error::usage(format!("{}: no signal {signal}, there are {count}", self.path.display())));
+            return Err(Error::usage(format!(
+                "{}: no signal {signal}, there are {count}",
+                self.path.display()
+            )));
         }
         if records.end > self.records {
             let message = format!("{}: records {records:?}, there are {}", self.path.display(), self.records);
@@ -136,11 +141,17 @@ impl EdfReader {
                 samples.clear();
                 match self.header.format {
                     EdfFormat::Edf => {
-                        samples.extend(bytes.as_chunks::<2>().0.iter().map(|&b| i32::from(i16::from_le_bytes(b))));
+                        samples.extend(
+                            bytes.as_chunks::<2>().0.iter().map(|&b| i32::from(i16::from_le_bytes(b))),
+                        );
                     }
                     // Three bytes above an empty one, moved down with their sign.
                     EdfFormat::Bdf => samples.extend(
-                        bytes.as_chunks::<3>().0.iter().map(|&[a, b, c]| i32::from_le_bytes([0, a, b, c]) >> 8),
+                        bytes
+                            .as_chunks::<3>()
+                            .0
+                            .iter()
+                            .map(|&[a, b, c]| i32::from_le_bytes([0, a, b, c]) >> 8),
                     ),
                 }
                 each(place, &samples)?;

@@ -113,10 +113,7 @@ fn records_of_a_recording_with_gaps_come_in_stretches() {
     let mut reader = EdfReader::open(&path).unwrap();
     // The third record does not say when it begins, and is taken to follow the second.
     let stretches = reader.stretches().unwrap();
-    assert_eq!(
-        stretches,
-        [Stretch { start: 0.0, records: 0..1 }, Stretch { start: 9.5, records: 1..3 }]
-    );
+    assert_eq!(stretches, [Stretch { start: 0.0, records: 0..1 }, Stretch { start: 9.5, records: 1..3 }]);
     assert!(reader.warnings()[0].contains("1 annotations are malformed"));
     let (_folder, path) = file(&bytes);
     assert_eq!(EdfReader::open(&path).unwrap().stretches().unwrap().len(), 1);
@@ -177,7 +174,10 @@ fn what_is_wrong_in_a_header_is_named() {
     let (_folder, path) = file(&damaged);
     let mut reader = EdfReader::open(&path).unwrap();
     let error = reader.read(&[0], 0..3).unwrap_err().to_string();
-    assert!(error.contains("signal 1 \"EEG FP1-REF\": physical minimum and maximum are both 3276.7"), "{error}");
+    assert!(
+        error.contains("signal 1 \"EEG FP1-REF\": physical minimum and maximum are both 3276.7"),
+        "{error}"
+    );
     reader.read(&[1], 0..3).unwrap();
 }
 
@@ -202,7 +202,8 @@ fn flipped_bytes_never_do_more_than_change_what_is_read() {
     let mut refused = 0;
     for round in 0..4000 {
         let format = if round % 2 == 0 { EdfFormat::Edf } else { EdfFormat::Bdf };
-        let mut bytes = if round < 2000 { written_once(format).clone() } else { digits_flipped(format, &mut rng) };
+        let mut bytes =
+            if round < 2000 { written_once(format).clone() } else { digits_flipped(format, &mut rng) };
         for _ in 0..rng.random_range(1..5) {
             let at = rng.random_range(0..bytes.len());
             bytes[at] = rng.random();
@@ -267,8 +268,9 @@ fn real_recordings_are_read_as_pyedflib_does() {
         let expected: serde_json::Value = serde_json::from_str(&expected).unwrap();
         let mut reader = EdfReader::open(&shared.join("data/eeg-samples").join(name)).unwrap();
         assert!(reader.warnings().is_empty(), "{:?}", reader.warnings());
-        let signals: Vec<usize> =
-            (0..reader.header().signals.len()).filter(|&s| !reader.header().signals[s].is_annotation()).collect();
+        let signals: Vec<usize> = (0..reader.header().signals.len())
+            .filter(|&s| !reader.header().signals[s].is_annotation())
+            .collect();
         assert_eq!(signals.len() as u64, expected["n_signals"].as_u64().unwrap());
         assert_eq!(reader.seconds(), expected["duration_s"].as_f64().unwrap());
         let start = reader.header().start().unwrap().replace('T', " ");
@@ -283,13 +285,18 @@ fn real_recordings_are_read_as_pyedflib_does() {
             let range = signal.physical_max - signal.physical_min;
             let close = |found: f64, expected: &serde_json::Value, what: &str| {
                 let expected = expected.as_f64().unwrap();
-                assert!((found - expected).abs() <= 1e-6 * range, "{name} {place} {what}: {found} {expected}");
+                assert!(
+                    (found - expected).abs() <= 1e-6 * range,
+                    "{name} {place} {what}: {found} {expected}"
+                );
             };
             let mean = samples.iter().sum::<f64>() / samples.len() as f64;
             let variance = samples.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / samples.len() as f64;
             close(mean, &expected["mean"][place], "mean");
             close(variance.sqrt(), &expected["std"][place], "deviation");
-            for (found, expected) in samples.iter().zip(expected["first8"][place].as_array().into_iter().flatten()) {
+            for (found, expected) in
+                samples.iter().zip(expected["first8"][place].as_array().into_iter().flatten())
+            {
                 close(*found, expected, "sample");
             }
         }

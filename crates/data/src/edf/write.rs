@@ -87,7 +87,10 @@ fn check(header: &EdfHeader, samples: &[Vec<i32>]) -> Result<usize, String> {
         match records {
             None => records = Some(samples.len() / count),
             Some(records) if records != samples.len() / count => {
-                return Err(format!("signal \"{label}\" has {} records, others {records}", samples.len() / count));
+                return Err(format!(
+                    "signal \"{label}\" has {} records, others {records}",
+                    samples.len() / count
+                ));
             }
             Some(_) => {}
         }
@@ -188,7 +191,9 @@ fn shortened(value: f64) -> Result<String, String> {
     if exact.len() <= 8 {
         return Ok(exact);
     }
-    (0..=6).rev().map(|decimals| format!("{value:.decimals$}")).find(|text| text.len() <= 8).ok_or_else(|| {
-        format!("{value} does not fit into eight characters")
-    })
+    (0..=6)
+        .rev()
+        .map(|decimals| format!("{value:.decimals$}"))
+        .find(|text| text.len() <= 8)
+        .ok_or_else(|| format!("{value} does not fit into eight characters"))
 }

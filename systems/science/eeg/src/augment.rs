@@ -89,7 +89,10 @@ impl FromStr for Augmentation {
         };
         let augmentation = Self { change, probability: number(PROBABILITY)?, strength: number(strength)? };
         let is_share = change != Change::Noise;
-        if augmentation.probability > 1.0 || (is_share && augmentation.strength > 1.0) || parts.next().is_some() {
+        if augmentation.probability > 1.0
+            || (is_share && augmentation.strength > 1.0)
+            || parts.next().is_some()
+        {
             return Err(Error::usage(format!("the augmentation \"{text}\" is out of range"))
                 .hint("probabilities and shares are at most 1"));
         }
@@ -129,7 +132,10 @@ impl Augmentation {
             Change::SignFlip => window.iter_mut().for_each(|x| *x = -*x),
             Change::FtSurrogate => turn_phases(window, length, strength, rng),
             Change::ChannelDropout => {
-                window.chunks_mut(length).filter(|_| rng.random::<f64>() < strength).for_each(|c| c.fill(0.0));
+                window
+                    .chunks_mut(length)
+                    .filter(|_| rng.random::<f64>() < strength)
+                    .for_each(|c| c.fill(0.0));
             }
             Change::ChannelShuffle => shuffle_channels(window, length, strength, rng),
             Change::Noise => {

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 
 /// The channels of the paper, in the order that networks see.
 pub const TUAB: [&str; 21] = [
-    "A1", "A2", "C3", "C4", "CZ", "F3", "F4", "F7", "F8", "FP1", "FP2", "FZ", "O1", "O2", "P3", "P4", "PZ", "T3",
-    "T4", "T5", "T6",
+    "A1", "A2", "C3", "C4", "CZ", "F3", "F4", "F7", "F8", "FP1", "FP2", "FZ", "O1", "O2", "P3", "P4", "PZ",
+    "T3", "T4", "T5", "T6",
 ];
 
 /// The electrode's name of old, in capitals: `EEG Fp1-REF` and `fp1` are `FP1`, `T7` is `T3`.

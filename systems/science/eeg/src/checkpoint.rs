@@ -78,7 +78,8 @@ pub fn open(path: &Path, cx: &Context) -> Result<(Config, Model)> {
     config.network.check().map_err(|e| Error::input(place.display(), e.to_string()))?;
     config.pipeline.check().map_err(|e| Error::input(place.display(), e.to_string()))?;
     if config.channels.len() != config.network.n_chans() {
-        let found = format!("names {} channels for a network of {}", config.channels.len(), config.network.n_chans());
+        let found =
+            format!("names {} channels for a network of {}", config.channels.len(), config.network.n_chans());
         return Err(Error::input(place.display(), found));
     }
     if !(config.temperature.is_finite() && config.temperature > 0.0) {

@@ -107,7 +107,9 @@ mod tests {
         let (sin, cos) = 0.7f32.sin_cos();
         let turned: Vec<f32> = x
             .chunks(3)
-            .flat_map(|r| [2.0 * (cos * r[0] - sin * r[1]) + 5.0, 2.0 * (sin * r[0] + cos * r[1]), 2.0 * r[2]])
+            .flat_map(|r| {
+                [2.0 * (cos * r[0] - sin * r[1]) + 5.0, 2.0 * (sin * r[0] + cos * r[1]), 2.0 * r[2]]
+            })
             .collect();
         assert!((linear_cka(&x, &turned, 40) - 1.0).abs() < 1e-5);
         let other = linear_cka(&x, &random(40 * 5, 1), 40);

@@ -79,7 +79,12 @@ enum Source {
 impl Recording {
     /// A recording in memory; `eeg` is `[channels, samples]`.
     pub fn new(about: About, eeg: Vec<f32>, channels: usize) -> Self {
-        Self { label: about.label, about, samples: eeg.len() / channels, source: Source::Memory(Arc::new(eeg)) }
+        Self {
+            label: about.label,
+            about,
+            samples: eeg.len() / channels,
+            source: Source::Memory(Arc::new(eeg)),
+        }
     }
 
     /// The samples, `[channels, samples]`.
@@ -100,7 +105,10 @@ fn read_eeg(path: &Path, [channels, samples]: [usize; 2]) -> Result<Vec<f32>> {
     let values = match tensor.as_floats() {
         Some(values) if tensor.shape == [channels, samples] => values,
         _ => {
-            let found = format!("\"{EEG}\" has the shape {:?}, expected floats of {channels} x {samples}", tensor.shape);
+            let found = format!(
+                "\"{EEG}\" has the shape {:?}, expected floats of {channels} x {samples}",
+                tensor.shape
+            );
             return Err(Error::input(path.display(), found).hint("prepare the recordings again"));
         }
     };
@@ -153,10 +161,12 @@ impl Dataset {
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("prepare.json");
         let text = fs::read_to_string(&path).map_err(|e| {
-            Error::io("read", &path)(e).hint("prepare the recordings with `kiln eeg prepare --in DIR --out DIR`")
+            Error::io("read", &path)(e)
+                .hint("prepare the recordings with `kiln eeg prepare --in DIR --out DIR`")
         })?;
-        let preparation: Preparation = serde_json::from_str(&text)
-            .map_err(|e| Error::input(path.display(), "does not describe prepared recordings").caused_by(e))?;
+        let preparation: Preparation = serde_json::from_str(&text).map_err(|e| {
+            Error::input(path.display(), "does not describe prepared recordings").caused_by(e)
+        })?;
         preparation.pipeline.check()?;
         if preparation.channels.is_empty() {
             return Err(Error::input(path.display(), "names no channels"));
@@ -171,11 +181,15 @@ impl Dataset {
             })
             .collect::<Result<_>>()?;
         let channels = preparation.channels.len();
-        let bytes = rows.iter().fold(0usize, |sum, row| sum.saturating_add(row.samples.saturating_mul(4 * channels)));
+        let bytes =
+            rows.iter().fold(0usize, |sum, row| sum.saturating_add(row.samples.saturating_mul(4 * channels)));
         let mut recordings = Vec::new();
         for row in rows {
             if !is_plain(&row.id) {
-                return Err(Error::input(index.display(), format!("\"{}\" is no name of a recording", row.id)));
+                return Err(Error::input(
+                    index.display(),
+                    format!("\"{}\" is no name of a recording", row.id),
+                ));
             }
             let path = folder.join("recordings").join(format!("{}.safetensors", row.id));
             let shape = [channels, row.samples];
@@ -184,8 +198,14 @@ impl Dataset {
                 false => Source::File { path, shape },
             };
             let label = row.label.map(|label| label != 0);
-            let about =
-                About { id: row.id, label, subject: row.subject, age: row.age, sex: row.sex, split: row.split };
+            let about = About {
+                id: row.id,
+                label,
+                subject: row.subject,
+                age: row.age,
+                sex: row.sex,
+                split: row.split,
+            };
             recordings.push(Arc::new(Recording { about, label, samples: row.samples, source }));
         }
         let data = Self { channels: preparation.channels, pipeline: preparation.pipeline, recordings };
@@ -279,7 +299,10 @@ impl Dataset {
             .iter()
             .enumerate()
             .flat_map(|(number, class)| {
-                class.iter().enumerate().map(move |(i, &at)| ((i as f64 + 0.5) / class.len() as f64, number, at))
+                class
+                    .iter()
+                    .enumerate()
+                    .map(move |(i, &at)| ((i as f64 + 0.5) / class.len() as f64, number, at))
             })
             .collect();
         placed.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
@@ -291,7 +314,12 @@ impl Dataset {
     ///
     /// # Errors
     /// When one part would lack a class.
-    pub fn split(&self, chosen: &[usize], share: f64, rng: &mut impl Rng) -> Result<(Vec<usize>, Vec<usize>)> {
+    pub fn split(
+        &self,
+        chosen: &[usize],
+        share: f64,
+        rng: &mut impl Rng,
+    ) -> Result<(Vec<usize>, Vec<usize>)> {
         if !(share > 0.0 && share < 1.0) {
             return Err(Error::usage(format!("--val-fraction {share} must lie between 0 and 1")));
         }
@@ -310,8 +338,12 @@ impl Dataset {
             let held_out = ((of.len() as f64 * share).round() as usize).max(1);
             if of.len() < 2 {
                 let name = if label { "pathological" } else { "normal" };
-                return Err(Error::usage(format!("{} of {} subjects to train on are {name}", of.len(), groups.len()))
-                    .hint("at least two of each class are needed, one to learn from and one to validate with"));
+                return Err(Error::usage(format!(
+                    "{} of {} subjects to train on are {name}",
+                    of.len(),
+                    groups.len()
+                ))
+                .hint("at least two of each class are needed, one to learn from and one to validate with"));
             }
             let held_out = held_out.min(of.len() - 1);
             valid.extend(of[..held_out].iter().flat_map(|group| group.iter().copied()));
@@ -339,8 +371,11 @@ pub fn check_subjects<'a>(recordings: impl Iterator<Item = &'a About>, source: &
         return Ok(());
     }
     let shown = leaked[..leaked.len().min(5)].join(", ");
-    Err(Error::input(source.display(), format!("{} subjects are in training and evaluation: {shown}", leaked.len()))
-        .hint("a network would be judged by whom it learned from; give every subject one split"))
+    Err(Error::input(
+        source.display(),
+        format!("{} subjects are in training and evaluation: {shown}", leaked.len()),
+    )
+    .hint("a network would be judged by whom it learned from; give every subject one split"))
 }
 
 /// Whether a name is one of a file in a folder, not of one elsewhere.
@@ -365,13 +400,15 @@ mod tests {
     }
 
     fn data(abouts: Vec<About>) -> Dataset {
-        let recordings = abouts.into_iter().map(|about| Arc::new(Recording::new(about, vec![0.0; 8], 2))).collect();
+        let recordings =
+            abouts.into_iter().map(|about| Arc::new(Recording::new(about, vec![0.0; 8], 2))).collect();
         Dataset { channels: vec!["A".into(), "B".into()], pipeline: Pipeline::default(), recordings }
     }
 
     #[test]
     fn a_subject_in_both_splits_is_refused() {
-        let leaked = data(vec![about(0, true, "s1", Some(Split::Train)), about(1, true, "s1", Some(Split::Eval))]);
+        let leaked =
+            data(vec![about(0, true, "s1", Some(Split::Train)), about(1, true, "s1", Some(Split::Eval))]);
         let error = leaked.check(Path::new("d")).unwrap_err();
         assert!(error.to_string().contains("1 subjects are in training and evaluation: s1"), "{error}");
         data(vec![about(0, true, "s1", None), about(1, true, "s1", None)]).check(Path::new("d")).unwrap();
@@ -379,7 +416,8 @@ mod tests {
 
     #[test]
     fn subjects_stay_together_when_a_part_is_held_out() {
-        let abouts = (0..24).map(|i| about(i, i % 2 == 0, &format!("s{}", i / 4 * 2 + i % 2), None)).collect();
+        let abouts =
+            (0..24).map(|i| about(i, i % 2 == 0, &format!("s{}", i / 4 * 2 + i % 2), None)).collect();
         let data = data(abouts);
         let all: Vec<usize> = (0..24).collect();
         let (train, valid) = data.split(&all, 0.25, &mut random_stream(0, "split", 0)).unwrap();

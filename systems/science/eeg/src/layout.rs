@@ -181,7 +181,8 @@ fn nmt(folder: &Path, labels: Option<&Path>) -> Result<Vec<Found>> {
             for path in files_below(&part)? {
                 let id = path.file_stem().map(|s| s.to_string_lossy().to_string()).unwrap_or_default();
                 let row = about.as_ref().and_then(|sheet| sheet.row_of("recordname", &id));
-                let cell = |name: &str| about.as_ref().zip(row).and_then(|(sheet, row)| sheet.cell(name, row));
+                let cell =
+                    |name: &str| about.as_ref().zip(row).and_then(|(sheet, row)| sheet.cell(name, row));
                 let about = About {
                     label: Some(label),
                     subject: Some(id.clone()),
@@ -271,8 +272,9 @@ impl Sheet {
         let label = match self.cell("label", row) {
             None => None,
             Some(text) => Some(label_of(&text, positive).ok_or_else(|| {
-                Error::input(place(), format!("the label \"{text}\" is unknown"))
-                    .hint("write normal or abnormal, 0 or 1, or name what counts as pathological with --positive")
+                Error::input(place(), format!("the label \"{text}\" is unknown")).hint(
+                    "write normal or abnormal, 0 or 1, or name what counts as pathological with --positive",
+                )
             })?),
         };
         let split = match self.cell("split", row) {
@@ -283,9 +285,10 @@ impl Sheet {
         };
         let age = match self.cell("age", row) {
             None => None,
-            Some(text) => {
-                Some(text.parse().map_err(|_| Error::input(place(), format!("the age \"{text}\" is no number")))?)
-            }
+            Some(text) => Some(
+                text.parse()
+                    .map_err(|_| Error::input(place(), format!("the age \"{text}\" is no number")))?,
+            ),
         };
         Ok(About { id, label, subject: self.cell("subject", row), age, sex: self.cell("sex", row), split })
     }

@@ -22,6 +22,7 @@
 //! ```
 
 pub mod augment;
+pub mod calibrate;
 pub mod channels;
 pub mod checkpoint;
 pub mod cka;
@@ -36,6 +37,7 @@ pub mod pipeline;
 pub mod prepare;
 pub mod resample;
 pub mod scaling;
+pub mod shift;
 pub mod simulate;
 pub mod train;
 pub mod transfer;

@@ -159,7 +159,11 @@ pub fn roc(outcomes: &[Outcome]) -> Vec<(f64, f64)> {
     let mut points = vec![(0.0, 0.0)];
     let (mut found, mut wrong) = (0, 0);
     for (at, (label, p)) in labelled.iter().enumerate() {
-        if *label { found += 1 } else { wrong += 1 }
+        if *label {
+            found += 1
+        } else {
+            wrong += 1
+        }
         if labelled.get(at + 1).is_none_or(|(_, next)| next != p) {
             points.push((wrong as f64 / negatives.max(1) as f64, found as f64 / positives.max(1) as f64));
         }
@@ -174,7 +178,9 @@ pub fn interval(
     rng: &mut impl Rng,
 ) -> Option<[f64; 2]> {
     let draws = resamples(outcomes, rng);
-    percentiles(draws.iter().filter_map(|draw| figure(&Metrics::of(draw.iter().map(|&at| &outcomes[at])))).collect())
+    percentiles(
+        draws.iter().filter_map(|draw| figure(&Metrics::of(draw.iter().map(|&at| &outcomes[at])))).collect(),
+    )
 }
 
 /// How much better method than baseline are in balanced accuracy, in the mean over seeds, with a 95 % interval over
@@ -205,7 +211,11 @@ fn resamples(outcomes: &[Outcome], rng: &mut impl Rng) -> Vec<Vec<usize>> {
     let classes = [of(false), of(true)];
     let mut draw = || {
         let classes = classes.iter().filter(|class| !class.is_empty());
-        classes.flat_map(|class| class.iter().map(|_| class[rng.random_range(0..class.len())]).collect::<Vec<_>>()).collect()
+        classes
+            .flat_map(|class| {
+                class.iter().map(|_| class[rng.random_range(0..class.len())]).collect::<Vec<_>>()
+            })
+            .collect()
     };
     (0..DRAWS).map(|_| draw()).collect()
 }
@@ -248,8 +258,9 @@ mod tests {
     #[test]
     fn intervals_hold_the_figure_and_differences_are_paired() {
         let mut rng = kiln_core::random_stream(0, "bootstrap", 0);
-        let outcomes: Vec<Outcome> =
-            (0..60).map(|i| outcome(i % 2 == 0, if i % 10 < 7 { 0.9 - 0.8 * f64::from(i % 2) } else { 0.5 })).collect();
+        let outcomes: Vec<Outcome> = (0..60)
+            .map(|i| outcome(i % 2 == 0, if i % 10 < 7 { 0.9 - 0.8 * f64::from(i % 2) } else { 0.5 }))
+            .collect();
         let found = Metrics::of(&outcomes).balanced_accuracy.unwrap();
         let [low, high] = interval(&outcomes, |m| m.balanced_accuracy, &mut rng).unwrap();
         assert!(low < found && found < high && high - low < 0.3, "{low} {found} {high}");

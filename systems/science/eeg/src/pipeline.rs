@@ -124,8 +124,9 @@ impl Pipeline {
         self.check()?;
         let mut reader = EdfReader::open(path)?;
         let here = |found: String| Error::input(path.display(), found);
-        let signals: Vec<usize> =
-            (0..reader.header().signals.len()).filter(|&s| !reader.header().signals[s].is_annotation()).collect();
+        let signals: Vec<usize> = (0..reader.header().signals.len())
+            .filter(|&s| !reader.header().signals[s].is_annotation())
+            .collect();
         let labels: Vec<&str> = signals.iter().map(|&s| reader.header().signals[s].label.as_str()).collect();
         let found = self.channels.find(&labels).map_err(|found| {
             let short: Vec<&str> = labels.iter().copied().take(40).collect();
@@ -154,7 +155,8 @@ impl Pipeline {
         for ((signal, &rate), &index) in signals.iter_mut().zip(&rates).zip(&chosen) {
             crop(signal, rate, self.tmin - begin, self.tmax - begin);
             if signal.is_empty() {
-                let found = format!("lasts {:.1} s, and the first {} s are left out", reader.seconds(), self.tmin);
+                let found =
+                    format!("lasts {:.1} s, and the first {} s are left out", reader.seconds(), self.tmin);
                 return Err(here(found).hint("use a smaller --tmin"));
             }
             let unit = &reader.header().signals[index].unit;
@@ -167,32 +169,34 @@ impl Pipeline {
             }
         }
         let names: Vec<String> = found.into_iter().map(|(_, name)| name).collect();
-        self.apply(names, signals, &rates, warnings).map_err(|e| here(e.to_string()))
+        Resampler::of_all(&rates, self.rate)
+            .and_then(|resamplers| self.apply(names, signals, &resamplers, warnings))
+            .map_err(|e| here(e.to_string()))
     }
 
-    /// Prepares signals in microvolts that are cropped, each with its own sample rate.
+    /// Prepares signals in microvolts that are cropped, each with its own way from its sample rate to the pipeline's.
     ///
     /// # Errors
-    /// When a rate cannot become the pipeline's, or a value is not a number.
+    /// When a value is not a number, or channels of several rates are to have an average reference.
     pub fn apply(
         &self,
         channels: Vec<String>,
         mut signals: Vec<Vec<f64>>,
-        rates: &[f64],
+        resamplers: &[Resampler],
         mut warnings: Vec<String>,
     ) -> Result<Prepared> {
         if let Some(at) = signals.iter().position(|signal| signal.iter().any(|x| !x.is_finite())) {
             return Err(Error::usage(format!("channel {} has values that are no numbers", channels[at])));
         }
         if let Some([low, high]) = self.band {
-            let filter = |(signal, &rate): (&mut Vec<f64>, &f64)| *signal = BandPass::new(low, high, rate).apply(signal);
-            signals.par_iter_mut().zip(rates).for_each(filter);
+            signals.par_iter_mut().zip(resamplers).for_each(|(signal, resampler)| {
+                *signal = BandPass::new(low, high, resampler.rate).apply(signal);
+            });
         }
         if self.average_reference {
-            subtract_mean(&mut signals, rates)?;
+            subtract_mean(&mut signals, resamplers)?;
         }
-        let resamplers = rates.iter().map(|&rate| Resampler::new(rate, self.rate)).collect::<Result<Vec<_>>>()?;
-        signals.par_iter_mut().zip(&resamplers).for_each(|(signal, resampler)| {
+        signals.par_iter_mut().zip(resamplers).for_each(|(signal, resampler)| {
             signal.iter_mut().for_each(|x| *x = x.clamp(-self.clip, self.clip));
             *signal = resampler.apply(signal);
         });
@@ -246,8 +250,8 @@ fn microvolts(unit: &str) -> Option<f64> {
 }
 
 /// Subtracts the mean over channels from each.
-fn subtract_mean(signals: &mut [Vec<f64>], rates: &[f64]) -> Result<()> {
-    if rates.windows(2).any(|pair| pair[0] != pair[1]) {
+fn subtract_mean(signals: &mut [Vec<f64>], resamplers: &[Resampler]) -> Result<()> {
+    if resamplers.windows(2).any(|pair| pair[0].rate != pair[1].rate) {
         return Err(Error::usage("channels of different sample rates have no average reference"));
     }
     let length = signals.iter().map(Vec::len).min().unwrap_or(0);
@@ -303,11 +307,15 @@ fn exponential(signal: &mut [f64]) -> bool {
 mod tests {
     use super::*;
 
+    fn same(channels: usize) -> Vec<Resampler> {
+        Resampler::of_all(&vec![100.0; channels], 100.0).unwrap()
+    }
+
     #[test]
     fn a_flat_channel_becomes_zeros_with_a_warning() {
         let names = vec!["C3".to_string(), "C4".to_string()];
         let signals = vec![vec![3.3; 500], (0..500).map(|i| f64::from(i % 7)).collect()];
-        let prepared = Pipeline::default().apply(names, signals, &[100.0, 100.0], Vec::new()).unwrap();
+        let prepared = Pipeline::default().apply(names, signals, &same(2), Vec::new()).unwrap();
         assert_eq!(prepared.warnings, ["channel C3 is flat"]);
         assert!(prepared.eeg[..500].iter().all(|&x| x == 0.0));
         assert!((prepared.eeg[500..].iter().map(|x| x * x).sum::<f32>() / 500.0 - 1.0).abs() < 1e-5);
@@ -315,10 +323,11 @@ mod tests {
 
     #[test]
     fn the_average_reference_leaves_channels_that_sum_to_zero() {
-        let pipeline = Pipeline { average_reference: true, normalise: Normalise::None, ..Pipeline::default() };
+        let pipeline =
+            Pipeline { average_reference: true, normalise: Normalise::None, ..Pipeline::default() };
         let names: Vec<String> = ["A", "B", "C"].map(String::from).into();
         let signals = vec![vec![1.0, 2.0], vec![4.0, -3.0], vec![0.0, 7.0]];
-        let eeg = pipeline.apply(names, signals, &[100.0; 3], Vec::new()).unwrap().eeg;
+        let eeg = pipeline.apply(names, signals, &same(3), Vec::new()).unwrap().eeg;
         assert!((0..2).all(|t| (eeg[t] + eeg[2 + t] + eeg[4 + t]).abs() < 1e-6), "{eeg:?}");
     }
 

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::dataset::{About, Dataset, Recording};
 use crate::layout::{Absent, Found, Sheet};
 use crate::pipeline::{Pipeline, Prepared};
+use crate::resample::Resampler;
 
 /// A recording that was left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -75,8 +76,11 @@ pub fn prepare_all(
         Some(channels) => Ok((channels, skipped)),
         None => {
             let first = skipped.first().map_or("there are none".into(), |s| s.reason.clone());
-            Err(Error::work(format!("none of {} recordings can be prepared; the first: {first}", found.len()))
-                .hint("look into one of them with `kiln eeg info --in FILE`"))
+            Err(Error::work(format!(
+                "none of {} recordings can be prepared; the first: {first}",
+                found.len()
+            ))
+            .hint("look into one of them with `kiln eeg info --in FILE`"))
         }
     }
 }
@@ -117,6 +121,7 @@ pub fn from_arrays(
 ) -> Result<Dataset> {
     pipeline.check()?;
     let mut file = read_npz(path)?;
+    let resampler = Resampler::new(rate, pipeline.rate)?;
     let mut recordings: Vec<Recording> = Vec::new();
     let mut channels: Vec<String> = Vec::new();
     for name in names {
@@ -139,13 +144,17 @@ pub fn from_arrays(
         }
         let own: Vec<String> = (1..=width).map(|number| format!("CH{number:03}")).collect();
         if !channels.is_empty() && channels != own {
-            return Err(Error::input(path.display(), format!("array \"{name}\" has {width} channels, others not")));
+            return Err(Error::input(
+                path.display(),
+                format!("array \"{name}\" has {width} channels, others not"),
+            ));
         }
+        let resamplers = vec![resampler.clone(); width];
         for (number, segment) in values.chunks(width * samples).enumerate().take(count) {
             let id = format!("{name}/{number}");
             let place = |e: Error| Error::input(format!("{}: segment {id}", path.display()), e);
             let signals = segment.chunks(samples).map(|signal| crop(signal, rate, pipeline)).collect();
-            let prepared = pipeline.apply(own.clone(), signals, &vec![rate; width], Vec::new()).map_err(place)?;
+            let prepared = pipeline.apply(own.clone(), signals, &resamplers, Vec::new()).map_err(place)?;
             if prepared.eeg.is_empty() {
                 return Err(place(Error::usage("nothing is left of it after the crop")));
             }
@@ -193,8 +202,15 @@ fn label_segments(
             }
         }
         if named == 0 {
-            return Err(Error::input(format!("{}: row {}", labels.display(), row + 1), format!("there is no \"{name}\""))
-                .hint(format!("name arrays ({}) or segments such as {}/0", arrays.join(", "), arrays[0])));
+            return Err(Error::input(
+                format!("{}: row {}", labels.display(), row + 1),
+                format!("there is no \"{name}\""),
+            )
+            .hint(format!(
+                "name arrays ({}) or segments such as {}/0",
+                arrays.join(", "),
+                arrays[0]
+            )));
         }
     }
     Ok(())

@@ -5,6 +5,7 @@
 //! products that count are computed. Beyond its ends a signal is zero, as `scipy.signal.resample_poly` has it.
 
 use std::f64::consts::PI;
+use std::sync::Arc;
 
 use kiln_core::{Error, Result};
 
@@ -17,13 +18,15 @@ const MAX_FACTOR: u64 = 1 << 20;
 /// How exactly the ratio of two rates is met.
 const RATIO_TOLERANCE: f64 = 1e-9;
 
-/// A filter from one sample rate to another.
+/// A filter from one sample rate to another; clones share its taps.
 #[derive(Debug, Clone)]
 pub struct Resampler {
+    /// Samples a second before.
+    pub rate: f64,
     up: usize,
     down: usize,
     /// The taps times `up`; none where the rates are equal.
-    taps: Vec<f64>,
+    taps: Arc<[f64]>,
 }
 
 impl Resampler {
@@ -39,7 +42,23 @@ impl Resampler {
                 .hint("both rates must be positive, and in a ratio of whole numbers")
         })?;
         let taps = if up == down { Vec::new() } else { low_pass(up.max(down), up as f64) };
-        Ok(Self { up, down, taps })
+        Ok(Self { rate, up, down, taps: taps.into() })
+    }
+
+    /// One for each of these rates; equal ones share their taps.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_all(rates: &[f64], target: f64) -> Result<Vec<Self>> {
+        let mut all: Vec<Self> = Vec::with_capacity(rates.len());
+        for &rate in rates {
+            let known = all.iter().find(|other| other.rate == rate).cloned();
+            all.push(match known {
+                Some(known) => known,
+                None => Self::new(rate, target)?,
+            });
+        }
+        Ok(all)
     }
 
     /// How many samples become of `length`.

@@ -48,7 +48,8 @@ impl PowerLaw {
 /// The best `a` and `b` for an exponent: a line over `n^-c`, or one of its ends.
 fn with_exponent(points: &[(f64, f64)], c: f64) -> PowerLaw {
     let count = points.len() as f64;
-    let mean = |of: &dyn Fn(f64, f64) -> f64| points.iter().map(|&(n, e)| of(n.powf(-c), e)).sum::<f64>() / count;
+    let mean =
+        |of: &dyn Fn(f64, f64) -> f64| points.iter().map(|&(n, e)| of(n.powf(-c), e)).sum::<f64>() / count;
     let (x, y) = (mean(&|x, _| x), mean(&|_, y| y));
     let (xx, xy) = (mean(&|x, _| x * x), mean(&|x, y| x * y));
     let b = if xx > x * x { (xy - x * y) / (xx - x * x) } else { 0.0 };
@@ -84,7 +85,11 @@ mod tests {
         let law = PowerLaw { a: 0.1, b: 0.8, c: 0.5 };
         let points: Vec<(f64, f64)> = [5.0, 10.0, 20.0, 40.0, 100.0].map(|n| (n, law.at(n))).into();
         let found = PowerLaw::fit(&points).unwrap();
-        assert!((found.a - law.a).abs() < 1e-6 && (found.b - law.b).abs() < 1e-6 && (found.c - law.c).abs() < 1e-9);
+        assert!(
+            (found.a - law.a).abs() < 1e-6
+                && (found.b - law.b).abs() < 1e-6
+                && (found.c - law.c).abs() < 1e-9
+        );
         let [low, high] = interval(&points, 1000.0, &mut kiln_core::random_stream(0, "law", 0)).unwrap();
         assert!((low - law.at(1000.0)).abs() < 1e-6 && (high - low).abs() < 1e-6);
         assert!(PowerLaw::fit(&points[..2]).is_none());

@@ -144,7 +144,8 @@ mod tests {
         let of = |channel: &Vec<f64>| {
             let mut spectrum: Vec<Complex<f64>> = channel.iter().map(|&x| Complex::new(x, 0.0)).collect();
             forward.process(&mut spectrum);
-            let band = (1..samples / 2).filter(|&at| (low..high).contains(&(at as f64 * rate / samples as f64)));
+            let band =
+                (1..samples / 2).filter(|&at| (low..high).contains(&(at as f64 * rate / samples as f64)));
             band.map(|at| spectrum[at].norm_sqr()).sum::<f64>()
         };
         eeg.iter().map(of).sum::<f64>() / eeg.len() as f64

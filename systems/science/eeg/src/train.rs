@@ -60,7 +60,13 @@ pub struct EegTask<'a, M: Classifier = Model> {
 
 impl<'a, M: Classifier> EegTask<'a, M> {
     /// A task without augmentation, in which all windows count the same.
-    pub fn new(train: &'a WindowSet, valid: &'a WindowSet, batch: usize, setting: M::Setting, cx: &'a Context) -> Self {
+    pub fn new(
+        train: &'a WindowSet,
+        valid: &'a WindowSet,
+        batch: usize,
+        setting: M::Setting,
+        cx: &'a Context,
+    ) -> Self {
         Self { train, valid, batch, augment: &[], class_weights: [1.0; 2], setting, cx, order: None }
     }
 
@@ -106,8 +112,10 @@ pub fn training(steps: usize, lr: f64) -> TrainConfig {
 pub fn balancing_weights(windows: &WindowSet) -> Result<[f32; 2]> {
     let counts = windows.class_counts();
     if counts.contains(&0) {
-        return Err(Error::usage(format!("of the windows to learn from, {counts:?} are normal and pathological"))
-            .hint("both classes are needed"));
+        return Err(Error::usage(format!(
+            "of the windows to learn from, {counts:?} are normal and pathological"
+        ))
+        .hint("both classes are needed"));
     }
     Ok(counts.map(|count| windows.len() as f32 / (2 * count) as f32))
 }
@@ -163,7 +171,10 @@ impl<M: Classifier> Task<M> for EegTask<'_, M> {
         settings.insert("batch".into(), self.batch.into());
         settings.insert("windows".into(), self.train.len().into());
         settings.insert("class_weights".into(), json!(self.class_weights));
-        settings.insert("augment".into(), json!(self.augment.iter().map(ToString::to_string).collect::<Vec<_>>()));
+        settings.insert(
+            "augment".into(),
+            json!(self.augment.iter().map(ToString::to_string).collect::<Vec<_>>()),
+        );
         settings
     }
 }

@@ -106,7 +106,13 @@ impl Target<'_> {
     ///
     /// # Errors
     /// When the protocol asks for blocks or data that are not there, or training fails.
-    pub fn adapt(&self, protocol: Protocol, source: &Model, config: &ModelConfig, cx: &Context) -> Result<Model> {
+    pub fn adapt(
+        &self,
+        protocol: Protocol,
+        source: &Model,
+        config: &ModelConfig,
+        cx: &Context,
+    ) -> Result<Model> {
         let last = config.blocks() - 1;
         let source = copy(source, config, cx)?;
         let start = match protocol {
@@ -115,8 +121,10 @@ impl Target<'_> {
             Protocol::FineTune | Protocol::Discriminative => source,
             Protocol::LinearProbe => freeze(source, |name| config.block_of(name) < last),
             Protocol::Freeze(count) if count > last => {
-                return Err(Error::usage(format!("freeze:{count} leaves nothing to learn"))
-                    .hint(format!("the network has {} blocks, so that at most {last} are frozen", config.blocks())));
+                return Err(Error::usage(format!("freeze:{count} leaves nothing to learn")).hint(format!(
+                    "the network has {} blocks, so that at most {last} are frozen",
+                    config.blocks()
+                )));
             }
             Protocol::Freeze(count) => freeze(source, |name| config.block_of(name) < count),
         };
@@ -155,7 +163,9 @@ impl Target<'_> {
         let mut task = EegTask::new(windows, self.valid.unwrap_or(windows), self.batch, setting, cx);
         let trained = train(module, &mut task, &config, None, false, cx)?;
         match trained.outcome {
-            kiln_nn::Outcome::Interrupted => Err(Error::interrupted("stopped before the network was adapted")),
+            kiln_nn::Outcome::Interrupted => {
+                Err(Error::interrupted("stopped before the network was adapted"))
+            }
             _ => Ok(trained),
         }
     }
@@ -229,7 +239,9 @@ mod tests {
 
     #[test]
     fn protocols_have_names() {
-        for name in ["scratch", "zero-shot", "linear-probe", "fine-tune", "freeze:2", "discriminative", "joint"] {
+        for name in
+            ["scratch", "zero-shot", "linear-probe", "fine-tune", "freeze:2", "discriminative", "joint"]
+        {
             assert_eq!(name.parse::<Protocol>().unwrap().to_string(), name);
         }
         assert!("freeze".parse::<Protocol>().is_err() && "freeze:-1".parse::<Protocol>().is_err());

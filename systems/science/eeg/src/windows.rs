@@ -51,7 +51,11 @@ impl WindowSet {
     /// When their windows differ in length or channels.
     #[must_use]
     pub fn joined(mut self, other: &Self) -> Self {
-        assert_eq!((self.length, self.channels), (other.length, other.channels), "windows of different sizes");
+        assert_eq!(
+            (self.length, self.channels),
+            (other.length, other.channels),
+            "windows of different sizes"
+        );
         let before = self.recordings.len();
         self.recordings.extend(other.recordings.iter().cloned());
         self.windows.extend(other.windows.iter().map(|&(place, start)| (place + before, start)));

@@ -65,12 +65,22 @@ fn a_network_is_trained_judged_used_and_carried_to_another_site() {
     desk.assert_refused("predict --model @m --in @none.edf --out @x", "none.edf");
     assert!(!desk.path("x").exists());
 
+    let calibrated = desk.json("calibrate --model @m --data @pa --out @c");
+    assert!(calibrated["after"]["nll"].as_f64().unwrap() <= calibrated["before"]["nll"].as_f64().unwrap());
+    let judged_again = desk.json("eval --model @c --data @pa --all --out @metrics2.json");
+    assert!(judged_again["n"] == 16);
+    let shifted = desk.json("shift --a @pa --b @pb --model @m --out @shift.svg");
+    assert_eq!(shifted["bands"].as_array().unwrap().len(), 2 * 5);
+    let site = shifted["site_balanced_accuracy"].as_f64().unwrap();
+    assert!((0.0..=1.0).contains(&site) && desk.path("shift.svg").exists());
+
     let alike = desk.json("cka --a @m --b @m --data @pb --out @cka.svg");
     for block in 0..2 {
         assert!((alike["cka"][block][block].as_f64().unwrap() - 1.0).abs() < 1e-9);
     }
     assert!(desk.path("cka.json").exists());
-    let scaled = desk.json("scale --data @pa --subsets 4,6,8 --seeds 2 --window 200 --width 0.1 --epochs 1 --out @s");
+    let scaled =
+        desk.json("scale --data @pa --subsets 4,6,8 --seeds 2 --window 200 --width 0.1 --epochs 1 --out @s");
     assert!(scaled["models"][0]["power_law"]["c"].as_f64().is_some());
     assert!(desk.path("s/scale.svg").exists());
 }
@@ -82,7 +92,9 @@ fn every_network_is_trained_in_both_modes() {
         let window = if model.contains("--window") { "" } else { "--window 200" };
         for cropped in ["", "--cropped"] {
             let out = format!("@m{number}{cropped}");
-            let line = format!("train --data @pa --model {model} {window} --epochs 1 --batch 4 --width 0.2 {cropped}");
+            let line = format!(
+                "train --data @pa --model {model} {window} --epochs 1 --batch 4 --width 0.2 {cropped}"
+            );
             if model.starts_with("deep4") {
                 desk.assert_refused(&format!("{line} --out {out}"), "at least 441");
                 continue;
@@ -111,7 +123,11 @@ fn a_stopped_run_goes_on_to_the_same_weights() {
 fn forward_gives_the_outputs_of_the_reference() {
     let desk = Desk::new(&Eeg);
     for (model, name, config) in [
-        ("shallow", "shallow_cropped", r#"{"n_chans": 5, "n_outputs": 2, "n_times": 400, "final_conv_length": 17}"#),
+        (
+            "shallow",
+            "shallow_cropped",
+            r#"{"n_chans": 5, "n_outputs": 2, "n_times": 400, "final_conv_length": 17}"#,
+        ),
         (
             "deep4",
             "deep4_trial",
@@ -190,9 +206,15 @@ fn segments_of_arrays_are_learned_from() {
         ("train --data @x.npz --array A --labels @l.csv --out @n", "does not say how fast"),
         ("train --data @x.npz --rate 100 --labels @l.csv --out @n", "name them with --array"),
         ("train --data @x.npz --array C --rate 100 --out @n", "\"C\" is missing"),
-        ("train --data @x.npz --array A,B --rate 100 --labels @l.csv --out @n", "the label \"rest\" is unknown"),
+        (
+            "train --data @x.npz --array A,B --rate 100 --labels @l.csv --out @n",
+            "the label \"rest\" is unknown",
+        ),
         ("train --data @x.npz --array A,B --rate 100 --out @n", "no labelled recordings"),
-        ("train --data @x.npz --array A --rate 100 --labels @l.csv --positive seizure --out @n", "there is no \"B\""),
+        (
+            "train --data @x.npz --array A --rate 100 --labels @l.csv --positive seizure --out @n",
+            "there is no \"B\"",
+        ),
     ] {
         desk.assert_refused(line, words);
     }
@@ -260,7 +282,10 @@ fn what_cannot_be_prepared_is_listed_and_the_rest_goes_on() {
         ("path,label,age\na00000.edf,normal,old\n", "the age \"old\" is no number"),
         ("path,label\nb.edf,normal\n", "names 1 files, none of which"),
         ("path,label\nnone.edf,normal\n", "none of 1 recordings can be prepared"),
-        ("path,label,subject,split\na00000.edf,0,s,train\na00001.edf,1,s,eval\n", "in training and evaluation: s"),
+        (
+            "path,label,subject,split\na00000.edf,0,s,train\na00001.edf,1,s,eval\n",
+            "in training and evaluation: s",
+        ),
     ] {
         desk.write("bad.csv", table);
         desk.assert_refused(&format!("prepare --in @a --labels @bad.csv {options} --out @x"), words);
@@ -295,7 +320,10 @@ fn what_cannot_be_prepared_is_listed_and_the_rest_goes_on() {
     desk.assert_refused("transfer --source @m --data @pb --subset 99 --out @x", "a subset of 99");
     desk.assert_refused("transfer --source @m --data @pb --protocol joint --out @x", "--source-data");
     desk.assert_refused("transfer --source @m --data @pb --protocol magic --out @x", "no protocol \"magic\"");
-    desk.assert_refused("transfer --source @m --data @pb --protocol freeze:7 --subset 4 --out @y", "leaves nothing");
+    desk.assert_refused(
+        "transfer --source @m --data @pb --protocol freeze:7 --subset 4 --out @y",
+        "leaves nothing",
+    );
     let file = desk.path("pa/recordings/a00000.safetensors");
     let bytes = fs::read(&file).unwrap();
     fs::write(&file, &bytes[..bytes.len() - 4]).unwrap();

@@ -7,8 +7,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
 use kiln_core::{HostTensor, TensorFile, random_stream};
 use kiln_eeg::model::{
-    Arch, Deep4Config, EegNetConfig, FinalConv, Model, ModelConfig, ShallowNetConfig, TcnConfig, from_braindecode,
-    to_braindecode,
+    Arch, Deep4Config, EegNetConfig, FinalConv, Model, ModelConfig, ShallowNetConfig, TcnConfig,
+    from_braindecode, to_braindecode,
 };
 use kiln_nn::initialise;
 
@@ -47,8 +47,14 @@ fn tiny() -> [ModelConfig; 5] {
         }
         .into(),
         TcnConfig { n_blocks: 3, n_filters: 5, kernel_size: 3, ..TcnConfig::new(3, 2, 60) }.into(),
-        EegNetConfig { f1: 2, f2: 4, kernel_length: 8, depthwise_kernel_length: 4, ..EegNetConfig::new(3, 2, 150) }
-            .into(),
+        EegNetConfig {
+            f1: 2,
+            f2: 4,
+            kernel_length: 8,
+            depthwise_kernel_length: 4,
+            ..EegNetConfig::new(3, 2, 150)
+        }
+        .into(),
     ]
 }
 
@@ -95,10 +101,8 @@ fn golden(name: &str, config: ModelConfig, io: &Path) {
 
 #[test]
 fn outputs_are_those_of_braindecode() {
-    let shallow = ShallowNetConfig {
-        final_conv_length: FinalConv::Steps(17),
-        ..ShallowNetConfig::new(5, 2, 400)
-    };
+    let shallow =
+        ShallowNetConfig { final_conv_length: FinalConv::Steps(17), ..ShallowNetConfig::new(5, 2, 400) };
     let deep = Deep4Config {
         n_filters_time: 8,
         n_filters_spat: 8,
@@ -144,14 +148,20 @@ fn networks_have_as_many_parameters_as_in_braindecode() {
     for (config, expected) in [
         (ModelConfig::new(Arch::Shallow, 21, 2, 600), 37_442),
         (
-            ShallowNetConfig { final_conv_length: FinalConv::Steps(25), ..ShallowNetConfig::new(21, 2, 6000) }
-                .into(),
+            ShallowNetConfig {
+                final_conv_length: FinalConv::Steps(25),
+                ..ShallowNetConfig::new(21, 2, 6000)
+            }
+            .into(),
             36_722,
         ),
         (ModelConfig::new(Arch::Deep4, 21, 2, 600), 277_452),
         (ModelConfig::new(Arch::Deep4, 21, 2, 6000).dense(None), 277_052),
         (ModelConfig::new(Arch::Tcn, 21, 2, 6000), 456_502),
-        (TcnConfig { n_blocks: 3, n_filters: 30, kernel_size: 5, ..TcnConfig::new(21, 2, 600) }.into(), 26_732),
+        (
+            TcnConfig { n_blocks: 3, n_filters: 30, kernel_size: 5, ..TcnConfig::new(21, 2, 600) }.into(),
+            26_732,
+        ),
         (ModelConfig::new(Arch::EegNet, 21, 2, 600), 2018),
     ] {
         let model = draw(&config, 0);
@@ -163,7 +173,8 @@ fn networks_have_as_many_parameters_as_in_braindecode() {
         assert_eq!(model.num_params() - statistics, expected, "{config:?}");
     }
     let strided: ModelConfig =
-        ShallowNetConfig { final_conv_length: FinalConv::Steps(25), ..ShallowNetConfig::new(21, 2, 6000) }.into();
+        ShallowNetConfig { final_conv_length: FinalConv::Steps(25), ..ShallowNetConfig::new(21, 2, 6000) }
+            .into();
     assert_eq!(strided.predictions(6000), 370);
 }
 
@@ -188,7 +199,11 @@ fn predictions_of_a_dense_network_are_those_of_sliding_windows() {
             for at in [0, 1, count / 2, count - 1] {
                 let one = network.forward(x.clone().narrow(2, at, receptive));
                 assert_eq!(one.dims()[2], 1, "{trial:?}");
-                assert_close(&values(one), &values(all.clone().narrow(2, at, 1)), &format!("{dense:?}, {at}"));
+                assert_close(
+                    &values(one),
+                    &values(all.clone().narrow(2, at, 1)),
+                    &format!("{dense:?}, {at}"),
+                );
             }
         }
     }
@@ -224,7 +239,8 @@ fn channels_may_change_places_with_their_weights() {
             let tensor = file.take(name).unwrap();
             let inner: usize = tensor.shape[axis + 1..].iter().product();
             let values = tensor.as_floats().unwrap();
-            let permuted = values.chunks(3 * inner).flat_map(|c| order.iter().flat_map(|&o| &c[o * inner..][..inner]));
+            let permuted =
+                values.chunks(3 * inner).flat_map(|c| order.iter().flat_map(|&o| &c[o * inner..][..inner]));
             let permuted = permuted.copied().collect();
             file.insert(name, HostTensor::float(tensor.shape.clone(), permuted));
         };
@@ -266,11 +282,13 @@ fn gradients_pass_finite_differences() {
         let length = directional.values.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
         assert!(length > 1e-3, "{config:?}");
         let names: Vec<String> = spec.params().iter().map(|p| p.name.clone()).collect();
-        let free = spec.select(&names.iter().map(String::as_str).filter(|n| !n.contains("norm")).collect::<Vec<_>>());
+        let free = spec
+            .select(&names.iter().map(String::as_str).filter(|n| !n.contains("norm")).collect::<Vec<_>>());
         let free = free.unwrap();
         let start = free.read(&network).unwrap();
         drop(theta);
-        let direction: Vec<f32> = directional.values.iter().map(|g| (f64::from(*g) / length) as f32).collect();
+        let direction: Vec<f32> =
+            directional.values.iter().map(|g| (f64::from(*g) / length) as f32).collect();
         let direction = Tensor::<1>::from_floats(direction.as_slice(), &Device::flex());
         let at = |step: f64| {
             let moved = free.split(start.clone() + direction.clone() * step).unwrap().fill(&network).unwrap();

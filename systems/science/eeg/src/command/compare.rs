@@ -106,7 +106,9 @@ pub(super) fn transfer(args: &TransferArgs, cx: &Context) -> Result<()> {
         config.check_data(beside, folder)?;
     }
     if args.protocol.contains(&Protocol::Joint) && beside.is_none() {
-        return Err(Error::usage("joint needs the recordings of the source site").hint("give --source-data DIR"));
+        return Err(
+            Error::usage("joint needs the recordings of the source site").hint("give --source-data DIR")
+        );
     }
     let mut protocols = vec![Protocol::Scratch, Protocol::ZeroShot];
     protocols.extend(args.protocol.iter().filter(|p| !matches!(p, Protocol::Scratch | Protocol::ZeroShot)));
@@ -127,7 +129,9 @@ pub(super) fn transfer(args: &TransferArgs, cx: &Context) -> Result<()> {
                 let order = data.nested(&pool, &mut cx.rng("subset", 0));
                 let windows = WindowSet::for_training(&data, &order[..size], length, step);
                 if windows.is_empty() {
-                    return Err(Error::usage(format!("no recording is as long as a window of {length} samples")));
+                    return Err(Error::usage(format!(
+                        "no recording is as long as a window of {length} samples"
+                    )));
                 }
                 let target = args.course.target(&windows, source_windows.as_ref());
                 let model = target.adapt(protocol, &source, &config.network, cx)?;
@@ -136,7 +140,8 @@ pub(super) fn transfer(args: &TransferArgs, cx: &Context) -> Result<()> {
                 runs.push(by_recording(&judged));
                 if let Some(beside) = &beside {
                     let chosen = beside.evaluation();
-                    let judged = judge(&config, &model, beside, &chosen, args.course.batch, &mut skipped, cx)?;
+                    let judged =
+                        judge(&config, &model, beside, &chosen, args.course.batch, &mut skipped, cx)?;
                     kept.push(Metrics::of(&by_recording(&judged)).balanced_accuracy);
                 }
                 if size == sizes.iter().copied().max().unwrap_or(size) {
@@ -155,11 +160,24 @@ pub(super) fn transfer(args: &TransferArgs, cx: &Context) -> Result<()> {
     plot(&rows, &sizes)?.save(&args.out.join("transfer.svg"))?;
     cx.emit(&json!({ "out": args.out, "test_recordings": test.len(), "rows": rows }), |_| {
         let mut table = Table::new(
-            format!("Balanced accuracy on {} recordings of the target, mean of {} seeds", test.len(), args.seeds),
-            &["recordings", "protocol", "balanced accuracy", "minus scratch", "95 %", "on the source", "negative"],
+            format!(
+                "Balanced accuracy on {} recordings of the target, mean of {} seeds",
+                test.len(),
+                args.seeds
+            ),
+            &[
+                "recordings",
+                "protocol",
+                "balanced accuracy",
+                "minus scratch",
+                "95 %",
+                "on the source",
+                "negative",
+            ],
         );
         for row in &rows {
-            let interval = row.low.zip(row.high).map_or("-".into(), |(low, high)| format!("{low:.3} to {high:.3}"));
+            let interval =
+                row.low.zip(row.high).map_or("-".into(), |(low, high)| format!("{low:.3} to {high:.3}"));
             table.row([
                 row.recordings.to_string(),
                 row.protocol.clone(),
@@ -188,7 +206,8 @@ fn row(
         let sum: Option<f64> = values.into_iter().sum();
         sum.filter(|_| count > 0).map(|sum| sum / count as f64)
     };
-    let figure = |of: fn(&Metrics) -> Option<f64>| mean(runs.iter().map(|run| of(&Metrics::of(run))).collect());
+    let figure =
+        |of: fn(&Metrics) -> Option<f64>| mean(runs.iter().map(|run| of(&Metrics::of(run))).collect());
     let difference = match protocol {
         Protocol::Scratch => None,
         _ => paired_difference(runs, baseline, &mut cx.rng("bootstrap", 0)),
@@ -210,7 +229,8 @@ fn row(
 fn plot(rows: &[Row], sizes: &[usize]) -> Result<Plot> {
     let compared: Vec<&Row> = rows.iter().filter(|row| row.minus_scratch.is_some()).collect();
     if let [size] = sizes {
-        let bars = |of: fn(&Row) -> Option<f64>| compared.iter().map(|row| of(row).unwrap_or(f64::NAN)).collect();
+        let bars =
+            |of: fn(&Row) -> Option<f64>| compared.iter().map(|row| of(row).unwrap_or(f64::NAN)).collect();
         return Ok(Plot::bars(
             format!("Gain over scratch with {size} recordings"),
             "balanced accuracy",
@@ -317,8 +337,7 @@ pub(super) fn scale(args: &ScaleArgs, cx: &Context) -> Result<()> {
     let mut rows = Vec::new();
     let bar = cx.progress((args.models.len() * args.subsets.len()) as u64 * args.seeds, "training");
     for &arch in &args.models {
-        let shape =
-            ShapeArgs::of_windows(arch, args.shape.window, args.shape.width);
+        let shape = ShapeArgs::of_windows(arch, args.shape.window, args.shape.width);
         let network = shape.network(&data, &all)?;
         for &size in &args.subsets {
             for seed in 0..args.seeds {
@@ -341,7 +360,8 @@ pub(super) fn scale(args: &ScaleArgs, cx: &Context) -> Result<()> {
             .filter_map(|row| Some((row.recordings as f64, 1.0 - row.balanced_accuracy?)))
             .collect();
         let of = |size: usize| {
-            let errors: Vec<f64> = points.iter().filter(|(n, _)| *n == size as f64).map(|(_, e)| *e).collect();
+            let errors: Vec<f64> =
+                points.iter().filter(|(n, _)| *n == size as f64).map(|(_, e)| *e).collect();
             (errors.iter().sum::<f64>() / errors.len().max(1) as f64, percentiles(errors))
         };
         let curve: Vec<(f64, f64)> = args.subsets.iter().map(|&size| (size as f64, of(size).0)).collect();
@@ -383,7 +403,10 @@ pub(super) fn scale(args: &ScaleArgs, cx: &Context) -> Result<()> {
             }
             let ahead = &fit["with_tenfold"];
             if let Some(error) = ahead["error"].as_f64() {
-                text += &format!("           with {} recordings, an error of {error:.3} by the power law\n", ahead["recordings"]);
+                text += &format!(
+                    "           with {} recordings, an error of {error:.3} by the power law\n",
+                    ahead["recordings"]
+                );
             }
         }
         text + &format!("curves in {}\n", args.out.display())
@@ -441,7 +464,10 @@ pub(super) fn cka(args: &CkaArgs, cx: &Context) -> Result<()> {
     let all: Vec<usize> = (0..data.recordings.len()).collect();
     let windows = WindowSet::for_training(&data, &all, length, length).thinned(args.windows);
     if windows.len() < 2 {
-        return Err(Error::usage(format!("{} windows of {length} samples; at least two are needed", windows.len())));
+        return Err(Error::usage(format!(
+            "{} windows of {length} samples; at least two are needed",
+            windows.len()
+        )));
     }
     let (of_a, of_b) = (representations(&a, &windows, cx)?, representations(&b, &windows, cx)?);
     let matrix = alignments(&of_a, &of_b, windows.len());
@@ -460,6 +486,9 @@ pub(super) fn cka(args: &CkaArgs, cx: &Context) -> Result<()> {
             text += &row.iter().map(|x| format!("{x:.3}")).collect::<Vec<_>>().join("  ");
             text.push('\n');
         }
-        text + &format!("the first {alike} blocks are alike: freeze:{alike} would keep them; heat map in {}\n", args.out.display())
+        text + &format!(
+            "the first {alike} blocks are alike: freeze:{alike} would keep them; heat map in {}\n",
+            args.out.display()
+        )
     })
 }

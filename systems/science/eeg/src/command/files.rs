@@ -128,7 +128,8 @@ struct SignalInfo {
 pub(super) fn info(args: &InfoArgs, cx: &Context) -> Result<()> {
     let mut reader = EdfReader::open(&args.input)?;
     let header = reader.header().clone();
-    let chosen: Vec<usize> = (0..header.signals.len()).filter(|&s| !header.signals[s].is_annotation()).collect();
+    let chosen: Vec<usize> =
+        (0..header.signals.len()).filter(|&s| !header.signals[s].is_annotation()).collect();
     let scales: Vec<Result<(f64, f64), String>> = chosen.iter().map(|&s| header.signals[s].scale()).collect();
     let mut signals: Vec<SignalInfo> = chosen
         .iter()
@@ -165,7 +166,8 @@ pub(super) fn info(args: &InfoArgs, cx: &Context) -> Result<()> {
         bar.inc((to - from) as u64);
     }
     for info in &mut signals {
-        info.std = info.mean.filter(|_| info.samples > 0).map(|_| (info.squares / info.samples as f64).sqrt());
+        info.std =
+            info.mean.filter(|_| info.samples > 0).map(|_| (info.squares / info.samples as f64).sqrt());
     }
     let (annotations, stretches) = (reader.annotations()?, reader.stretches()?);
     let result = json!({
@@ -250,7 +252,8 @@ pub(super) fn convert(args: &ConvertArgs, cx: &Context) -> Result<()> {
         "warnings": prepared.warnings,
     });
     cx.emit(&result, |_| {
-        let mut text = prepared.warnings.iter().map(|warning| format!("odd: {warning}\n")).collect::<String>();
+        let mut text =
+            prepared.warnings.iter().map(|warning| format!("odd: {warning}\n")).collect::<String>();
         text += &format!("{channels} channels of {samples} samples in {}\n", args.out.display());
         text
     })

@@ -72,7 +72,9 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
                 }
                 // One recording is in memory at a time.
                 match read_one(&config, &path, &id) {
-                    Ok(data) => windows.extend(judge(&config, &model, &data, &[0], args.batch, &mut skipped, cx)?),
+                    Ok(data) => {
+                        windows.extend(judge(&config, &model, &data, &[0], args.batch, &mut skipped, cx)?)
+                    }
                     Err(error) => {
                         cx.note(format!("left out: {error}"));
                         skipped.push(Skipped { recording: id, reason: error.to_string() });
@@ -271,7 +273,9 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
             let (config, model) = open(model, cx)?;
             let data = args.data(path, &config, cx)?;
             let chosen = match args.all {
-                true => (0..data.recordings.len()).filter(|&at| data.recordings[at].label.is_some()).collect(),
+                true => {
+                    (0..data.recordings.len()).filter(|&at| data.recordings[at].label.is_some()).collect()
+                }
                 false => data.evaluation(),
             };
             let outcomes =
@@ -283,7 +287,8 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
     };
     let metrics = Metrics::of(&outcomes);
     if metrics.n == 0 {
-        return Err(Error::work("no labelled recording can be judged").hint("are there labels, and a window's length?"));
+        return Err(Error::work("no labelled recording can be judged")
+            .hint("are there labels, and a window's length?"));
     }
     let mut result: Map<String, Value> = match serde_json::to_value(metrics) {
         Ok(Value::Object(map)) => map,
@@ -294,10 +299,8 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         intervals.insert(name.into(), json!(interval(&outcomes, figure, &mut cx.rng("bootstrap", 0))));
     }
     result.insert("intervals_95".into(), intervals.into());
-    let groups: Vec<Value> = groups
-        .iter()
-        .map(|(name, metrics)| json!({ "group": name, "metrics": metrics }))
-        .collect();
+    let groups: Vec<Value> =
+        groups.iter().map(|(name, metrics)| json!({ "group": name, "metrics": metrics })).collect();
     result.insert("groups".into(), groups.clone().into());
     result.insert("skipped".into(), json!(skipped));
     let text = serde_json::to_vec_pretty(&result)
@@ -313,7 +316,11 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         let mut text = format!("{} recordings, {} left out\n", metrics.n, skipped.len());
         for (name, figure) in FIGURES {
             let interval = result["intervals_95"][name].as_array().map_or(String::new(), |pair| {
-                format!("  95 %: {:.3} to {:.3}", pair[0].as_f64().unwrap_or(0.0), pair[1].as_f64().unwrap_or(0.0))
+                format!(
+                    "  95 %: {:.3} to {:.3}",
+                    pair[0].as_f64().unwrap_or(0.0),
+                    pair[1].as_f64().unwrap_or(0.0)
+                )
             });
             text += &format!("{:<18} {}{interval}\n", name.replace('_', " "), shown(figure(&metrics)));
         }

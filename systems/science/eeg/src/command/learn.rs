@@ -156,8 +156,10 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
     let validation = WindowSet::for_evaluation(&data, &valid, length, step);
     for (set, what) in [(&windows, "train on"), (&validation, "validate with")] {
         if set.is_empty() {
-            return Err(Error::usage(format!("no recording to {what} is as long as a window of {length} samples"))
-                .hint(format!("the shortest has {}: use --window", data.shortest(&chosen))));
+            return Err(Error::usage(format!(
+                "no recording to {what} is as long as a window of {length} samples"
+            ))
+            .hint(format!("the shortest has {}: use --window", data.shortest(&chosen))));
         }
     }
     let class_weights = balancing_weights(&windows)?;
@@ -190,7 +192,12 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
 }
 
 /// The labelled recordings to train on, or so many of them.
-pub(super) fn chosen(data: &Dataset, subset: Option<usize>, args: &DataArgs, cx: &Context) -> Result<Vec<usize>> {
+pub(super) fn chosen(
+    data: &Dataset,
+    subset: Option<usize>,
+    args: &DataArgs,
+    cx: &Context,
+) -> Result<Vec<usize>> {
     let all = data.training();
     if all.is_empty() {
         return Err(Error::input(args.data.display(), "has no labelled recordings to train on")

@@ -1,5 +1,6 @@
 //! The verbs of `kiln eeg`.
 
+mod check;
 mod compare;
 mod files;
 mod forward;
@@ -91,6 +92,14 @@ The table of windows has the columns recording, window, label (0 or 1) and p_pat
     #[command(after_help = "Examples:
   kiln eeg cka --a m/ --b t/fine-tune/seed-0 --data prepared/ --out cka.svg")]
     Cka(compare::CkaArgs),
+    /// Make a network's probabilities mean what they say at a site
+    #[command(after_help = "Examples:
+  kiln eeg calibrate --model t/fine-tune/seed-0 --data ours/ --out calibrated/")]
+    Calibrate(check::CalibrateArgs),
+    /// In what two sites differ: power of frequency bands, and whether a network gives the site away
+    #[command(after_help = "Examples:
+  kiln eeg shift --a tuab-100hz/ --b ours/ --model m/ --out shift.svg")]
+    Shift(check::ShiftArgs),
     /// Run a network on prepared tensors
     #[command(after_help = "Examples:
   kiln eeg forward --model shallow --config c.json --weights w.safetensors --input io.safetensors --out out.safetensors
@@ -112,6 +121,8 @@ impl Command {
             Verb::Eval(args) => judge::eval(&args, cx),
             Verb::Scale(args) => compare::scale(&args, cx),
             Verb::Cka(args) => compare::cka(&args, cx),
+            Verb::Calibrate(args) => check::calibrate(&args, cx),
+            Verb::Shift(args) => check::shift(&args, cx),
             Verb::Forward(args) => forward::run(&args, cx),
         }
     }
@@ -221,7 +232,8 @@ impl DataArgs {
         if !path.is_dir() {
             return Err(Error::input(path.display(), "is neither a folder nor an .npz file"));
         }
-        let (found, absent) = layout::find(path, self.layout, self.labels.as_deref(), self.positive.as_deref())?;
+        let (found, absent) =
+            layout::find(path, self.layout, self.labels.as_deref(), self.positive.as_deref())?;
         let (data, mut skipped) = in_memory(&found, &self.pipeline.pipeline()?, path, cx)?;
         skipped.extend(absent.iter().map(Skipped::from));
         if !skipped.is_empty() {

@@ -136,7 +136,8 @@ impl Deep4Config {
     /// Draws the parameters.
     pub fn init(&self, device: &Device) -> Deep4 {
         let widths = [self.n_filters_spat, self.n_filters_2, self.n_filters_3, self.n_filters_4];
-        let block = |n: usize| conv([widths[n - 2], widths[n - 1]], [self.filter_time_length, 1], false, device);
+        let block =
+            |n: usize| conv([widths[n - 2], widths[n - 1]], [self.filter_time_length, 1], false, device);
         let norm = |n: usize| BatchNormConfig::new(widths[n - 1]).init(device);
         let first = [self.n_filters_time, self.n_filters_spat];
         Deep4 {
@@ -150,7 +151,12 @@ impl Deep4Config {
             bnorm_4: norm(4),
             drop: DropoutConfig::new(self.drop_prob).init(),
             final_layer: FinalLayer {
-                conv_classifier: conv([self.n_filters_4, self.n_outputs], [self.final_steps(), 1], true, device),
+                conv_classifier: conv(
+                    [self.n_filters_4, self.n_outputs],
+                    [self.final_steps(), 1],
+                    true,
+                    device,
+                ),
             },
             strides: self.strides(),
             dense: self.dense,
@@ -204,7 +210,8 @@ impl Deep4 {
         };
         let (stride, _) = place(conv_stride);
         let mut x = self.conv_time_spat.forward(x, stride);
-        let later = [(&self.conv_2, &self.bnorm_2), (&self.conv_3, &self.bnorm_3), (&self.conv_4, &self.bnorm_4)];
+        let later =
+            [(&self.conv_2, &self.bnorm_2), (&self.conv_3, &self.bnorm_3), (&self.conv_4, &self.bnorm_4)];
         let mut norm = &self.bnorm;
         for block in 0..BLOCKS {
             let (stride, dilation) = place(pool_stride);

@@ -100,7 +100,12 @@ impl EegNetConfig {
 
     /// Kernel and stride of what comes before the last convolution; zeros at the ends shorten the kernels.
     fn features(&self) -> [(usize, usize); 4] {
-        [(self.kernel_length, 1), (POOLS[0], POOLS[0]), (self.depthwise_kernel_length, 1), (POOLS[1], POOLS[1])]
+        [
+            (self.kernel_length, 1),
+            (POOLS[0], POOLS[0]),
+            (self.depthwise_kernel_length, 1),
+            (POOLS[1], POOLS[1]),
+        ]
     }
 
     /// Steps before the last convolution.
@@ -147,9 +152,8 @@ impl EegNetConfig {
     /// Draws the parameters.
     pub fn init(&self, device: &Device) -> EegNet {
         let spatial = self.f1 * self.d;
-        let norm = |width: usize| {
-            BatchNormConfig::new(width).with_epsilon(1e-3).with_momentum(0.01).init(device)
-        };
+        let norm =
+            |width: usize| BatchNormConfig::new(width).with_epsilon(1e-3).with_momentum(0.01).init(device);
         let grouped = |width: [usize; 2], kernel: [usize; 2], groups: usize| {
             Conv2dConfig::new(width, kernel)
                 .with_groups(groups)
@@ -250,4 +254,3 @@ fn shortened(weight: Tensor<2>) -> Tensor<2> {
     let lengths = (weight.clone() * weight.clone()).sum_dim(1).sqrt();
     weight * (lengths.clamp_min(MAX_NORM).recip() * MAX_NORM)
 }
-

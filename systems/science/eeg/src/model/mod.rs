@@ -71,6 +71,7 @@ pub enum Arch {
     /// TCN: dilated causal convolutions
     Tcn,
     /// EEGNet v4: few parameters
+    #[value(name = "eegnet")]
     EegNet,
 }
 
@@ -137,8 +138,11 @@ impl ModelConfig {
     pub fn check(&self) -> Result<()> {
         let (channels, samples) = (self.n_chans(), self.n_times());
         if channels == 0 || self.n_outputs() == 0 {
-            return Err(Error::usage(format!("a network of {channels} channels and {} classes", self.n_outputs()))
-                .hint("both must be at least 1"));
+            return Err(Error::usage(format!(
+                "a network of {channels} channels and {} classes",
+                self.n_outputs()
+            ))
+            .hint("both must be at least 1"));
         }
         let drop = each!(Self, self, config => config.drop_prob);
         if !(0.0..1.0).contains(&drop) {

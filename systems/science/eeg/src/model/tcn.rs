@@ -36,7 +36,15 @@ pub struct TcnConfig {
 
 impl Default for TcnConfig {
     fn default() -> Self {
-        Self { n_chans: 21, n_outputs: 2, n_times: 6000, n_blocks: 5, n_filters: 55, kernel_size: 16, drop_prob: 0.5 }
+        Self {
+            n_chans: 21,
+            n_outputs: 2,
+            n_times: 6000,
+            n_blocks: 5,
+            n_filters: 55,
+            kernel_size: 16,
+            drop_prob: 0.5,
+        }
     }
 }
 
@@ -74,9 +82,8 @@ impl TcnConfig {
     pub fn init(&self, device: &Device) -> Tcn {
         let block = |number: usize| {
             let inputs = if number == 0 { self.n_chans } else { self.n_filters };
-            let conv = |inputs| {
-                NormedConv::init(inputs, self.n_filters, self.kernel_size, 1 << number, device)
-            };
+            let conv =
+                |inputs| NormedConv::init(inputs, self.n_filters, self.kernel_size, 1 << number, device);
             let one = Conv1dConfig::new(inputs, self.n_filters, 1)
                 .with_initializer(Initializer::Normal { mean: 0.0, std: WEIGHT_DEVIATION });
             TemporalBlock {
