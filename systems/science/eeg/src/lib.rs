@@ -35,6 +35,7 @@ pub mod metrics;
 pub mod model;
 pub mod pipeline;
 pub mod prepare;
+pub mod relevance;
 pub mod resample;
 pub mod scaling;
 pub mod shift;

@@ -264,8 +264,8 @@ mod tests {
         let found = Metrics::of(&outcomes).balanced_accuracy.unwrap();
         let [low, high] = interval(&outcomes, |m| m.balanced_accuracy, &mut rng).unwrap();
         assert!(low < found && found < high && high - low < 0.3, "{low} {found} {high}");
-        let (difference, interval) =
-            paired_difference(&[outcomes.clone()], &[outcomes.clone()], &mut rng).unwrap();
+        let same = std::slice::from_ref(&outcomes);
+        let (difference, interval) = paired_difference(same, same, &mut rng).unwrap();
         assert_eq!((difference, interval), (0.0, [0.0, 0.0]));
     }
 }

@@ -61,7 +61,9 @@ fn a_network_is_trained_judged_used_and_carried_to_another_site() {
     assert_eq!(moved["rows"].as_array().unwrap().len(), 7);
     assert!(moved["rows"][2]["source_balanced_accuracy"].as_f64().is_some());
     assert!(desk.path("t/transfer.svg").exists() && desk.path("t/results.csv").exists());
-    desk.json("predict --model @t/fine-tune/seed-0 --in @b/b00001.edf --out @p2");
+    desk.json("predict --model @t/fine-tune/seed-0 --in @b/b00001.edf --relevance --out @p2");
+    assert!(desk.path("p2/relevance/b00001.png").exists());
+    assert_eq!(fs::read_to_string(desk.path("p2/relevance/b00001.csv")).unwrap().lines().count(), 1 + 2 * 5);
     desk.assert_refused("predict --model @m --in @none.edf --out @x", "none.edf");
     assert!(!desk.path("x").exists());
 

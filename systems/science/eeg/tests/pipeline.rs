@@ -151,6 +151,11 @@ fn networks_learn_a_tone_and_what_is_frozen_stays() {
     let outcomes = by_recording(&predict(&source, &judged, 8, 1.0, &cx).unwrap());
     assert_eq!(Metrics::of(&outcomes).accuracy, Some(1.0));
 
+    // The tones at 14 and 5 Hz decide, and bands in which there is nothing do not.
+    let evidence = kiln_eeg::relevance::relevance(&source, &judged, 100.0, &cx).unwrap();
+    let of = |band: usize| evidence.iter().map(|channel| channel[band].abs()).sum::<f64>();
+    assert!(of(1).max(of(3)) > 3.0 * of(4), "{evidence:?}");
+
     for (protocol, first_moves, last_moves) in [
         (Protocol::ZeroShot, false, false),
         (Protocol::LinearProbe, false, true),

@@ -17,6 +17,8 @@ use crate::layout::{files_below, id_of};
 use crate::metrics::{Metrics, Outcome, WindowOutcome, by_recording, interval, roc};
 use crate::model::Model;
 use crate::prepare::Skipped;
+use crate::relevance::relevance;
+use crate::shift::BANDS;
 use crate::train;
 use crate::windows::WindowSet;
 
@@ -37,6 +39,9 @@ pub(super) struct PredictArgs {
     /// Windows that pass through the network at once
     #[arg(long, default_value_t = 64)]
     batch: usize,
+    /// Also draw what channels and bands contribute to each recording's evidence, as relevance/<recording>.png and .csv
+    #[arg(long)]
+    relevance: bool,
     /// Folder to write: predictions.csv and windows.csv
     #[arg(long)]
     out: PathBuf,
@@ -62,6 +67,9 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
             config.check_data(&data, folder)?;
             let all: Vec<usize> = (0..data.recordings.len()).collect();
             windows = judge(&config, &model, &data, &all, args.batch, &mut skipped, cx)?;
+            if args.relevance {
+                all.iter().try_for_each(|&at| draw_relevance(args, &config, &model, &data, at, cx))?;
+            }
         }
         None => {
             let files = files(&args.input)?;
@@ -73,7 +81,10 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
                 // One recording is in memory at a time.
                 match read_one(&config, &path, &id) {
                     Ok(data) => {
-                        windows.extend(judge(&config, &model, &data, &[0], args.batch, &mut skipped, cx)?)
+                        windows.extend(judge(&config, &model, &data, &[0], args.batch, &mut skipped, cx)?);
+                        if args.relevance {
+                            draw_relevance(args, &config, &model, &data, 0, cx)?;
+                        }
                     }
                     Err(error) => {
                         cx.note(format!("left out: {error}"));
@@ -116,6 +127,45 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         }
         text + &format!("tables in {}\n", args.out.display())
     })
+}
+
+/// A row of a relevance table.
+#[derive(Serialize)]
+struct RelevanceRow<'a> {
+    channel: &'a str,
+    band: &'static str,
+    evidence: f64,
+}
+
+/// Draws what speaks for and against pathology in one recording.
+fn draw_relevance(
+    args: &PredictArgs,
+    config: &Config,
+    model: &Model,
+    data: &Dataset,
+    at: usize,
+    cx: &Context,
+) -> Result<()> {
+    let windows = WindowSet::for_evaluation(data, &[at], config.network.n_times(), stride(&config.network));
+    if windows.is_empty() {
+        return Ok(()); // listed among those that were left out
+    }
+    let evidence = relevance(model, &windows, config.pipeline.rate, cx)?;
+    let folder = args.out.join("relevance");
+    fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    let id = &data.recordings[at].about.id;
+    let rows = data.channels.iter().zip(&evidence).flat_map(|(channel, row)| {
+        row.iter().zip(BANDS).map(move |(&evidence, (band, _))| RelevanceRow { channel, band, evidence })
+    });
+    write_csv(&folder.join(format!("{id}.csv")), rows)?;
+    Plot::heat_map(
+        format!("Evidence by channel and band, {id}"),
+        "band: delta, theta, alpha, beta, gamma",
+        "channel",
+        BANDS.len(),
+        evidence.iter().flatten().map(|x| x.abs()).collect(),
+    )
+    .save(&folder.join(format!("{id}.png")))
 }
 
 fn check_batch(batch: usize) -> Result<()> {
