@@ -39,6 +39,8 @@ const MANY: usize = 80;
 const LEAST: f64 = 0.001;
 /// Samples a second of the Bonn segments.
 const BONN_RATE: f64 = 173.61;
+/// Samples of their windows: six seconds.
+const BONN_WINDOW: usize = 600;
 
 /// Everything that differs between scales.
 struct Plan {
@@ -56,6 +58,8 @@ struct Plan {
     tcn: bool,
     /// Passes through the Bonn segments; none where they are left out.
     bonn_epochs: Option<usize>,
+    /// Whether they are also a site to carry a network to.
+    bonn_transfer: bool,
 }
 
 const ALL: [Protocol; 7] = [
@@ -80,6 +84,7 @@ impl Plan {
                 protocols: &[Protocol::Scratch, Protocol::ZeroShot, Protocol::FineTune],
                 tcn: false,
                 bonn_epochs: None,
+                bonn_transfer: false,
             },
             Scale::Quick => Self {
                 seeds: 3,
@@ -95,12 +100,14 @@ impl Plan {
                 ],
                 tcn: false,
                 bonn_epochs: Some(12),
+                bonn_transfer: false,
             },
             Scale::Full => Self {
                 seeds: 10,
                 protocols: &ALL,
                 tcn: true,
                 bonn_epochs: Some(30),
+                bonn_transfer: true,
                 ..Self::at(Scale::Quick)
             },
         }
@@ -121,7 +128,8 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     report_alignment(&mut report, &sites, &sources, cx)?;
     match (plan.bonn_epochs, shared_dir()) {
         (Some(epochs), Some(shared)) => {
-            report_bonn(&mut report, &shared.join("data/eeg-samples/bonn.npz"), epochs, cx)?;
+            let path = shared.join("data/eeg-samples/bonn.npz");
+            report_bonn(&mut report, &path, epochs, plan.bonn_transfer, cx)?;
         }
         (Some(_), None) => {
             report.notes.push("Real EEG (the Bonn segments) is not at hand, and was left out.".into())
@@ -515,7 +523,13 @@ fn report_alignment(report: &mut Report, sites: &Sites, sources: &[Model], cx: &
 }
 
 /// Part 4: real EEG, where amplitude itself tells.
-fn report_bonn(report: &mut Report, path: &Path, epochs: usize, cx: &Context) -> Result<()> {
+fn report_bonn(
+    report: &mut Report,
+    path: &Path,
+    epochs: usize,
+    with_transfer: bool,
+    cx: &Context,
+) -> Result<()> {
     let pipeline = Pipeline {
         tmin: 0.0,
         tmax: f64::MAX,
@@ -538,7 +552,7 @@ fn report_bonn(report: &mut Report, path: &Path, epochs: usize, cx: &Context) ->
     let data = sets(&[("Z", false), ("O", false), ("N", false), ("F", false), ("S", true)], Normalise::None)?;
     let all: Vec<usize> = (0..data.recordings.len()).collect();
     let (train, test) = data.split(&all, 0.2, &mut cx.rng("bonn", 0))?;
-    let network = ModelConfig::new(Arch::Shallow, 1, 2, data.shortest(&all));
+    let network = ModelConfig::new(Arch::Shallow, 1, 2, BONN_WINDOW);
     let windows = WindowSet::for_training(&data, &train, network.n_times(), network.n_times());
     let model = learn(&windows, epochs).adapt(Protocol::Scratch, &new_model(&network, cx), &network, cx)?;
     let judged = judge(&model, &network, &data, &test, cx)?;
@@ -565,6 +579,10 @@ fn report_bonn(report: &mut Report, path: &Path, epochs: usize, cx: &Context) ->
         &format!("{baseline:.3}"),
     ]);
 
+    if !with_transfer {
+        report.tables.push(table);
+        return Ok(());
+    }
     // Eyes open or closed in the healthy, and the hippocampus opposite or within the focus: another task at another place.
     let source = sets(&[("Z", false), ("O", true)], Normalise::Zclip2)?;
     let target = sets(&[("N", false), ("F", true)], Normalise::Zclip2)?;

@@ -62,7 +62,7 @@ impl WindowSet {
         self
     }
 
-    /// The first `count` windows, evenly over all.
+    /// At most `count` of the windows, evenly over all.
     #[must_use]
     pub fn thinned(mut self, count: usize) -> Self {
         let all = self.windows.len();
