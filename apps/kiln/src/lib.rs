@@ -5,6 +5,7 @@ pub use kiln_compiler as compiler;
 pub use kiln_connectome as connectome;
 pub use kiln_core as core;
 pub use kiln_data as data;
+pub use kiln_eeg as eeg;
 pub use kiln_gla as gla;
 pub use kiln_http as http;
 pub use kiln_hypernet as hypernet;
@@ -36,4 +37,5 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_megatron::Megatron,
     &kiln_oneflow::OneFlow,
     &kiln_connectome::Connectome,
+    &kiln_eeg::Eeg,
 ];

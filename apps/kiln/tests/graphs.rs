@@ -106,6 +106,12 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             );
             2
         }
+        "eeg" => {
+            desk.json("simulate --site a --recordings 8 --seconds 3 --channels C3,O1 --out @a");
+            desk.json("prepare --in @a --labels @a/labels.csv --channels C3,O1 --tmin 0 --out @p");
+            desk.json("train --data @p --window 150 --width 0.1 --batch 4 --epochs 1 --out @m");
+            2
+        }
         other => panic!("say here how to make a model of {other}"),
     };
     (desk.path("m"), below)

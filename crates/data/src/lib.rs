@@ -1,6 +1,7 @@
 //! File formats, datasets and generators.
 
 pub mod digits;
+pub mod edf;
 mod images;
 mod matrix;
 mod npz;
