@@ -8,6 +8,8 @@ use crate::graph::Graph;
 const ROUNDS: usize = 300;
 /// How strongly nodes are drawn to the middle, so that parts without connection stay in the picture.
 const GRAVITY: f64 = 0.08;
+/// Sum of the springs of a node, so that dense graphs do not collapse.
+const PULL: f64 = 6.0;
 
 /// A place in the unit square for every node that has an edge. Nodes begin on a circle, one community beside the other.
 pub fn places(graph: &Graph, order: &[usize]) -> Vec<(f64, f64)> {
@@ -19,7 +21,9 @@ pub fn places(graph: &Graph, order: &[usize]) -> Vec<(f64, f64)> {
         let angle = TAU * place as f64 / count;
         at[i] = (angle.cos(), angle.sin());
     }
-    let heaviest = graph.edges().iter().map(|edge| edge.2).fold(1e-300, f64::max);
+    // Squares, so that heavy edges decide.
+    let stiffness = |i: usize| graph.neighbours(i).iter().map(|(_, weight)| weight * weight).sum::<f64>();
+    let total: Vec<f64> = (0..n).map(stiffness).collect();
     let ideal = (4.0 / count).sqrt();
     for round in 0..ROUNDS {
         let step = 0.15 * (1.0 - round as f64 / ROUNDS as f64);
@@ -36,7 +40,8 @@ pub fn places(graph: &Graph, order: &[usize]) -> Vec<(f64, f64)> {
         }
         for &(i, j, weight) in graph.edges() {
             let (dx, dy) = (at[i].0 - at[j].0, at[i].1 - at[j].1);
-            let pull = (dx * dx + dy * dy).sqrt() / ideal * (weight / heaviest).powi(2);
+            let stiff = PULL * weight * weight / (total[i] * total[j]).sqrt();
+            let pull = (dx * dx + dy * dy).sqrt() / ideal * stiff;
             force[i] = (force[i].0 - pull * dx, force[i].1 - pull * dy);
             force[j] = (force[j].0 + pull * dx, force[j].1 + pull * dy);
         }

@@ -104,8 +104,8 @@ fn add_rows<E: Element>(sums: &mut [[f64; LANES]], x: &[E], pairs: usize, h: &[[
         let h: [[f64; LANES]; ROWS] = std::array::from_fn(|i| h[q + i]);
         add_block(sums, rows, h);
     }
-    for q in whole..h.len() {
-        add_block(sums, [row(q)], [h[q]]);
+    for (q, h) in h.iter().enumerate().skip(whole) {
+        add_block(sums, [row(q)], [*h]);
     }
 }
 
