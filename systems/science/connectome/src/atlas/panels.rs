@@ -115,7 +115,7 @@ impl Atlas {
         svg.text("who with whom", (left, top - 10.0), 12.0, FAINT, Anchor::Start);
         svg.frame((left, top), (SIDE, SIDE));
         let Ok(graph) = motif.graph(&self.traces.neurons, self.config.threshold) else { return };
-        let at = places(&graph, order);
+        let at = places(motif, order);
         let inner = SIDE - 44.0;
         let place = |i: usize| (left + 22.0 + inner * at[i].0, top + 22.0 + inner * at[i].1);
         let mut edges = graph.edges().to_vec();
