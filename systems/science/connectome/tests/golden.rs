@@ -7,8 +7,9 @@ use kiln_connectome::affinity::{AffinityConfig, rate_of_change};
 use kiln_connectome::blockmodel::{BlockModelConfig, Correction, description_length};
 use kiln_connectome::graph::Graph;
 use kiln_connectome::ntf::{Factors, NtfConfig};
-use kiln_connectome::score::nmi;
+use kiln_connectome::score::{correlation, nmi};
 use kiln_connectome::tensor::AffinityTensor;
+use kiln_connectome::traces::{AlignConfig, Animal, Events, align, read_recordings};
 use kiln_core::Context;
 use kiln_data::{Matrix, Table, TableOptions};
 use safetensors::SafeTensors;
@@ -108,6 +109,31 @@ fn graph(name: &str) -> (Graph, Vec<usize>) {
 
 fn reference() -> serde_json::Value {
     serde_json::from_slice(&std::fs::read("tests/data/sbm_dl.json").unwrap()).unwrap()
+}
+
+#[test]
+fn real_worms_are_read_from_npz_and_csv() {
+    let Some(shared) = kiln_data::shared_dir() else {
+        println!("skipped: no shared data");
+        return;
+    };
+    let folder = shared.join("data/celegans-calcium");
+    let files = [folder.join("flavell_neuropal.npz"), folder.join("worm_2022-08-02-38.csv")];
+    let recordings = read_recordings(&files).unwrap();
+    assert_eq!(recordings.iter().map(|r| r.neurons.len()).collect::<Vec<_>>()[..3], [91, 78, 89]);
+    let traces = align(&recordings, &Events::default(), AlignConfig::default()).unwrap();
+    assert!(traces.animals.len() == 6 && traces.frames >= 750 && traces.share_a_pair(), "{}", traces.frames);
+    let ava = |animal: &Animal, name: &str| {
+        let place = traces.neurons.iter().position(|neuron| neuron == name).unwrap();
+        Some(animal.traces[animal.neurons.binary_search(&place).ok()?].clone())
+    };
+    // The two sides of a command neuron go together: rows and columns are as they should be.
+    let both = traces
+        .animals
+        .iter()
+        .filter_map(|animal| Some(correlation(&ava(animal, "AVAL")?, &ava(animal, "AVAR")?)));
+    let both: Vec<f64> = both.collect();
+    assert!(both.len() >= 3 && both.iter().all(|r| *r > 0.5), "{both:?}");
 }
 
 #[test]

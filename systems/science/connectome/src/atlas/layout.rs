@@ -1,52 +1,34 @@
-//! Where the nodes of a drawing go: springs along edges, repulsion between all (Fruchterman and Reingold 1991).
+//! Where the nodes of a drawing go: every community is a disc of its own, the discs stand in a circle. Springs would pull
+//! the heavy community of a real recording into one spot, as its edges weigh a hundred times those of the others.
 
 use std::f64::consts::TAU;
 
-use crate::graph::Graph;
+use super::Motif;
 
-/// Rounds of moving all nodes.
-const ROUNDS: usize = 300;
-/// How strongly nodes are drawn to the middle, so that parts without connection stay in the picture.
-const GRAVITY: f64 = 0.08;
+/// The angle from one node of a disc to the next, which fills it evenly: the golden one.
+const GOLDEN: f64 = 2.399_963_229_728_653;
 
-/// A place in the unit square for every node that has an edge. Nodes begin on a circle, one community beside the other.
-pub fn places(graph: &Graph, order: &[usize]) -> Vec<(f64, f64)> {
-    let n = graph.len();
-    let nodes: Vec<usize> = order.iter().copied().filter(|&i| !graph.neighbours(i).is_empty()).collect();
-    let count = nodes.len().max(1) as f64;
-    let mut at = vec![(0.0, 0.0); n];
-    for (place, &i) in nodes.iter().enumerate() {
-        let angle = TAU * place as f64 / count;
-        at[i] = (angle.cos(), angle.sin());
-    }
-    let heaviest = graph.edges().iter().map(|edge| edge.2).fold(1e-300, f64::max);
-    let ideal = (4.0 / count).sqrt();
-    for round in 0..ROUNDS {
-        let step = 0.15 * (1.0 - round as f64 / ROUNDS as f64);
-        let mut force = vec![(0.0, 0.0); n];
-        for (k, &i) in nodes.iter().enumerate() {
-            force[i].0 -= GRAVITY * at[i].0;
-            force[i].1 -= GRAVITY * at[i].1;
-            for &j in &nodes[k + 1..] {
-                let (dx, dy) = (at[i].0 - at[j].0, at[i].1 - at[j].1);
-                let push = ideal * ideal / (dx * dx + dy * dy).max(1e-4);
-                force[i] = (force[i].0 + push * dx, force[i].1 + push * dy);
-                force[j] = (force[j].0 - push * dx, force[j].1 - push * dy);
-            }
-        }
-        for &(i, j, weight) in graph.edges() {
-            let (dx, dy) = (at[i].0 - at[j].0, at[i].1 - at[j].1);
-            let pull = (dx * dx + dy * dy).sqrt() / ideal * (weight / heaviest).powi(2);
-            force[i] = (force[i].0 - pull * dx, force[i].1 - pull * dy);
-            force[j] = (force[j].0 + pull * dx, force[j].1 + pull * dy);
-        }
-        for &i in &nodes {
-            let size = force[i].0.hypot(force[i].1).max(1e-12);
-            let scale = step.min(size) / size;
-            at[i] = (at[i].0 + force[i].0 * scale, at[i].1 + force[i].1 * scale);
+/// A place in the unit square for every neuron in `order`, which lists community after community.
+pub fn places(motif: &Motif, order: &[usize]) -> Vec<(f64, f64)> {
+    let discs: Vec<&[usize]> =
+        order.chunk_by(|&i, &j| motif.communities[i] == motif.communities[j]).collect();
+    let radii: Vec<f64> = discs.iter().map(|disc| (disc.len() as f64).sqrt()).collect();
+    let total: f64 = radii.iter().sum();
+    let next = |c: usize| radii[c] + radii[(c + 1) % radii.len()];
+    let widest = (0..radii.len()).map(next).fold(0.0, f64::max);
+    let circle = if discs.len() > 1 { (0.37 * total).max(0.6 * widest) } else { 0.0 };
+    let mut at = vec![(0.0, 0.0); motif.communities.len()];
+    let mut angle = 0.0;
+    for (disc, radius) in discs.iter().zip(&radii) {
+        let middle = angle + TAU * radius / total / 2.0;
+        angle += TAU * radius / total;
+        for (k, &i) in disc.iter().enumerate() {
+            // The strongest in the middle.
+            let (out, turn) = (radius * (k as f64 / disc.len() as f64).sqrt(), GOLDEN * k as f64);
+            at[i] = (circle * middle.cos() + out * turn.cos(), circle * middle.sin() + out * turn.sin());
         }
     }
-    into_unit_square(&mut at, &nodes);
+    into_unit_square(&mut at, order);
     at
 }
 

@@ -27,7 +27,7 @@ impl Atlas {
         let order: Vec<usize> =
             motif.order().into_iter().filter(|&i| motif.communities[i].is_some()).collect();
         let raster = (order.len() as f64 * 7.0).clamp(80.0, 420.0);
-        let (middle, bottom) = (212.0, 212.0 + SIDE + 76.0);
+        let (middle, bottom) = (212.0, 212.0 + SIDE + 46.0);
         let mut svg = Svg::new(WIDTH, bottom + raster + 52.0);
         svg.text(&format!("Motif {}", number + 1), (MARGIN, 36.0), 22.0, INK, Anchor::Start);
         svg.text(&self.summary(motif), (MARGIN + 110.0, 36.0), 14.0, FAINT, Anchor::Start);
@@ -115,7 +115,7 @@ impl Atlas {
         svg.text("who with whom", (left, top - 10.0), 12.0, FAINT, Anchor::Start);
         svg.frame((left, top), (SIDE, SIDE));
         let Ok(graph) = motif.graph(&self.traces.neurons, self.config.threshold) else { return };
-        let at = places(&graph, order);
+        let at = places(motif, order);
         let inner = SIDE - 44.0;
         let place = |i: usize| (left + 22.0 + inner * at[i].0, top + 22.0 + inner * at[i].1);
         let mut edges = graph.edges().to_vec();

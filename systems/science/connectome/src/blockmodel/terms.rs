@@ -13,10 +13,7 @@ pub struct Terms {
 impl Terms {
     /// For numbers up to `most`, and weights with mean `beta`.
     pub fn new(most: usize, beta: f64) -> Self {
-        let mut ln_factorials = vec![0.0; most + 1];
-        for n in 1..=most {
-            ln_factorials[n] = lgamma(n as f64 + 1.0);
-        }
+        let ln_factorials = (0..=most).map(|n| lgamma(n as f64 + 1.0)).collect();
         Self { ln_factorials, beta, ln_beta: beta.ln() }
     }
 

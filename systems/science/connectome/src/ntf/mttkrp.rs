@@ -26,7 +26,12 @@ pub fn contract_pairs<E: Element>(tensor: &AffinityTensor<E>, c: &Matrix) -> Mat
     let mut y = vec![0.0; tensor.frames * tensor.animals * rank];
     let tasks =
         y.par_chunks_mut(ROWS_OF_TASK * rank).zip(tensor.values.par_chunks(ROWS_OF_TASK * tensor.pairs));
-    tasks.for_each(|(y, x)| simd(|| contract_rows_of_task(y, x, tensor.pairs, rank, &lanes)));
+    tasks.for_each(|(y, x)| {
+        simd(
+            #[inline(always)]
+            || contract_rows_of_task(y, x, tensor.pairs, rank, &lanes),
+        )
+    });
     Matrix::new(tensor.frames * tensor.animals, rank, y)
 }
 
@@ -83,7 +88,10 @@ pub fn contract_rows<E: Element>(tensor: &AffinityTensor<E>, h: &Matrix) -> Matr
         let mut sums = vec![[0.0; LANES]; count];
         for (group, h) in lanes.iter().enumerate() {
             sums.fill([0.0; LANES]);
-            simd(|| add_rows(&mut sums, &tensor.values[block * PAIRS..], pairs, h));
+            simd(
+                #[inline(always)]
+                || add_rows(&mut sums, &tensor.values[block * PAIRS..], pairs, h),
+            );
             let components = group * LANES..((group + 1) * LANES).min(rank);
             for (m, sums) in m.chunks_mut(rank).zip(&sums) {
                 m[components.clone()].copy_from_slice(&sums[..components.len()]);
@@ -104,8 +112,8 @@ fn add_rows<E: Element>(sums: &mut [[f64; LANES]], x: &[E], pairs: usize, h: &[[
         let h: [[f64; LANES]; ROWS] = std::array::from_fn(|i| h[q + i]);
         add_block(sums, rows, h);
     }
-    for q in whole..h.len() {
-        add_block(sums, [row(q)], [h[q]]);
+    for (q, h) in h.iter().enumerate().skip(whole) {
+        add_block(sums, [row(q)], [*h]);
     }
 }
 

@@ -71,8 +71,9 @@ fn decode(bytes: &[u8]) -> Result<Array, String> {
     if elements.checked_mul(dtype.num_bytes().unwrap_or(1).max(1)).is_none_or(|size| size > bytes.len()) {
         return Err(format!("claims the shape {shape:?}, more than its {} bytes hold", bytes.len()));
     }
-    if shape.len() > 1 && file.header().order() == Order::Fortran {
-        return Err("is stored column by column; save it with numpy.ascontiguousarray".into());
+    let by_column = file.header().order() == Order::Fortran;
+    if by_column && shape.len() > 2 {
+        return Err(format!("has the shape {shape:?}, column by column; at most two axes are read so"));
     }
     let early = |e: std::io::Error| format!("ends too early: {e}");
     let file = match file.try_data::<String>() {
@@ -85,7 +86,8 @@ fn decode(bytes: &[u8]) -> Result<Array, String> {
             let file = $file;
             $(let file = match file.try_data::<$number>() {
                 Ok(data) => {
-                    let numbers = data.map(|x| x.map(|x| x as f64)).collect::<Result<_, _>>().map_err(early)?;
+                    let numbers: Vec<f64> = data.map(|x| x.map(|x| x as f64)).collect::<Result<_, _>>().map_err(early)?;
+                    let numbers = if by_column { from_columns(&shape, &numbers) } else { numbers };
                     return Ok(Array::Numbers(shape, numbers));
                 }
                 Err(file) => file,
@@ -101,6 +103,12 @@ fn decode(bytes: &[u8]) -> Result<Array, String> {
         }
         Err(_) => Err(format!("has the type {}; numbers and words are read", dtype.descr())),
     }
+}
+
+/// Row by row from column by column, for at most two axes.
+fn from_columns(shape: &[usize], numbers: &[f64]) -> Vec<f64> {
+    let &[rows, columns] = shape else { return numbers.to_vec() };
+    (0..rows).flat_map(|row| (0..columns).map(move |column| numbers[column * rows + row])).collect()
 }
 
 /// Writes recordings as such a file.
@@ -144,4 +152,15 @@ fn encode(array: &Array) -> std::io::Result<Vec<u8>> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_turned_into_rows() {
+        assert_eq!(from_columns(&[2, 3], &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(from_columns(&[3], &[1.0, 2.0, 3.0]), [1.0, 2.0, 3.0]);
+    }
 }
