@@ -255,7 +255,6 @@ struct Plan {
     undivided: Vec<(String, f64)>,
     tensors: HashMap<TensorId, TensorIr>,
     names: BTreeMap<TensorId, String>,
-    axes: usize,
 }
 
 impl Plan {
@@ -269,7 +268,6 @@ impl Plan {
             undivided: Vec::new(),
             tensors,
             names,
-            axes: placement.mesh.len(),
         };
         let mesh = &placement.mesh;
         // The edge from which a tensor is read: behind its hint, where there is one.

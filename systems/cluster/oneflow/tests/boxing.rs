@@ -37,9 +37,9 @@ fn check_all(shape: &[usize], mesh: &[usize], pairs: &[(NdSbp, NdSbp)]) {
     let parts: Vec<Vec<TensorData>> = pairs
         .iter()
         .map(|(from, _)| {
-            // Parts of sums are whole numbers too.
+            // Parts of sums are whole numbers too; no zero is negative, as bits are compared.
             let rounded = |part: TensorData| {
-                let values: Vec<f32> = part.iter::<f32>().map(f32::round).collect();
+                let values: Vec<f32> = part.iter::<f32>().map(|x| x.round() + 0.0).collect();
                 TensorData::new(values, part.shape().clone())
             };
             let is_sum = from.0.contains(&Sbp::SUM);

@@ -384,6 +384,7 @@ fn layers(s: &mut Samples) {
     for (suffix, x, y, options, dilation) in
         [(1, &line[..], &half[..], &one, json!(1)), (2, &x[..], &y[..], &two, json!([1, 1]))]
     {
+        let size = if suffix == 1 { json!(3) } else { json!([3, 3]) };
         let name = |one: &'static str, two: &'static str| if suffix == 1 { one } else { two };
         let options_a = with(options, average.clone());
         let options_m = with(options, largest(dilation));
@@ -398,7 +399,7 @@ fn layers(s: &mut Samples) {
         s.add(
             name("AdaptiveAvgPool1d", "AdaptiveAvgPool2d"),
             "Module",
-            json!({"x": t(0, x, F), "out": t(1, y, F)}),
+            json!({"x": t(0, x, F), "output_size": size, "out": t(1, y, F)}),
             1,
         );
         let fields = json!({"x": t(0, x, F), "grad": t(1, y, F), "out": t(2, x, F)});
