@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
-use std::sync::atomic::Ordering;
 
 use kiln_core::testing::Desk;
 use kiln_core::{HostTensor, TensorFile};
@@ -105,20 +104,6 @@ fn every_network_is_trained_in_both_modes() {
             desk.json(&format!("eval --model {out} --data @pa --out @e.json"));
         }
     }
-}
-
-#[test]
-fn a_stopped_run_goes_on_to_the_same_weights() {
-    let desk = desk();
-    let options = format!("--data @pa {TINY} --augment sign-flip,noise:0.5:0.1 --class-weights");
-    desk.json(&format!("train {options} --out @whole"));
-    desk.cx.interrupt_flag().store(true, Ordering::Relaxed);
-    let refusal = desk.refusal(&format!("train {options} --out @parts"));
-    assert!(refusal.contains("kiln eeg train --data"), "{refusal}");
-    desk.cx.interrupt_flag().store(false, Ordering::Relaxed);
-    desk.json("train --data @pa --resume @parts");
-    let weights = |model: &str| fs::read(desk.path(model).join("model.safetensors")).unwrap();
-    assert_eq!(weights("whole"), weights("parts"));
 }
 
 #[test]

@@ -58,7 +58,7 @@ fn a_recording_is_prepared_as_scipy_and_numpy_do() {
             let seen = (at * 5 / 2).saturating_sub(26)..(at * 5 / 2 + 27).min(digital.len());
             if !digital[seen].contains(&0) {
                 let expected = f64::from(expected_resampled[place * 900 + at]);
-                assert!((x - expected).abs() < 1e-5, "{name} {at}: {x}, should be {expected}");
+                assert!((x - expected).abs() < 1e-4, "{name} {at}: {x}, should be {expected}");
                 compared += 1;
             }
         }
