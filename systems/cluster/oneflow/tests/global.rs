@@ -48,7 +48,7 @@ fn misplaced_parts_are_refused() {
             let local = TensorData::new(vec![0f32; 4], [2, 2]);
             GlobalTensor::from_local(&lines, local, shape, text.parse().unwrap()).err().unwrap().to_string()
         };
-        assert!(told("S0", &[5, 2]).contains("S0 of [5, 2] has"), "{}", told("S0", &[5, 2]));
+        assert!(told("S0", &[6, 2]).contains("S0 of [6, 2] has"), "{}", told("S0", &[6, 2]));
         assert!(told("S2", &[4, 2]).contains("S2 splits axis 2"));
         let (x, y) = (counted([2, 3]), counted([2, 3]));
         let [x, y] =

@@ -43,7 +43,9 @@ fn every_case_trains_alike_in_any_parallel_on_any_mesh() {
         let single = trained(&case, &[1], Parallel::Auto, None);
         for mesh in [&[2][..], &[3], &[2, 2]] {
             for parallel in [Parallel::Data, Parallel::Model, Parallel::Auto] {
-                for registers in [None, Some(1), Some(2)] {
+                // Without actors, with one register and with two: on one mesh, for it is the same on all.
+                let registers = if mesh == [2] { &[None, Some(1), Some(2)][..] } else { &[Some(2)] };
+                for &registers in registers {
                     let place = format!("{case:?} {mesh:?} {parallel:?} {registers:?}");
                     let found = trained(&case, mesh, parallel, registers);
                     for (a, b) in found.losses.iter().zip(&single.losses) {

@@ -325,10 +325,13 @@ fn read_clicks(path: &Path, rows: usize, columns: &Columns) -> Result<Examples> 
         match (&column.cells, column.text(row)) {
             (_, None) => Ok(None),
             (Cells::Numbers(numbers), _) => Ok(Some(numbers[row])),
-            (_, Some(word)) => Err(Error::input(
-                path.display(),
-                format!("row {row}: \"{word}\" in column \"{name}\" is no number"),
-            )),
+            (_, Some(word)) => word.parse().map(Some).map_err(|_| {
+                Error::input(
+                    path.display(),
+                    format!("row {row}: \"{word}\" in column \"{name}\" is no number"),
+                )
+                .hint("leave it empty where there is none, or name the column among the categorical ones")
+            }),
         }
     };
     let (mut numbers, mut words, mut labels) =

@@ -237,7 +237,7 @@ impl Case {
     /// # Errors
     /// When an operation has no derivative.
     pub fn logical(&self, batch: usize, values: &BTreeMap<String, TensorData>) -> Result<Logical> {
-        let graph = capture(Box::new(Loss { case: self.clone(), batch }))?;
+        let graph = capture(Box::new(Loss { case: self.clone(), batch, device: Device::flex() }))?;
         Logical::training(&graph, "loss", values)
     }
 
@@ -249,7 +249,8 @@ impl Case {
         let mut names: Vec<String> = self.weights().into_iter().map(|weight| weight.name).collect();
         names.sort_unstable();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        capture(Box::new(Loss { case: self.clone(), batch }))?.gradient("loss", &names)
+        capture(Box::new(Loss { case: self.clone(), batch, device: Device::flex() }))?
+            .gradient("loss", &names)
     }
 
     /// The network alone, with its weights as constants.
@@ -401,6 +402,8 @@ fn causal(case: &Case, device: &Device) -> Option<DispatchTensor> {
 struct Loss {
     case: Case,
     batch: usize,
+    /// Where it computes.
+    device: Device,
 }
 
 impl Network for Loss {
@@ -419,12 +422,14 @@ impl Network for Loss {
         vec![Port { name: "loss".into(), kind: PortKind::Float, shape: vec![1] }]
     }
 
-    fn move_to(&mut self, _device: &Device) {}
+    fn move_to(&mut self, device: &Device) {
+        self.device = device.clone();
+    }
 
     fn forward(&self, inputs: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
         let names = self.inputs().into_iter().map(|port| port.name);
         let mut given: BTreeMap<String, DispatchTensor> = names.zip(inputs).collect();
-        if let Some(mask) = causal(&self.case, &Device::capture()) {
+        if let Some(mask) = causal(&self.case, &self.device) {
             given.insert("causal".into(), mask);
         }
         vec![self.case.loss(&Given(given)).into_dispatch()]

@@ -129,7 +129,8 @@ fn elementwise(s: &mut Samples) {
         s.add(kind, "NumericFloat", pair(&x, &[1, 3], F, F), 1);
         s.add(kind, "NumericFloat", pair(&[5, 1], &[1, 3], F, F), 1);
     }
-    s.add("Powi", "NumericFloat", pair(&x, &x, F, F), 1);
+    let powers = json!({"lhs": t(0, &x, F), "rhs": t(1, &x, I), "out": t(2, &x, F)});
+    s.add("Powi", "NumericFloat", powers, 4);
     for kind in ["Powf", "Hypot", "ArcTan2"] {
         s.add(kind, "Float", pair(&x, &x, F, F), 1);
     }
