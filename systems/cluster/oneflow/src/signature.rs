@@ -118,7 +118,6 @@ const EACH: Law = Law::Index("* > *", &[]);
 const EACH_LINEAR: Law = Law::Index("* > *", &["P"]);
 const PAIR: Law = Law::Index("* * > *", &[]);
 const SLOPE: Law = Law::Index("* * > *", &["BP"]);
-const POOL: Law = Law::Index("bc* > bc*", &[]);
 
 const fn row(kind: &'static str, law: Law) -> Row {
     Row { kind, law }
@@ -293,7 +292,7 @@ pub const TABLE: &[Row] = &[
     // Norms and pools.
     row("LayerNorm", Law::Index("*_ _ _ > *_", &[])),
     row("BatchNorm", Law::Index("bc* c c c c > bc*", &[])),
-    row("PRelu", Law::Index("bc* c > bc*", &[])),
+    row("PRelu", PAIR),
     row("AvgPool1d", Law::Index("bc_ > bc_", &["P"])),
     row("AvgPool2d", Law::Index("bc__ > bc__", &["P"])),
     row("AvgPool1dBackward", Law::Index("bc_ bc_ > bc_", &["BP"])),
@@ -308,7 +307,7 @@ pub const TABLE: &[Row] = &[
     row("MaxPool2dWithIndices", Law::Index("bc__ > bc__ bc__", &[])),
     row("MaxPool1dWithIndicesBackward", Law::Index("bc_ bc_ bc_ > bc_", &["BBP"])),
     row("MaxPool2dWithIndicesBackward", Law::Index("bc__ bc__ bc__ > bc__", &["BBP"])),
-    row("Interpolate", POOL),
+    row("Interpolate", Law::Index("bc__ > bc__", &[])),
 ];
 
 /// The row of a kind.

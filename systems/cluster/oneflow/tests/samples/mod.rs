@@ -371,7 +371,12 @@ fn layers(s: &mut Samples) {
     let norm = json!({"x": t(0, &x, F), "gamma": c(1), "beta": c(2), "mean": c(3), "variance": c(4), "epsilon": {"Float": 1e-5},
                       "out": t(5, &x, F)});
     s.add("BatchNorm", "Module", norm, 1);
-    s.add("PRelu", "Activation", json!({"lhs": t(0, &x, F), "rhs": c(1), "out": t(2, &x, F)}), 1);
+    s.add(
+        "PRelu",
+        "Activation",
+        json!({"lhs": t(0, &x, F), "rhs": t(1, &[1, 4, 1, 1], F), "out": t(2, &x, F)}),
+        1,
+    );
     let (y, line, half) = ([3, 4, 3, 3], [3, 4, 6], [3, 4, 3]);
     let one = json!({"kernel_size": 2, "stride": 2, "padding": 0});
     let two = json!({"kernel_size": [2, 2], "stride": [2, 2], "padding": [0, 0]});
