@@ -15,7 +15,8 @@ const PACKAGES: [&str; 3] = ["libopenmpi-dev", "openmpi-bin", "libclang-dev"];
 pub fn check() -> Result<Counted, Box<dyn std::error::Error>> {
     println!("== Open MPI, kiln-cluster");
     let mut counted = Counted::default();
-    if !(has("mpirun") && has("mpicc")) && !install(&PACKAGES) {
+    let there = has("mpirun") && has("mpicc");
+    if !there && !install(&PACKAGES) {
         println!("skipped: Open MPI, with `apt-get install {}`", PACKAGES.join(" "));
         counted.skipped += 1;
         return Ok(counted);

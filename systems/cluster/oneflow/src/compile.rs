@@ -91,12 +91,13 @@ impl Compiler {
             .iter()
             .map(|variable| (variable.name.clone(), variable.value.shape().to_vec()))
             .collect();
-        let (of_inputs, of_variables): (fn(usize) -> Option<usize>, fn(usize) -> Option<usize>) =
-            match parallel {
-                Parallel::Auto => return self,
-                Parallel::Data => (|rank| (rank > 0).then_some(0), |_| None),
-                Parallel::Model => (|_| None, |rank| rank.checked_sub(1)),
-            };
+        // The axis that is split of a tensor of so many.
+        type AxisOf = fn(usize) -> Option<usize>;
+        let (of_inputs, of_variables): (AxisOf, AxisOf) = match parallel {
+            Parallel::Auto => return self,
+            Parallel::Data => (|rank| (rank > 0).then_some(0), |_| None),
+            Parallel::Model => (|_| None, |rank| rank.checked_sub(1)),
+        };
         self.hints
             .extend(inputs.into_iter().map(|(name, shape)| (name, split(&shape, of_inputs(shape.len())))));
         self.hints.extend(
@@ -738,7 +739,7 @@ impl<'a> Writer<'a> {
         };
         let (whole, of_row) = (NdSbp(forms.clone()), with(Sbp::B));
         let name = self.plan.problem.edges[edge].name.clone();
-        let mut intermediate = |writer: &mut Self, what: &str, shape: &[usize], sbp: NdSbp| {
+        let intermediate = |writer: &mut Self, what: &str, shape: &[usize], sbp: NdSbp| {
             writer.values.push(Value { name: format!("{name} {what}"), shape: shape.to_vec(), dtype, sbp });
             writer.values.len() - 1
         };
@@ -754,8 +755,7 @@ impl<'a> Writer<'a> {
                       x: &TensorIr,
                       value: usize,
                       kind: Reduction,
-                      what: &str,
-                      intermediate: &mut dyn FnMut(&mut Self, &str, &[usize], NdSbp) -> usize|
+                      what: &str|
          -> Result<(TensorIr, usize)> {
             let id = writer.fresh();
             let reduced = ReduceDimOpIr::create(x.clone(), axis, 1, || id);
@@ -780,7 +780,7 @@ impl<'a> Writer<'a> {
             Ok((out, total))
         };
 
-        let (maximum, largest) = reduce(self, &x, input, Reduction::Max, "maximum", &mut intermediate)?;
+        let (maximum, largest) = reduce(self, &x, input, Reduction::Max, "maximum")?;
         let id = self.fresh();
         let shifted = BinaryOpIr::create(x.clone(), maximum, || id);
         let below = read_only(&shifted.out);
@@ -805,7 +805,7 @@ impl<'a> Writer<'a> {
             vec![value],
             raised,
         );
-        let (sum, total) = reduce(self, &power, raised, Reduction::Sum, "sum", &mut intermediate)?;
+        let (sum, total) = reduce(self, &power, raised, Reduction::Sum, "sum")?;
         let out = self.output(edge, &whole);
         if logarithm {
             let id = self.fresh();

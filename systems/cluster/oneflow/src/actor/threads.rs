@@ -73,8 +73,7 @@ pub fn run<V: Clone + Send>(
         traced,
     };
     let names: Vec<String> = queues.iter().map(|queue| queue.name.clone()).collect();
-    let (senders, receivers): (Vec<Sender<Message<V>>>, Vec<Receiver<Message<V>>>) =
-        queues.iter().map(|_| channel()).unzip();
+    let (senders, receivers): (Vec<_>, Vec<_>) = queues.iter().map(|_| channel::<Message<V>>()).unzip();
     let mut lanes: Vec<Lane<V>> = queues
         .into_iter()
         .zip(receivers)
