@@ -47,16 +47,14 @@ fn effect(motif: &Motif, i: usize, j: usize) -> f64 {
 pub fn silence(atlas: &Atlas, neuron: &str) -> Result<Silencing> {
     let names = &atlas.traces.neurons;
     let i = names.iter().position(|name| name == neuron).ok_or_else(|| {
-        let near: Vec<&str> = names
-            .iter()
-            .map(String::as_str)
-            .filter(|n| n.starts_with(&neuron[..neuron.len().min(1)]))
-            .take(8)
-            .collect();
+        let first = neuron.chars().next();
+        let (near, others): (Vec<&String>, Vec<&String>) =
+            names.iter().partition(|name| name.chars().next() == first);
+        let some: Vec<&str> = near.into_iter().chain(others).map(String::as_str).take(8).collect();
         Error::usage(format!("the atlas has no neuron \"{neuron}\"")).hint(format!(
             "it has {} neurons, among them {}",
             names.len(),
-            near.join(", ")
+            some.join(", ")
         ))
     })?;
     let total = effects(&atlas.motifs, i);

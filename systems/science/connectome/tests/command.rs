@@ -67,6 +67,7 @@ fn an_atlas_is_fitted_read_again_compared_and_asked_about_silencing() {
     assert_eq!(effects["neurons"].as_array().unwrap().len(), 11);
     assert_eq!(fs::read_to_string(desk.path("effects.csv")).unwrap().lines().count(), 12);
     desk.assert_refused("silence --model @a --neuron AWBL", "no neuron \"AWBL\"");
+    desk.assert_refused("silence --model @a --neuron éa", "12 neurons, among them N01");
     desk.assert_refused("atlas --model @demo", "config.json");
 }
 
