@@ -314,6 +314,12 @@ fn on_threads<R: Send>(
     stuck: Stuck,
     body: &(impl Fn(Communicator) -> Result<R> + Sync),
 ) -> Result<Vec<R>> {
+    if ranks > MOST_THREADS {
+        return Err(Error::usage(format!(
+            "{ranks} ranks are too many for one process; it has at most {MOST_THREADS} threads"
+        ))
+        .hint("take fewer ranks, or processes on several machines (`kiln launch`)"));
+    }
     let world = ThreadWorld::new(ranks);
     let errors: Mutex<Vec<Error>> = Mutex::default();
     let results: Vec<Mutex<Option<R>>> = (0..ranks).map(|_| Mutex::default()).collect();
@@ -366,6 +372,9 @@ fn as_seen_by_others(rank: usize, error: &Error) -> ClusterError {
         cause: error.to_string(),
     })
 }
+
+/// Ranks that one process may have; each has a thread pool of its own.
+const MOST_THREADS: usize = 1024;
 
 /// As much as the main thread usually has.
 const STACK: usize = 8 << 20;

@@ -45,6 +45,9 @@ fn the_algebra_is_told() {
     desk.assert_refused("boxing --from S0 --to B --shape 8x6 --mesh 2x2", "the mesh [2, 2] has 2");
     desk.assert_refused("boxing --from Q --to B --shape 8x6 --mesh 2", "\"Q\" is no SBP");
     desk.assert_refused("boxing --from B --to B --shape 8x6 --mesh 0", "no mesh of devices");
+    desk.assert_refused("boxing --from S0 --to B --shape 99999999999x99999999999 --mesh 2", "has more than");
+    desk.assert_refused("boxing --from S0 --to B --shape 99999x99999 --mesh 2 --check", "at most 16777216");
+    desk.assert_refused("boxing --from S0 --to B --shape 8 --mesh 100000 --check", "at most 1024 threads");
     desk.assert_refused("select --linear batch=64,features=512 --devices 8", "all needed");
     desk.assert_refused("select --linear batch=64,features=0,classes=2 --devices 8", "at least 1");
     desk.assert_refused("actors --durations 2,1 --registers 0 --pieces 3", "has 0 registers");

@@ -150,7 +150,15 @@ impl BoxingArgs {
     /// Bytes that thread ranks sent, after the values were compared.
     fn convert(&self, path: &[crate::boxing::Step], cx: &Context) -> Result<u64> {
         let (shape, mesh) = (&self.shape.0, &self.mesh.mesh);
+        // Every device may hold all of it.
+        const MOST_CHECKED: usize = 1 << 24;
         let count: usize = shape.iter().product();
+        if count > MOST_CHECKED {
+            return Err(Error::usage(format!(
+                "--check moves a real tensor, of at most {MOST_CHECKED} elements"
+            ))
+            .hint("leave it out, or take a smaller --shape"));
+        }
         let whole =
             TensorData::new((0..count).map(|at| (at % 1000) as i64).collect::<Vec<_>>(), shape.clone());
         let mut rng = cx.rng("boxing", 0);

@@ -233,8 +233,14 @@ fn parse_mesh(text: &str) -> std::result::Result<Placement, String> {
 
 /// Extents joined by x: `8x6`.
 fn parse_shape(text: &str) -> std::result::Result<Vec<usize>, String> {
+    // So that bytes on any number of devices can be counted.
+    const MOST_ELEMENTS: usize = 1 << 40;
     let extents: Option<Vec<usize>> = text.split(['x', ',']).map(|part| part.trim().parse().ok()).collect();
-    extents.ok_or_else(|| format!("\"{text}\" is no shape; write 8x6"))
+    let extents = extents.ok_or_else(|| format!("\"{text}\" is no shape; write 8x6"))?;
+    match extents.iter().try_fold(1usize, |n, &m| n.checked_mul(m)) {
+        Some(count) if count <= MOST_ELEMENTS => Ok(extents),
+        _ => Err(format!("a tensor of {text} has more than {MOST_ELEMENTS} elements")),
+    }
 }
 
 /// `2GB`, `500MB`, `1024`.
