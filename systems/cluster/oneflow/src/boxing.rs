@@ -1,11 +1,13 @@
 //! Boxing: how a tensor gets from one SBP to another, and how many bytes that moves (table 2 of the paper).
 //!
 //! A conversion is a path of steps that each change one axis of the mesh, found by Dijkstra's method with the bytes of
-//! the table as cost. A step stands for one collective a sub-group: the devices that differ in that axis alone.
+//! the table as cost, or with the seconds that they take. A step stands for one collective a sub-group: the devices that
+//! differ in that axis alone.
 
-use std::cmp::Reverse;
+use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
+use kiln_cluster::Link;
 use kiln_core::{Error, Result};
 use serde::Serialize;
 
@@ -78,6 +80,40 @@ impl Step {
     }
 }
 
+/// What is kept small.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Cost {
+    /// Bytes that all devices together send.
+    Bytes,
+    /// Seconds, on devices of which each has such a link to every other.
+    Seconds(Link),
+}
+
+impl Cost {
+    /// Of one step on a mesh. All devices send at the same time, in as many rounds as a ring has.
+    pub fn of(self, step: &Step, mesh: &[usize]) -> f64 {
+        let link = match self {
+            Self::Bytes => return step.bytes as f64,
+            Self::Seconds(link) => link,
+        };
+        if step.bytes == 0 {
+            return 0.0;
+        }
+        let others = (mesh[step.axis] - 1) as f64;
+        let rounds = if step.collective() == Collective::AllReduce { 2.0 * others } else { others };
+        let devices: usize = mesh.iter().product();
+        rounds * link.latency + step.bytes as f64 / devices as f64 / link.bandwidth
+    }
+
+    /// Of a byte that one device sends.
+    pub fn of_byte(self) -> f64 {
+        match self {
+            Self::Bytes => 1.0,
+            Self::Seconds(link) => link.bandwidth.recip(),
+        }
+    }
+}
+
 /// Whether one axis of the mesh can change while the others keep what they have.
 ///
 /// Later axes of the mesh divide what earlier ones leave: while one of them splits the same axis of the tensor, the
@@ -127,30 +163,55 @@ fn step_bytes(shape: &[usize], element: usize, mesh: &[usize], state: &NdSbp, ax
 #[derive(Debug, Clone)]
 pub struct Router {
     mesh: Vec<usize>,
-    known: HashMap<(Vec<usize>, usize, NdSbp), HashMap<NdSbp, Reached>>,
+    cost: Cost,
+    known: HashMap<(Vec<usize>, usize), HashMap<NdSbp, HashMap<NdSbp, Reached>>>,
 }
 
 /// The best way to a state.
 #[derive(Debug, Clone)]
 struct Reached {
-    bytes: u64,
+    cost: f64,
     steps: usize,
     last: Option<(NdSbp, Step)>,
 }
 
+impl Reached {
+    /// Cheaper first, then of fewer steps.
+    fn order(&self, other: &Self) -> Ordering {
+        self.cost.total_cmp(&other.cost).then(self.steps.cmp(&other.steps))
+    }
+}
+
 impl Router {
-    /// For a mesh.
+    /// For a mesh, with few bytes as the aim.
     pub fn new(mesh: &[usize]) -> Self {
-        Self { mesh: mesh.to_vec(), known: HashMap::new() }
+        Self { mesh: mesh.to_vec(), cost: Cost::Bytes, known: HashMap::new() }
     }
 
-    /// Bytes of the cheapest conversion; `element` is the size of an element. `None` where partial tensors of one kind
-    /// would have to become partial tensors of another, which are not the same values.
-    pub fn bytes(&mut self, shape: &[usize], element: usize, from: &NdSbp, to: &NdSbp) -> Option<u64> {
+    /// With another aim.
+    #[must_use]
+    pub fn by(mut self, cost: Cost) -> Self {
+        self.cost = cost;
+        self.known.clear();
+        self
+    }
+
+    /// Cost of the cheapest conversion; `element` is the size of an element in bytes. `None` where partial tensors of one
+    /// kind would have to become partial tensors of another, which are not the same values.
+    pub fn cost(&mut self, shape: &[usize], element: usize, from: &NdSbp, to: &NdSbp) -> Option<f64> {
         if from == to {
-            return Some(0);
+            return Some(0.0);
         }
-        self.reached(shape, element, from).get(to).map(|reached| reached.bytes)
+        self.reached(shape, element, from).get(to).map(|reached| reached.cost)
+    }
+
+    /// Costs from every one of some forms to every other; infinite where there is no way.
+    pub fn costs(&mut self, shape: &[usize], element: usize, forms: &[&NdSbp]) -> Vec<Vec<f64>> {
+        let from_one = |from: &&NdSbp| {
+            let reached = self.reached(shape, element, from);
+            forms.iter().map(|to| reached.get(*to).map_or(f64::INFINITY, |reached| reached.cost)).collect()
+        };
+        forms.iter().map(from_one).collect()
     }
 
     /// The cheapest conversion, of the fewest steps where several are.
@@ -180,23 +241,55 @@ impl Router {
 
     /// Everything that can be reached from a state.
     fn reached(&mut self, shape: &[usize], element: usize, from: &NdSbp) -> &HashMap<NdSbp, Reached> {
-        let mesh = &self.mesh;
-        self.known
-            .entry((shape.to_vec(), element, from.clone()))
-            .or_insert_with(|| dijkstra(shape, element, mesh, from))
+        let (mesh, cost) = (&self.mesh, self.cost);
+        let of_shape = self.known.entry((shape.to_vec(), element)).or_default();
+        of_shape.entry(from.clone()).or_insert_with(|| dijkstra(shape, element, mesh, cost, from))
     }
 }
 
-fn dijkstra(shape: &[usize], element: usize, mesh: &[usize], from: &NdSbp) -> HashMap<NdSbp, Reached> {
+/// A state in the queue, the cheapest of which is the greatest.
+struct Waiting {
+    cost: f64,
+    steps: usize,
+    state: NdSbp,
+}
+
+impl Ord for Waiting {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let by_cost = other.cost.total_cmp(&self.cost);
+        by_cost.then(other.steps.cmp(&self.steps)).then_with(|| other.state.cmp(&self.state))
+    }
+}
+
+impl PartialOrd for Waiting {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Waiting {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Waiting {}
+
+fn dijkstra(
+    shape: &[usize],
+    element: usize,
+    mesh: &[usize],
+    aim: Cost,
+    from: &NdSbp,
+) -> HashMap<NdSbp, Reached> {
     let mut kinds: Vec<Sbp> = (0..shape.len()).map(Sbp::S).chain([Sbp::B, Sbp::SUM]).collect();
     kinds.extend(from.0.iter().filter(|sbp| sbp.reduction().is_some() && **sbp != Sbp::SUM));
-    // What lies on an axis of one device is all the same, and so is every way between.
     let mut best: HashMap<NdSbp, Reached> = HashMap::new();
     let mut queue = BinaryHeap::new();
-    best.insert(from.clone(), Reached { bytes: 0, steps: 0, last: None });
-    queue.push(Reverse((0u64, 0usize, from.clone())));
-    while let Some(Reverse((bytes, steps, state))) = queue.pop() {
-        if best.get(&state).is_some_and(|known| (known.bytes, known.steps) < (bytes, steps)) {
+    best.insert(from.clone(), Reached { cost: 0.0, steps: 0, last: None });
+    queue.push(Waiting { cost: 0.0, steps: 0, state: from.clone() });
+    while let Some(Waiting { cost, steps, state }) = queue.pop() {
+        if best.get(&state).is_some_and(|known| (known.cost, known.steps) < (cost, steps)) {
             continue;
         }
         for axis in 0..mesh.len() {
@@ -206,14 +299,15 @@ fn dijkstra(shape: &[usize], element: usize, mesh: &[usize], from: &NdSbp) -> Ha
                 if to == before || other_kind || !is_closed(&state, axis, to) {
                     continue;
                 }
-                let cost = step_bytes(shape, element, mesh, &state, axis, to);
+                let bytes = step_bytes(shape, element, mesh, &state, axis, to);
+                let step = Step { axis, from: before, to, bytes };
                 let mut next = state.clone();
                 next.0[axis] = to;
-                let reached = (bytes + cost, steps + 1);
-                if best.get(&next).is_none_or(|known| reached < (known.bytes, known.steps)) {
-                    let last = Some((state.clone(), Step { axis, from: before, to, bytes: cost }));
-                    best.insert(next.clone(), Reached { bytes: reached.0, steps: reached.1, last });
-                    queue.push(Reverse((reached.0, reached.1, next)));
+                let last = Some((state.clone(), step));
+                let reached = Reached { cost: cost + aim.of(&step, mesh), steps: steps + 1, last };
+                if best.get(&next).is_none_or(|known| reached.order(known) == Ordering::Less) {
+                    queue.push(Waiting { cost: reached.cost, steps: reached.steps, state: next.clone() });
+                    best.insert(next, reached);
                 }
             }
         }
@@ -272,9 +366,19 @@ mod tests {
             for to in ["S0", "S1", "B", "P"] {
                 let (a, b) = (nd(from), nd(to));
                 let table = bytes_on_same(a.0[0], b.0[0], p, 512.0);
-                assert_eq!(router.bytes(&shape, 4, &a, &b), Some(table as u64), "{from} to {to}");
+                assert_eq!(router.cost(&shape, 4, &a, &b), Some(table), "{from} to {to}");
             }
         }
+    }
+
+    #[test]
+    fn seconds_count_rounds_as_well_as_bytes() {
+        let link = Link { latency: 1e-3, bandwidth: 1e3 };
+        let mut router = Router::new(&[4]).by(Cost::Seconds(link));
+        // 2 · 3 rounds, and 2 · 3/4 of 80 bytes a device.
+        let reduced = router.cost(&[20], 4, &nd("P"), &nd("B")).unwrap();
+        assert!((reduced - (6e-3 + 0.12)).abs() < 1e-12, "{reduced}");
+        assert_eq!(router.cost(&[20], 4, &nd("B"), &nd("S0")), Some(0.0));
     }
 
     #[test]

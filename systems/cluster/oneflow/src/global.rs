@@ -15,7 +15,7 @@ use crate::exchange::Lines;
 use crate::execute::compute;
 use crate::local::localise;
 use crate::sbp::{NdSbp, Region};
-use crate::signature::on_mesh;
+use crate::signature::{NdSignature, on_mesh};
 
 /// A tensor on the devices of a mesh, seen from one of them.
 #[derive(Clone)]
@@ -130,18 +130,18 @@ impl<'m> GlobalTensor<'m> {
                 .inputs()
                 .map(|tensor| values.get(&tensor.id).cloned().ok_or_else(lost))
                 .collect::<Result<_>>()?;
-            let cost = |signature: &crate::signature::NdSignature, router: &mut Router| {
+            let cost = |signature: &NdSignature, router: &mut Router| {
                 let read = inputs.iter().enumerate().map(|(at, input)| {
-                    router.bytes(&input.shape, input.local.dtype().size(), &input.sbp, &signature.input(at))
+                    router.cost(&input.shape, input.local.dtype().size(), &input.sbp, &signature.input(at))
                 });
-                let bytes = read.sum::<Option<u64>>()?;
+                let bytes = read.sum::<Option<f64>>()?;
                 Some((bytes, signature.0.iter().filter(|one| !one.divides()).count()))
             };
             let possible =
                 on_mesh(operation, mesh)?.into_iter().filter(|one| one.0.iter().all(|axis| !axis.in_parts));
             let best = possible
                 .filter_map(|signature| Some((cost(&signature, &mut router)?, signature)))
-                .min_by_key(|(cost, _)| *cost);
+                .min_by(|((a, i), _), ((b, j), _)| a.total_cmp(b).then(i.cmp(j)));
             let (_, signature) = best.ok_or_else(|| Error::work("no signature fits the operands"))?;
             let formed =
                 inputs.iter().enumerate().map(|(at, input)| Ok(input.to_global(&signature.input(at))?.local));

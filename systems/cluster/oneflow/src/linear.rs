@@ -1,5 +1,6 @@
 //! The linear classifier of the paper's example (§3.3, fig. 9) as a problem of selection, with its known optimum.
 
+use burn::tensor::DType;
 use kiln_core::{Error, Result, random_stream};
 use serde::Serialize;
 
@@ -45,7 +46,7 @@ pub struct Selection {
     pub by_weight_sbp: Vec<Selected>,
 }
 
-const ELEMENT: usize = 4;
+const ELEMENT: DType = DType::F32;
 /// The signatures that divide a product.
 const PRODUCT: [([Sbp; 2], Sbp); 3] =
     [([Sbp::S(0), Sbp::B], Sbp::S(0)), ([Sbp::B, Sbp::S(1)], Sbp::S(1)), ([Sbp::S(1), Sbp::S(0)], Sbp::SUM)];
@@ -106,11 +107,8 @@ impl Linear {
     }
 
     fn problem(&self, weight: Sbp, devices: usize) -> Problem {
-        let edge = |name: &str, shape: [usize; 2]| Edge {
-            name: name.into(),
-            shape: shape.to_vec(),
-            element: ELEMENT,
-        };
+        let edge =
+            |name: &str, shape: [usize; 2]| Edge { name: name.into(), shape: shape.to_vec(), dtype: ELEMENT };
         let (b, f, c) = (self.batch, self.features, self.classes);
         let edges = vec![
             edge("x", [b, f]),
@@ -129,7 +127,7 @@ impl Linear {
             PRODUCT.iter().map(with).collect::<Vec<_>>()
         };
         // Over split classes the loss reduces maximum, sum and the target's logit over all devices.
-        let rows = 3.0 * 2.0 * ((devices - 1) * b * ELEMENT) as f64;
+        let rows = 3.0 * 2.0 * ((devices - 1) * b * ELEMENT.size()) as f64;
         let loss = [(Sbp::S(0), 0.0), (Sbp::B, 0.0), (Sbp::S(1), rows)];
         let loss = loss.map(|(sbp, cost)| Choice { cost, ..choice(&[sbp], &[sbp]) });
         let node = |name: &str, inputs: &[usize], outputs: &[usize], choices: Vec<Choice>| Node {

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Value as Json, json};
 
 use crate::actor::{Actor, Channel, Network};
-use crate::boxing::{Collective, Step};
+use crate::boxing::{Collective, Cost, Step};
 use crate::sbp::{NdSbp, Placement, Region};
 use crate::signature::NdSignature;
 
@@ -78,8 +78,8 @@ pub struct Reason {
     pub chosen: String,
     /// The next best, everything else being as it is.
     pub second: Option<String>,
-    /// Bytes that it would cost more.
-    pub more_bytes: Option<f64>,
+    /// What it would cost more: bytes or seconds.
+    pub more: Option<f64>,
 }
 
 /// What all devices do, in an order in which everything is written before it is read.
@@ -108,6 +108,12 @@ impl Physical {
     /// Bytes that all devices together send for one piece.
     pub fn bytes(&self) -> u64 {
         self.conversions().map(|(_, path)| path.iter().map(|step| step.bytes).sum::<u64>()).sum()
+    }
+
+    /// What the conversions of one piece cost.
+    pub fn cost(&self, cost: Cost) -> f64 {
+        let steps = self.conversions().flat_map(|(_, path)| path);
+        steps.map(|step| cost.of(step, &self.placement.mesh)).sum()
     }
 
     /// The conversions.

@@ -1,12 +1,13 @@
-//! Choosing one signature for every operation so that conversions move the fewest bytes (§3.3).
+//! Choosing one signature for every operation so that conversions cost least (§3.3).
 //!
 //! Every node of a [`Problem`] takes one of its choices; every tensor costs the conversions from what its producer writes
 //! to each different form that consumers read. Small problems are solved by enumeration. For others a topological greedy
 //! pass is improved by dynamic programming: nodes are eliminated one after another, each time by a table of the best cost
 //! over its neighbours' choices. Where such a table would be too large, a neighbour keeps the choice that it had.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
+use burn::tensor::DType;
 use kiln_core::{Error, Result};
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -21,8 +22,8 @@ pub struct Edge {
     pub name: String,
     /// Extents.
     pub shape: Vec<usize>,
-    /// Bytes of an element.
-    pub element: usize,
+    /// Element type.
+    pub dtype: DType,
 }
 
 /// What a node may do.
@@ -32,7 +33,7 @@ pub struct Choice {
     pub inputs: Vec<NdSbp>,
     /// Forms of the results.
     pub outputs: Vec<NdSbp>,
-    /// Cost of its own, in bytes.
+    /// Cost of its own, in the unit of the conversions' costs.
     pub cost: f64,
 }
 
@@ -63,9 +64,9 @@ const MOST_ENUMERATED: u64 = 1 << 24;
 /// Bounds of a table's entries in elimination: fewer in larger problems.
 const TABLE: (usize, usize) = (1 << 11, 1 << 17);
 /// Entries of all tables together, about.
-const ALL_TABLES: usize = 1 << 24;
+const ALL_TABLES: usize = 1 << 22;
 /// Sweeps of elimination without improvement that end the search.
-const PATIENCE: usize = 3;
+const PATIENCE: usize = 6;
 
 /// A problem with its conversion costs in tables.
 pub struct Solver<'a> {
@@ -76,68 +77,55 @@ pub struct Solver<'a> {
     costs: Vec<Vec<Vec<f64>>>,
 }
 
+/// The ends of a tensor.
 #[derive(Default)]
 struct Link {
-    producer: Option<(usize, usize)>,
-    consumers: Vec<(usize, usize)>,
-    /// The number of the form that a choice writes or reads, by node and place.
-    forms: HashMap<(usize, bool, usize), Vec<usize>>,
+    producer: Option<End>,
+    consumers: Vec<End>,
+}
+
+/// A node at a tensor.
+struct End {
+    node: usize,
+    /// The number of the form in which each of its choices writes or reads the tensor.
+    forms: Vec<usize>,
 }
 
 impl<'a> Solver<'a> {
     /// Prepares a problem on a mesh.
     pub fn new(problem: &'a Problem, router: &mut Router) -> Self {
         let mut links: Vec<Link> = problem.edges.iter().map(|_| Link::default()).collect();
+        let mut forms: Vec<Vec<&NdSbp>> = vec![Vec::new(); links.len()];
+        let mut number = |edge: usize, form: &'a NdSbp| {
+            let known: &mut Vec<&NdSbp> = &mut forms[edge];
+            known.iter().position(|known| *known == form).unwrap_or_else(|| {
+                known.push(form);
+                known.len() - 1
+            })
+        };
         for (at, node) in problem.nodes.iter().enumerate() {
-            node.outputs
-                .iter()
-                .enumerate()
-                .for_each(|(place, &edge)| links[edge].producer = Some((at, place)));
-            node.inputs.iter().enumerate().for_each(|(place, &edge)| links[edge].consumers.push((at, place)));
-        }
-        let mut costs = Vec::with_capacity(links.len());
-        for (link, edge) in links.iter_mut().zip(&problem.edges) {
-            let mut forms: Vec<NdSbp> = Vec::new();
-            let mut number = |form: &NdSbp| {
-                forms.iter().position(|known| known == form).unwrap_or_else(|| {
-                    forms.push(form.clone());
-                    forms.len() - 1
-                })
-            };
-            if let Some((node, place)) = link.producer {
-                let written = problem.nodes[node].choices.iter().map(|choice| number(&choice.outputs[place]));
-                link.forms.insert((node, true, place), written.collect());
+            for (place, &edge) in node.outputs.iter().enumerate() {
+                let written = node.choices.iter().map(|choice| number(edge, &choice.outputs[place]));
+                links[edge].producer = Some(End { node: at, forms: written.collect() });
             }
-            for &(node, place) in &link.consumers {
-                let read = problem.nodes[node].choices.iter().map(|choice| number(&choice.inputs[place]));
-                link.forms.insert((node, false, place), read.collect());
+            for (place, &edge) in node.inputs.iter().enumerate() {
+                let read = node.choices.iter().map(|choice| number(edge, &choice.inputs[place]));
+                links[edge].consumers.push(End { node: at, forms: read.collect() });
             }
-            let bytes = |router: &mut Router, from: &NdSbp, to: &NdSbp| {
-                router.bytes(&edge.shape, edge.element, from, to).map_or(f64::INFINITY, |bytes| bytes as f64)
-            };
-            costs.push(
-                forms.iter().map(|from| forms.iter().map(|to| bytes(router, from, to)).collect()).collect(),
-            );
         }
+        let edges = problem.edges.iter().zip(&forms);
+        let costs = edges.map(|(edge, forms)| router.costs(&edge.shape, edge.dtype.size(), forms)).collect();
         Self { problem, links, costs }
     }
 
-    /// The cost of one tensor's conversions.
+    /// The cost of one tensor's conversions: a form is converted to once, whoever reads it.
     fn edge_cost(&self, edge: usize, choice_of: impl Fn(usize) -> usize) -> f64 {
-        let link = &self.links[edge];
-        let Some((producer, place)) = link.producer else { return 0.0 };
-        let from = link.forms[&(producer, true, place)][choice_of(producer)];
-        let mut seen = 0u128;
-        let mut cost = 0.0;
-        for &(node, place) in &link.consumers {
-            let to = link.forms[&(node, false, place)][choice_of(node)];
-            // A form is converted to once, whoever reads it.
-            if seen & (1 << (to % 128)) == 0 {
-                seen |= 1 << (to % 128);
-                cost += self.costs[edge][from][to];
-            }
-        }
-        cost
+        let Link { producer: Some(producer), consumers } = &self.links[edge] else { return 0.0 };
+        let form = |end: &End| end.forms[choice_of(end.node)];
+        let row = &self.costs[edge][form(producer)];
+        let first = |at: usize, to: usize| consumers[..at].iter().all(|before| form(before) != to);
+        let read = consumers.iter().map(form).enumerate();
+        read.filter(|&(at, to)| row[to] != 0.0 && first(at, to)).map(|(_, to)| row[to]).sum()
     }
 
     /// The cost of an assignment of a choice to every node.
@@ -183,26 +171,23 @@ impl<'a> Solver<'a> {
         let nodes = &self.problem.nodes;
         let mut assignment: Vec<Option<usize>> = vec![None; nodes.len()];
         for at in 0..nodes.len() {
-            let cost = |choice: usize| {
-                let mut cost = nodes[at].choices[choice].cost;
-                for (place, &edge) in nodes[at].inputs.iter().enumerate() {
-                    let link = &self.links[edge];
-                    let Some((producer, written)) = link.producer else { continue };
-                    let Some(chosen) = assignment[producer] else { continue };
-                    let from = link.forms[&(producer, true, written)][chosen];
-                    let to = link.forms[&(at, false, place)][choice];
-                    let there = link.consumers.iter().any(|&(other, place)| {
-                        assignment[other]
-                            .is_some_and(|chosen| link.forms[&(other, false, place)][chosen] == to)
-                    });
-                    if !there {
-                        cost += self.costs[edge][from][to];
-                    }
-                }
-                cost
+            // What reading an operand as the choice does adds to the conversions so far.
+            let added = |edge: usize, choice: usize| {
+                let link = &self.links[edge];
+                let form = |end: &End| assignment[end.node].map(|chosen| end.forms[chosen]);
+                let Some(from) = link.producer.as_ref().and_then(form) else { return 0.0 };
+                let (own, others): (Vec<&End>, Vec<&End>) =
+                    link.consumers.iter().partition(|end| end.node == at);
+                let forms: BTreeSet<usize> = own.iter().map(|end| end.forms[choice]).collect();
+                let there = |to: usize| others.iter().any(|other| form(other) == Some(to));
+                forms.into_iter().filter(|to| !there(*to)).map(|to| self.costs[edge][from][to]).sum::<f64>()
             };
-            let best = (0..nodes[at].choices.len()).min_by(|&a, &b| cost(a).total_cmp(&cost(b)));
-            assignment[at] = best;
+            let inputs: BTreeSet<usize> = nodes[at].inputs.iter().copied().collect();
+            let cost = |choice: usize| {
+                nodes[at].choices[choice].cost + inputs.iter().map(|&edge| added(edge, choice)).sum::<f64>()
+            };
+            let choices = (0..nodes[at].choices.len()).map(|choice| (choice, cost(choice)));
+            assignment[at] = choices.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(choice, _)| choice);
         }
         assignment.into_iter().map(|choice| choice.unwrap_or(0)).collect()
     }
@@ -279,97 +264,106 @@ impl<'a> Solver<'a> {
         let mut domains: Vec<Vec<usize>> =
             self.problem.nodes.iter().map(|node| (0..node.choices.len()).collect()).collect();
         let scopes: Vec<Vec<usize>> = self.links.iter().map(scope).collect();
-        // Nodes are taken in random order, so that another sweep frees others.
-        let mut order: Vec<usize> = (0..scopes.len()).collect();
-        order.shuffle(rng);
-        for edge in order {
+        // Tensors are taken in random order, so that another sweep frees other nodes.
+        let mut edges: Vec<usize> = (0..scopes.len()).collect();
+        edges.shuffle(rng);
+        for edge in edges {
             while size(&domains, &scopes[edge]) > limit {
                 fix(&mut domains, &scopes[edge], base, rng);
             }
         }
-        while let Some(wide) = self.too_wide(&domains, &scopes, limit) {
-            fix(&mut domains, &wide, base, rng);
-        }
+        let order = order(&mut domains, &scopes, limit, base, rng);
         let exact = (0..nodes).all(|at| domains[at].len() == self.problem.nodes[at].choices.len());
-        (self.eliminate_within(&domains, &scopes), exact)
+        (self.eliminate_in(&order, &domains, &scopes), exact)
     }
 
-    /// A table that elimination would need and that is too large, without filling any.
-    fn too_wide(&self, domains: &[Vec<usize>], scopes: &[Vec<usize>], limit: usize) -> Option<Vec<usize>> {
-        let mut graph = Neighbours::new(domains, scopes);
-        while let Some((node, around)) = graph.next(domains) {
-            let mut table = around.clone();
-            table.push(node);
-            if size(domains, &table) > limit {
-                return Some(table);
-            }
-            graph.eliminate(node, &around);
-        }
-        None
-    }
-
-    fn eliminate_within(&self, domains: &[Vec<usize>], scopes: &[Vec<usize>]) -> Vec<usize> {
+    fn eliminate_in(
+        &self,
+        order: &[(usize, Vec<usize>)],
+        domains: &[Vec<usize>],
+        scopes: &[Vec<usize>],
+    ) -> Vec<usize> {
+        let free = |node: &usize| domains[*node].len() > 1;
         let mut factors: Vec<Option<Factor>> = Vec::new();
-        for (node, domain) in domains.iter().enumerate() {
-            let table = domain.iter().map(|&choice| self.problem.nodes[node].choices[choice].cost).collect();
-            factors.push(Some(Factor { scope: vec![node], table }));
+        let mut touching: Vec<Vec<usize>> = vec![Vec::new(); domains.len()];
+        let add = |factors: &mut Vec<Option<Factor>>, touching: &mut Vec<Vec<usize>>, factor: Factor| {
+            factor.scope.iter().for_each(|&node| touching[node].push(factors.len()));
+            factors.push(Some(factor));
+        };
+        for node in (0..domains.len()).filter(free) {
+            let table = domains[node].iter().map(|&choice| self.problem.nodes[node].choices[choice].cost);
+            let factor = Factor { scope: vec![node], table: table.collect() };
+            add(&mut factors, &mut touching, factor);
         }
-        for (edge, scope) in scopes.iter().enumerate().filter(|(_, scope)| !scope.is_empty()) {
-            let mut table = Vec::with_capacity(size(domains, scope));
-            each(domains, scope, |chosen| {
-                let of = |node: usize| chosen[scope.iter().position(|other| *other == node).unwrap_or(0)];
-                table.push(self.edge_cost(edge, |node| domains[node][of(node)]));
+        let mut choice: Vec<usize> = domains.iter().map(|domain| domain[0]).collect();
+        for (edge, scope) in scopes.iter().enumerate() {
+            let scope: Vec<usize> = scope.iter().copied().filter(free).collect();
+            if scope.is_empty() {
+                continue;
+            }
+            let mut table = Vec::with_capacity(size(domains, &scope));
+            each(domains, &scope, |chosen| {
+                scope.iter().zip(chosen).for_each(|(&node, &at)| choice[node] = domains[node][at]);
+                table.push(self.edge_cost(edge, |node| choice[node]));
             });
-            factors.push(Some(Factor { scope: scope.clone(), table }));
+            scope.iter().for_each(|&node| choice[node] = domains[node][0]);
+            add(&mut factors, &mut touching, Factor { scope, table });
         }
-        let mut graph = Neighbours::new(domains, scopes);
-        let mut done: Vec<(usize, Vec<usize>, Vec<usize>)> = Vec::new();
-        while let Some((node, around)) = graph.next(domains) {
-            let touching: Vec<Factor> = factors
-                .iter_mut()
-                .filter(|factor| factor.as_ref().is_some_and(|factor| factor.scope.contains(&node)))
-                .filter_map(Option::take)
-                .collect();
-            factors.retain(Option::is_some);
-            let mut whole = around.clone();
-            whole.push(node);
-            let strides: Vec<Vec<usize>> =
-                touching.iter().map(|factor| factor.strides(domains, &whole)).collect();
-            let (mut table, mut best) = (Vec::new(), Vec::new());
-            let choices = domains[node].len();
-            each(domains, &around, |chosen| {
-                let at: Vec<usize> = strides
-                    .iter()
-                    .map(|strides| strides.iter().zip(chosen).map(|(a, b)| a * b).sum())
-                    .collect();
-                let cost = |choice: usize| -> f64 {
-                    let parts = touching.iter().zip(&at).zip(&strides);
-                    parts
-                        .map(|((factor, at), strides)| factor.table[at + choice * strides[around.len()]])
-                        .sum()
-                };
-                let found =
-                    (0..choices).map(|choice| (choice, cost(choice))).min_by(|a, b| a.1.total_cmp(&b.1));
-                let (choice, cost) = found.unwrap_or((0, 0.0));
-                table.push(cost);
-                best.push(choice);
-            });
-            factors.push(Some(Factor { scope: around.clone(), table }));
-            graph.eliminate(node, &around);
-            done.push((node, around, best));
+        let mut done: Vec<Vec<usize>> = Vec::with_capacity(order.len());
+        for (node, around) in order {
+            let parts: Vec<Factor> =
+                touching[*node].iter().filter_map(|&factor| factors[factor].take()).collect();
+            let (factor, best) = smallest(*node, around, &parts, domains);
+            done.push(best);
+            add(&mut factors, &mut touching, factor);
         }
         let mut chosen = vec![0; domains.len()];
-        for (node, around, best) in done.into_iter().rev() {
+        for ((node, around), best) in order.iter().zip(&done).rev() {
             let at = around.iter().fold(0, |at, &other| at * domains[other].len() + chosen[other]);
-            chosen[node] = best[at];
+            chosen[*node] = best[at];
         }
         chosen.iter().zip(domains).map(|(&at, domain)| domain[at]).collect()
     }
 }
 
+/// For every combination of its neighbours' choices, the least sum of the parts over a node's choices, and the choice that
+/// has it.
+fn smallest(node: usize, around: &[usize], parts: &[Factor], domains: &[Vec<usize>]) -> (Factor, Vec<usize>) {
+    let strides = |of: usize| -> Vec<usize> { parts.iter().map(|part| part.stride(domains, of)).collect() };
+    let own = strides(node);
+    let around_strides: Vec<Vec<usize>> = around.iter().map(|&other| strides(other)).collect();
+    // The last neighbour is walked through for every combination of the others.
+    let (others, last) = around.split_at(around.len().saturating_sub(1));
+    let steps = last.first().map_or(1, |&last| domains[last].len());
+    let step = around_strides.last().cloned().unwrap_or_else(|| vec![0; parts.len()]);
+    let entries = size(domains, around);
+    let (mut table, mut best) = (Vec::with_capacity(entries), Vec::with_capacity(entries));
+    let mut sums = vec![0.0; domains[node].len()];
+    let mut starts = vec![0; parts.len()];
+    each(domains, others, |chosen| {
+        starts.fill(0);
+        for (strides, at) in around_strides.iter().zip(chosen) {
+            starts.iter_mut().zip(strides).for_each(|(start, stride)| *start += stride * at);
+        }
+        for _ in 0..steps {
+            sums.fill(0.0);
+            for (((part, start), own), step) in parts.iter().zip(&mut starts).zip(&own).zip(&step) {
+                let column = part.table[*start..].iter().step_by(*own);
+                sums.iter_mut().zip(column).for_each(|(sum, cost)| *sum += cost);
+                *start += step;
+            }
+            let found = sums.iter().copied().enumerate().min_by(|a, b| a.1.total_cmp(&b.1));
+            let (choice, cost) = found.unwrap_or((0, 0.0));
+            table.push(cost);
+            best.push(choice);
+        }
+    });
+    (Factor { scope: around.to_vec(), table }, best)
+}
+
 /// The nodes that a tensor connects.
 fn scope(link: &Link) -> Vec<usize> {
-    let nodes = link.producer.iter().chain(&link.consumers).map(|(node, _)| *node);
+    let nodes = link.producer.iter().chain(&link.consumers).map(|end| end.node);
     // Without a consumer there is nothing to convert.
     if link.consumers.is_empty() || link.producer.is_none() {
         return Vec::new();
@@ -382,13 +376,12 @@ fn size(domains: &[Vec<usize>], scope: &[usize]) -> usize {
     scope.iter().fold(1, |n: usize, &node| n.saturating_mul(domains[node].len()))
 }
 
-/// Lets one of the nodes that still have a choice keep that of `base`.
-fn fix(domains: &mut [Vec<usize>], scope: &[usize], base: &[usize], rng: &mut impl rand::Rng) {
+/// Lets one of the nodes that still have a choice keep that of `base`, and says which.
+fn fix(domains: &mut [Vec<usize>], scope: &[usize], base: &[usize], rng: &mut impl rand::Rng) -> usize {
     let free: Vec<usize> = scope.iter().copied().filter(|&node| domains[node].len() > 1).collect();
-    if !free.is_empty() {
-        let node = free[rng.random_range(0..free.len())];
-        domains[node] = vec![base[node]];
-    }
+    let node = free[rng.random_range(0..free.len())];
+    domains[node] = vec![base[node]];
+    node
 }
 
 /// Calls `f` with every combination of places in the domains, the last node the fastest.
@@ -411,52 +404,56 @@ struct Factor {
 }
 
 impl Factor {
-    /// How far a step of each node of `whole` goes in the table.
-    fn strides(&self, domains: &[Vec<usize>], whole: &[usize]) -> Vec<usize> {
-        let stride = |node: &usize| {
-            let Some(place) = self.scope.iter().position(|other| other == node) else { return 0 };
-            self.scope[place + 1..].iter().map(|&later| domains[later].len()).product()
-        };
-        whole.iter().map(stride).collect()
+    /// How far a step of a node goes in the table.
+    fn stride(&self, domains: &[Vec<usize>], node: usize) -> usize {
+        let Some(place) = self.scope.iter().position(|other| *other == node) else { return 0 };
+        self.scope[place + 1..].iter().map(|&later| domains[later].len()).product()
     }
 }
 
-/// Which nodes share a table with which.
-struct Neighbours {
-    around: Vec<Option<BTreeSet<usize>>>,
-}
-
-impl Neighbours {
-    fn new(domains: &[Vec<usize>], scopes: &[Vec<usize>]) -> Self {
-        let mut around = vec![Some(BTreeSet::new()); domains.len()];
-        for scope in scopes {
-            for &a in scope {
-                if let Some(set) = &mut around[a] {
-                    // Who has no choice makes no table larger.
-                    set.extend(scope.iter().copied().filter(|&b| b != a));
-                }
+/// The order in which nodes with a choice are eliminated, each time the one whose table is smallest, with the neighbours
+/// that it has by then. Where even that table is larger than the limit, some of its nodes are fixed.
+fn order(
+    domains: &mut [Vec<usize>],
+    scopes: &[Vec<usize>],
+    limit: usize,
+    base: &[usize],
+    rng: &mut impl rand::Rng,
+) -> Vec<(usize, Vec<usize>)> {
+    let mut around: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); domains.len()];
+    for scope in scopes {
+        let free = || scope.iter().copied().filter(|&node| domains[node].len() > 1);
+        free().for_each(|a| around[a].extend(free().filter(|&b| b != a)));
+    }
+    let table = |domains: &[Vec<usize>], node: usize, around: &BTreeSet<usize>| {
+        around.iter().fold(domains[node].len(), |n, &other| n.saturating_mul(domains[other].len()))
+    };
+    let mut sizes: Vec<Option<usize>> = (0..domains.len())
+        .map(|node| (domains[node].len() > 1).then(|| table(domains, node, &around[node])))
+        .collect();
+    let mut order = Vec::new();
+    loop {
+        let open = sizes.iter().enumerate().filter_map(|(node, size)| Some((node, (*size)?)));
+        let Some((node, entries)) = open.min_by_key(|(_, size)| *size) else { return order };
+        let mut changed = std::mem::take(&mut around[node]);
+        if entries > limit {
+            // One of them loses its choice, and then the smallest table may be another's.
+            let scope: Vec<usize> = changed.iter().copied().chain([node]).collect();
+            let fixed = fix(domains, &scope, base, rng);
+            around[node] = changed;
+            changed = std::mem::take(&mut around[fixed]);
+            changed.iter().for_each(|&other| _ = around[other].remove(&fixed));
+            sizes[fixed] = None;
+        } else {
+            for &a in &changed {
+                around[a].remove(&node);
+                around[a].extend(changed.iter().copied().filter(|&b| b != a));
             }
+            sizes[node] = None;
+            order.push((node, changed.iter().copied().collect()));
         }
-        Self { around }
-    }
-
-    /// The node whose table is smallest, with its neighbours.
-    fn next(&self, domains: &[Vec<usize>]) -> Option<(usize, Vec<usize>)> {
-        let candidates =
-            self.around.iter().enumerate().filter_map(|(node, around)| Some((node, around.as_ref()?)));
-        let table =
-            |around: &BTreeSet<usize>| around.iter().fold(1usize, |n, &m| n.saturating_mul(domains[m].len()));
-        let (node, around) = candidates.min_by_key(|(_, around)| table(around))?;
-        Some((node, around.iter().copied().collect()))
-    }
-
-    fn eliminate(&mut self, node: usize, around: &[usize]) {
-        self.around[node] = None;
-        for &a in around {
-            if let Some(set) = &mut self.around[a] {
-                set.remove(&node);
-                set.extend(around.iter().copied().filter(|&b| b != a));
-            }
+        for other in changed {
+            sizes[other] = Some(table(domains, other, &around[other]));
         }
     }
 }
@@ -479,7 +476,7 @@ mod tests {
             problem.edges.push(Edge {
                 name: at.to_string(),
                 shape: vec![rng.random_range(2..9), rng.random_range(2..9)],
-                element: 4,
+                dtype: DType::F32,
             });
             let mut form = || NdSbp(vec![forms[rng.random_range(0..4)]]);
             let choices = (0..4)
@@ -524,7 +521,7 @@ mod tests {
             choices: vec![choice],
         };
         let problem = Problem {
-            edges: vec![Edge { name: "x".into(), shape: vec![4], element: 4 }],
+            edges: vec![Edge { name: "x".into(), shape: vec![4], dtype: DType::F32 }],
             nodes: vec![
                 node("source", vec![], vec![0], choice(&[], &[Sbp::S(0)])),
                 node("a", vec![0], vec![], choice(&[Sbp::B], &[])),

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 pub use clock::{Timetable, chain, simulate};
 pub use threads::{Course, Queue, run};
-pub use trace::{Trace, Worked};
+pub use trace::{Clock, Trace, Worked};
 
 /// One operation of the physical graph on one device.
 #[derive(Debug, Clone, Serialize)]

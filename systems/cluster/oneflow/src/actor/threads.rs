@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use kiln_core::{Error, Result};
 
-use super::{Network, Trace, Worked, deadlock};
+use super::{Clock, Network, Trace, Worked, deadlock};
 
 /// What the actors of one queue do. `inputs` are the registers that the actor reads, in the order of the network's channels;
 /// what is returned goes into those that it writes.
@@ -101,7 +101,7 @@ pub fn run<V: Clone + Send>(
         peak_registers[*channel] = *peak;
     }
     let acts = ends.into_iter().flat_map(|end| end.acts).collect();
-    Ok(Course { trace: Trace { acts, queues: names }, peak_registers })
+    Ok(Course { trace: Trace { acts, queues: names, clock: Clock::Measured }, peak_registers })
 }
 
 struct Shared<'a> {

@@ -16,7 +16,7 @@ pub struct Worked {
     pub name: String,
     /// Which piece.
     pub piece: usize,
-    /// Begin, in microseconds from the start of the run.
+    /// Begin, from the start of the run on.
     pub begin: f64,
     /// End.
     pub end: f64,
@@ -29,6 +29,18 @@ pub struct Trace {
     pub acts: Vec<Worked>,
     /// What the queues are called.
     pub queues: Vec<String>,
+    /// What its times are.
+    pub clock: Clock,
+}
+
+/// What times are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub enum Clock {
+    /// Microseconds.
+    #[default]
+    Measured,
+    /// Units of the durations that were given.
+    Virtual,
 }
 
 const WIDTH: f64 = 1000.0;
@@ -112,7 +124,11 @@ impl Trace {
         let bottom = TOP + lanes.len() as f64 * LANE + 16.0;
         for tick in 0..=5 {
             let time = end * f64::from(tick) / 5.0;
-            let label = if end >= 10_000.0 { format!("{:.0} ms", time / 1e3) } else { format!("{time:.0}") };
+            let label = match self.clock {
+                Clock::Virtual => format!("{time:.1}"),
+                Clock::Measured if end >= 10_000.0 => format!("{:.0} ms", time / 1e3),
+                Clock::Measured => format!("{time:.0} µs"),
+            };
             let _ = writeln!(
                 svg,
                 "<text x=\"{:.1}\" y=\"{bottom:.1}\" text-anchor=\"middle\">{label}</text>",

@@ -1,5 +1,6 @@
 //! `kiln oneflow signatures`, `boxing`, `select` and `actors`
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use burn::tensor::{DType, TensorData};
@@ -11,11 +12,13 @@ use kiln_core::{Context, Error, Result, Table, write_atomic};
 use serde_json::json;
 
 use super::{Source, parse_mesh, parse_shape, told_bytes};
-use crate::actor::{Trace, Worked, chain, simulate};
+use crate::actor::{Clock, Trace, Worked, chain, simulate};
 use crate::boxing::Router;
+use crate::compile::{Compiler, Parallel};
 use crate::exchange::Lines;
+use crate::graph::Logical;
 use crate::linear::{Linear, Selected};
-use crate::physical::told;
+use crate::physical::{Physical, told};
 use crate::sbp::{NdSbp, Placement};
 use crate::signature::{Signature, TABLE, signatures};
 use crate::soundness::{gather, scatter};
@@ -183,8 +186,10 @@ impl BoxingArgs {
 #[derive(Debug, Args)]
 pub struct SelectArgs {
     /// Sizes of the classifier: batch=64,features=512,classes=100000
-    #[arg(long, value_parser = parse_linear)]
-    linear: Linear,
+    #[arg(long, value_parser = parse_linear, conflicts_with_all = ["graph", "model"])]
+    linear: Option<Linear>,
+    #[command(flatten)]
+    source: Source,
     /// Devices
     #[arg(long)]
     devices: usize,
@@ -211,9 +216,51 @@ fn parse_linear(text: &str) -> std::result::Result<Linear, String> {
 
 impl SelectArgs {
     pub fn run(&self, cx: &Context) -> Result<()> {
-        let selection = self.linear.select(self.devices)?;
+        match self.linear {
+            Some(linear) => self.select_linear(linear, cx),
+            None => self.select_graph(cx),
+        }
+    }
+
+    /// A network in data parallel, in model parallel, and as the compiler divides it.
+    fn select_graph(&self, cx: &Context) -> Result<()> {
+        let graph = self.source.open(cx)?;
+        let graph = graph.ok_or_else(|| Error::usage("one of --linear, --graph and --model is needed"))?;
+        let (logical, mesh) = (Logical::of(graph)?, Placement::mesh(&[self.devices])?);
+        let parallels = [Parallel::Auto, Parallel::Data, Parallel::Model];
+        let plans = parallels
+            .into_iter()
+            .map(|parallel| {
+                let compiler = Compiler::new(logical.clone()).parallel(parallel, &mesh);
+                Ok((parallel.name(), compiler.compile(&mesh)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let described = |(name, physical): &(&str, Physical)| {
+            let stored: BTreeMap<_, _> =
+                physical.stored().into_iter().map(|(name, _, sbp)| (name, sbp)).collect();
+            json!({"parallel": name, "bytes": physical.bytes(), "stored": stored})
+        };
+        let by_parallel: Vec<_> = plans.iter().map(described).collect();
+        let shown = json!({"devices": self.devices, "best": by_parallel[0], "by_parallel": by_parallel});
+        cx.emit(&shown, |_| {
+            let columns: Vec<&str> =
+                ["tensor"].into_iter().chain(plans.iter().map(|(name, _)| *name)).collect();
+            let mut table = Table::new("Forms of what is stored", &columns);
+            let forms: Vec<Vec<_>> = plans.iter().map(|(_, physical)| physical.stored()).collect();
+            for (at, (name, ..)) in forms[0].iter().enumerate() {
+                let row = forms.iter().map(|forms| forms[at].2.to_string());
+                table.row([name.clone()].into_iter().chain(row).collect::<Vec<_>>());
+            }
+            let bytes = plans.iter().map(|(_, physical)| told_bytes(physical.bytes() as f64));
+            table.row(["bytes moved".to_string()].into_iter().chain(bytes).collect::<Vec<_>>());
+            table.to_text()
+        })
+    }
+
+    fn select_linear(&self, linear: Linear, cx: &Context) -> Result<()> {
+        let selection = linear.select(self.devices)?;
         let shown = json!({
-            "batch": self.linear.batch, "features": self.linear.features, "classes": self.linear.classes,
+            "batch": linear.batch, "features": linear.features, "classes": linear.classes,
             "devices": self.devices, "best": selection.best, "by_weight_sbp": selection.by_weight_sbp,
         });
         cx.emit(&shown, |_| {
@@ -280,7 +327,10 @@ impl ActorsArgs {
                 })
             });
             let queues = (0..self.durations.len()).map(|actor| format!("actor {actor}")).collect();
-            write_atomic(path, Trace { acts: acts.collect(), queues }.to_svg().as_bytes())?;
+            write_atomic(
+                path,
+                Trace { acts: acts.collect(), queues, clock: Clock::Virtual }.to_svg().as_bytes(),
+            )?;
         }
         cx.emit(&found, |found| {
             let starts = found.starts.iter().enumerate();

@@ -12,8 +12,11 @@ use kiln_data::{read_tensors, write_tensors};
 use rand::RngExt;
 use serde_json::json;
 
-use super::{CaseArgs, Source, logical, parse_bytes, parse_hint, parse_mesh, read_hints, told_bytes};
+use super::{
+    CaseArgs, Source, logical, parse_bytes, parse_hint, parse_mesh, read_hints, read_link, told_bytes,
+};
 use crate::actor::Trace;
+use crate::boxing::Cost;
 use crate::compile::{Compiler, Parallel};
 use crate::execute::{Rank, Run};
 use crate::graph::Logical;
@@ -35,11 +38,36 @@ pub(super) struct PlanArgs {
     /// Most bytes of a device
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     memory: Option<u64>,
+    /// What is kept small: bytes that are sent, or the time that this takes on the links of --links
+    #[arg(long, value_enum, default_value_t = Aim::Bytes)]
+    cost: Aim,
+    /// Links that `kiln cluster probe --json` measured; the slowest counts
+    #[arg(long, value_name = "FILE")]
+    links: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Aim {
+    Bytes,
+    Time,
 }
 
 impl PlanArgs {
+    pub fn cost(&self) -> Result<Cost> {
+        match (self.cost, &self.links) {
+            (Aim::Bytes, None) => Ok(Cost::Bytes),
+            (Aim::Time, Some(path)) => read_link(path).map(Cost::Seconds),
+            (Aim::Time, None) => Err(Error::usage("--cost time needs --links")
+                .hint("measure them by `kiln cluster probe --ranks 4 --json > links.json`")),
+            (Aim::Bytes, Some(_)) => {
+                Err(Error::usage("--links has no use for --cost bytes").hint("add --cost time"))
+            }
+        }
+    }
+
     pub fn compile(&self, logical: &Logical, explain: bool, cx: &Context) -> Result<Physical> {
-        let mut compiler = Compiler::new(logical.clone()).memory(self.memory).explain(explain);
+        let mut compiler =
+            Compiler::new(logical.clone()).memory(self.memory).cost(self.cost()?).explain(explain);
         compiler = match self.sbp.as_str() {
             "auto" => compiler,
             "data" => compiler.parallel(Parallel::Data, &self.mesh),
@@ -105,6 +133,10 @@ impl CompileArgs {
             write_atomic(&folder.join("physical.json"), &text)?;
         }
         let memory = physical.memory(self.registers);
+        let predicted = match self.plan.cost()? {
+            Cost::Bytes => None,
+            cost => Some(physical.cost(cost)),
+        };
         let stored: Vec<_> = physical
             .stored()
             .into_iter()
@@ -122,7 +154,7 @@ impl CompileArgs {
         let shown = json!({
             "placement": physical.placement, "operations": logical.graph.operations.len(), "nodes": physical.nodes.len(),
             "bytes": physical.bytes(), "stored": stored, "conversions": conversions, "undivided": undivided,
-            "memory": memory, "reasons": physical.reasons, "seconds": seconds, "out": self.out,
+            "seconds_predicted": predicted, "memory": memory, "reasons": physical.reasons, "seconds": seconds, "out": self.out,
         });
         cx.emit(&shown, |_| {
             let mut table = Table::new("Stored tensors", &["tensor", "shape", "SBP"]);
@@ -143,13 +175,21 @@ impl CompileArgs {
                 text += &format!("Conversions that move bytes\n{}", table.to_text());
             }
             if self.explain {
-                let mut table = Table::new("Reasons", &["operation", "chosen", "next best", "bytes more"]);
+                let unit = if predicted.is_some() { "seconds more" } else { "bytes more" };
+                let mut table = Table::new("Reasons", &["operation", "chosen", "next best", unit]);
                 for reason in &physical.reasons {
                     let second = reason.second.clone().unwrap_or_else(|| "none".into());
-                    let more = reason.more_bytes.map_or_else(String::new, |more| format!("{more:+.0}"));
+                    let told = |more: f64| match predicted {
+                        Some(_) => format!("{more:+.2e}"),
+                        None => format!("{more:+.0}"),
+                    };
+                    let more = reason.more.map_or_else(String::new, told);
                     table.row([reason.node.clone(), reason.chosen.clone(), second, more]);
                 }
                 text += &format!("Why\n{}", table.to_text());
+            }
+            if let Some(seconds) = predicted {
+                text += &format!("sending takes {seconds:.2e} s for one piece on these links\n");
             }
             text + &format!(
                 "{} operations become {} on each device of {}; {} move for one piece\n{} of weights and {} of registers on \

@@ -7,8 +7,10 @@ mod train;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use kiln_cluster::Link;
 use kiln_compiler::{Graph, capture};
 use kiln_core::{Context, Error, Result};
+use serde::Deserialize;
 
 use crate::case::Case;
 use crate::graph::Logical;
@@ -38,9 +40,10 @@ enum Verb {
   kiln oneflow boxing --from S0 --to B --shape 1000x512 --mesh 4
   kiln oneflow boxing --from S0,P --to S1,B --shape 8x6 --mesh 2x2 --check")]
     Boxing(algebra::BoxingArgs),
-    /// Choose the cheapest signatures of a linear classifier's training step
-    #[command(after_help = "Example:
-  kiln oneflow select --linear batch=64,features=512,classes=100000 --devices 8")]
+    /// Choose the cheapest forms of a linear classifier's training step, or of a network
+    #[command(after_help = "Examples:
+  kiln oneflow select --linear batch=64,features=512,classes=100000 --devices 8
+  kiln oneflow select --graph graph/ --devices 4")]
     Select(algebra::SelectArgs),
     /// Run a chain of actors on a virtual clock
     #[command(after_help = "Example:
@@ -53,6 +56,8 @@ enum Verb {
   kiln oneflow compile --case hybrid-gpt --mesh 2x2 --explain
   kiln oneflow compile --model model/ --mesh 64 --out physical/
   kiln oneflow compile --graph graph/ --mesh 4 --hint x=S0 --memory 2GB
+  kiln cluster probe --ranks 4 --backend tcp --json > links.json
+  kiln oneflow compile --model model/ --mesh 4 --cost time --links links.json
 Writes physical.json, physical.svg and physical.dot. Needs none of the devices."
     )]
     Compile(graphs::CompileArgs),
@@ -225,6 +230,41 @@ fn read_hints(path: &Path) -> Result<Vec<(String, NdSbp)>> {
         Ok((name, form))
     };
     table.into_iter().map(read).collect()
+}
+
+/// The slowest of the links that `kiln cluster probe --json` wrote: a collective waits for it.
+fn read_link(path: &Path) -> Result<Link> {
+    #[derive(Deserialize)]
+    struct Pair {
+        latency_s: f64,
+        bandwidth_bytes_per_s: f64,
+    }
+    let refused = |found: String| {
+        Error::input(path.display(), found).hint("write it by `kiln cluster probe --ranks 4 --json`")
+    };
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let pairs: Vec<Pair> =
+        serde_json::from_str(&text).map_err(|e| refused(format!("is no list of links: {e}")))?;
+    let is_link = |pair: &Pair| {
+        let Pair { latency_s, bandwidth_bytes_per_s } = *pair;
+        latency_s >= 0.0
+            && latency_s.is_finite()
+            && bandwidth_bytes_per_s > 0.0
+            && bandwidth_bytes_per_s.is_finite()
+    };
+    if let Some(at) = pairs.iter().position(|pair| !is_link(pair)) {
+        return Err(refused(format!(
+            "link {at} has a latency of {} s and {} bytes/s; a latency of at least 0 and a bandwidth above 0 are needed",
+            pairs[at].latency_s, pairs[at].bandwidth_bytes_per_s
+        )));
+    }
+    let slower = |a: Link, b: Link| Link {
+        latency: a.latency.max(b.latency),
+        bandwidth: a.bandwidth.min(b.bandwidth),
+    };
+    let links =
+        pairs.iter().map(|pair| Link { latency: pair.latency_s, bandwidth: pair.bandwidth_bytes_per_s });
+    links.reduce(slower).ok_or_else(|| refused("lists no link".into()))
 }
 
 fn parse_mesh(text: &str) -> std::result::Result<Placement, String> {
