@@ -1,6 +1,7 @@
 //! `cargo xtask test`: everything that must hold before a commit.
 
 use std::process::Command;
+use std::time::Instant;
 
 use crate::memcheck::{self, Memcheck};
 use crate::workspace::{cargo, each_line};
@@ -22,7 +23,7 @@ pub fn run() -> Outcome {
     step(cargo(clippy), &mut count)?;
     // Unit, integration and documentation tests; the output of tests that pass tells of skipped ones.
     step(cargo(["test", "--release", "--workspace", "--no-fail-fast", "--", "--show-output"]), &mut count)?;
-    match memcheck::check()? {
+    match timed(memcheck::check)? {
         Memcheck::Ran(true) => count.passed += 1,
         Memcheck::Ran(false) => count.failed += 1,
         Memcheck::Skipped(what) => {
@@ -30,13 +31,13 @@ pub fn run() -> Outcome {
             count.skipped += 1;
         }
     }
-    for counted in [onnx::check()?, mpi::check()?] {
+    for counted in [timed(onnx::check)?, timed(mpi::check)?] {
         count.passed += counted.passed;
         count.failed += counted.failed;
         count.skipped += counted.skipped;
     }
     // What the READMEs tell people to type.
-    let (worked, did_not) = readme::check()?;
+    let (worked, did_not) = timed(readme::check)?;
     count.passed += worked;
     count.failed += did_not;
     println!("{} passed, {} failed, {} skipped", count.passed, count.failed, count.skipped);
@@ -48,14 +49,24 @@ fn step(mut command: Command, count: &mut Count) -> std::io::Result<()> {
     let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
     println!("== cargo {}", arguments.join(" "));
     let failed_before = count.failed;
-    let status = each_line(&mut command, |line| {
-        println!("{line}");
-        count.read(line);
+    let status = timed(|| {
+        each_line(&mut command, |line| {
+            println!("{line}");
+            count.read(line);
+        })
     })?;
     if !status.success() && count.failed == failed_before {
         count.failed += 1;
     }
     Ok(())
+}
+
+/// Does one part of the work and says how long it took.
+fn timed<T>(part: impl FnOnce() -> T) -> T {
+    let begun = Instant::now();
+    let outcome = part();
+    println!("== took {:.0} s", begun.elapsed().as_secs_f64());
+    outcome
 }
 
 impl Count {

@@ -164,8 +164,12 @@ fn step_bytes(shape: &[usize], element: usize, mesh: &[usize], state: &NdSbp, ax
 pub struct Router {
     mesh: Vec<usize>,
     cost: Cost,
-    known: HashMap<(Vec<usize>, usize), HashMap<NdSbp, HashMap<NdSbp, Reached>>>,
+    /// By the shape and the size of an element.
+    known: HashMap<(Vec<usize>, usize), Routes>,
 }
+
+/// From a state, the best ways to others.
+type Routes = HashMap<NdSbp, HashMap<NdSbp, Reached>>;
 
 /// The best way to a state.
 #[derive(Debug, Clone)]

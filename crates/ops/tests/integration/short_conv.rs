@@ -1,11 +1,10 @@
 //! The short convolution equals its definition out of Burn's operations, forward and backward.
 
-mod support;
-
 use burn::tensor::{Device, Tensor};
 use kiln_ops::short_conv;
 use rand::RngExt;
-use support::{assert_same, rng};
+
+use crate::support::{assert_same, rng};
 
 #[test]
 fn it_is_a_sum_of_shifted_and_scaled_inputs_for_random_shapes() {

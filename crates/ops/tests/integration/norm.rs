@@ -1,11 +1,10 @@
 //! Norms, gated products and batched matrix products equal Burn's, forward and backward.
 
-mod support;
-
 use burn::tensor::{DType, Device, Tensor, TensorData, activation, module};
 use kiln_ops::{Activation, gated, layer_norm, matmul, rms_norm};
 use rand::RngExt;
-use support::{assert_same, rng};
+
+use crate::support::{assert_same, rng};
 
 fn composed_rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
     x.clone() / (x.square().mean_dim(D - 1) + epsilon).sqrt() * weight.unsqueeze()

@@ -1,13 +1,12 @@
 //! Convolutions equal Burn's, forward and backward, for shapes of every kind.
 
-mod support;
-
 use burn::tensor::ops::{ConvOptions, ConvTransposeOptions};
 use burn::tensor::{Device, Tensor, TensorData, module};
 use kiln_ops::{conv_transpose1d, conv_transpose2d, conv_transpose3d, conv1d, conv2d, conv3d};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-use support::{assert_close, assert_same, random, rng};
+
+use crate::support::{assert_close, assert_same, random, rng};
 
 /// A random convolution over `N` axes.
 #[derive(Debug, Clone)]

@@ -1,11 +1,10 @@
 //! Gradients of graphs are those of Burn's autodiff.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod cases;
-
 use burn::tensor::{Device, Distribution, Tensor, TensorData};
-use cases::{Case, FUNCTIONS, input, weighed};
 use kiln_compiler::{Graph, GraphPass, capture};
+
+use crate::cases::{Case, FUNCTIONS, input, weighed};
 
 fn assert_close(found: &TensorData, expected: &TensorData, tolerance: f32, what: &str) {
     assert_eq!(found.shape(), expected.shape(), "{what}");

@@ -1,5 +1,7 @@
 //! One operation or more of every kind in the table, with operands.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use burn::backend::ir::{OperationIr, TensorId, TensorIr, TensorStatus};
 use burn::tensor::{BoolStore, DType, TensorData};
 use kiln_core::random_stream;

@@ -1,14 +1,13 @@
 //! Selecting, pooling and adding rows by number equal Burn's operations, forward and backward.
 
-mod support;
-
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData, module};
 use kiln_ops::{
     Pooling, embedding, embedding_bag, index_add, index_select, segment_max, segment_mean, segment_sum,
 };
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-use support::{assert_close, assert_same, random, rng};
+
+use crate::support::{assert_close, assert_same, random, rng};
 
 fn ids(values: Vec<i64>) -> Tensor<1, Int> {
     let len = values.len();

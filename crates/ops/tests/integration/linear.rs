@@ -1,11 +1,10 @@
 //! The linear layer and the activations equal Burn's, forward and backward, for shapes of every kind.
 
-mod support;
-
 use burn::tensor::{Device, Tensor, activation, module};
 use kiln_ops::{Activation, activate, linear};
 use rand::RngExt;
-use support::{assert_same, rng};
+
+use crate::support::{assert_same, rng};
 
 const ACTIVATIONS: [Activation; 9] = [
     Activation::Identity,

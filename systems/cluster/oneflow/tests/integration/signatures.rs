@@ -1,8 +1,6 @@
 //! Every row of the table is sound: computed on parts and put together, an operation gives what it gives on the whole.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod samples;
-
 use std::collections::BTreeSet;
 
 use burn::tensor::TensorData;
@@ -10,7 +8,7 @@ use kiln_core::random_stream;
 use kiln_oneflow::signature::{NdSignature, TABLE, on_mesh, signatures};
 use kiln_oneflow::soundness::{on_parts, on_whole};
 
-use samples::{Sample, samples};
+use crate::samples::{Sample, samples};
 
 /// The first element that is not as it must be.
 fn difference(found: &TensorData, expected: &TensorData) -> Option<String> {

@@ -1,11 +1,10 @@
 //! Attention in blocks equals the definition with all scores in memory, forward and backward.
 
-mod support;
-
 use burn::tensor::{Bool, DType, Device, Tensor, TensorData, activation};
 use kiln_ops::{AttentionOptions, attention};
 use rand::RngExt;
-use support::{assert_close, assert_same, rng};
+
+use crate::support::{assert_close, assert_same, rng};
 
 /// Extents of one case.
 #[derive(Debug, Clone, Copy)]
@@ -174,8 +173,8 @@ fn nan_reaches_the_queries_that_see_it_and_no_others() {
 #[test]
 fn double_precision_gives_the_same() {
     let mut rng = rng(5);
-    let q = support::random(2 * 4 * 5 * 3, &mut rng).reshape([2, 4, 5, 3]);
-    let k = support::random(2 * 2 * 7 * 3, &mut rng).reshape([2, 2, 7, 3]);
+    let q = crate::support::random(2 * 4 * 5 * 3, &mut rng).reshape([2, 4, 5, 3]);
+    let k = crate::support::random(2 * 2 * 7 * 3, &mut rng).reshape([2, 2, 7, 3]);
     let options = AttentionOptions { causal: true, scale: Some(0.3), ..Default::default() };
     let single = values(attention(q.clone(), k.clone(), k.clone(), options.clone()));
     let (q, k) = (q.cast(DType::F64), k.cast(DType::F64));

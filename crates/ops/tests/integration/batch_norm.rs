@@ -1,11 +1,10 @@
 //! Batch and group norm equal Burn's, forward and backward, for shapes of every kind.
 
-mod support;
-
 use burn::tensor::{DType, Device, Tensor, module};
 use kiln_ops::{batch_norm, batch_norm_train, group_norm};
 use rand::RngExt;
-use support::{assert_close, assert_same, random, rng};
+
+use crate::support::{assert_close, assert_same, random, rng};
 
 const EPSILON: f64 = 1e-5;
 

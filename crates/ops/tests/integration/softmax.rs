@@ -1,11 +1,10 @@
 //! Softmax and its logarithm equal Burn's, forward and backward, along every axis.
 
-mod support;
-
 use burn::tensor::{DType, Device, Tensor, activation};
 use kiln_ops::{log_softmax, softmax};
 use rand::RngExt;
-use support::{assert_close, assert_same, rng};
+
+use crate::support::{assert_close, assert_same, rng};
 
 #[test]
 fn both_equal_burns_along_every_axis_for_random_shapes() {

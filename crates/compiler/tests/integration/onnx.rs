@@ -1,14 +1,13 @@
 //! Graphs from ONNX files.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod cases;
-
 use std::path::{Path, PathBuf};
 
 use burn::tensor::TensorData;
-use cases::{Case, FUNCTIONS, input};
 use kiln_compiler::loops::read_buffers;
 use kiln_compiler::{Graph, GraphPass, OnnxOptions, capture, onnx_operators};
+
+use crate::cases::{Case, FUNCTIONS, input};
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)

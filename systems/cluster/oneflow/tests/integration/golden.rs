@@ -10,8 +10,8 @@ use kiln_oneflow::linear::{Linear, Selected};
 use kiln_oneflow::sbp::{NdSbp, Placement, Region, Sbp};
 use serde_json::Value;
 
-const SBP: &str = include_str!("data/sbp.json");
-const SPLITS: &str = include_str!("data/splits.json");
+const SBP: &str = include_str!("../data/sbp.json");
+const SPLITS: &str = include_str!("../data/splits.json");
 
 fn cases(kind: &str) -> Vec<Value> {
     let all: Value = serde_json::from_str(SBP).unwrap();
@@ -88,7 +88,7 @@ fn actors_begin_when_they_must() {
 #[test]
 fn every_rank_has_its_part() {
     let tensors =
-        TensorFile::from_bytes(include_bytes!("data/splits.safetensors"), "splits.safetensors").unwrap();
+        TensorFile::from_bytes(include_bytes!("../data/splits.safetensors"), "splits.safetensors").unwrap();
     let read = |name: &str| {
         let tensor = tensors.get(name).unwrap();
         match &tensor.values {

@@ -1,12 +1,11 @@
 //! Transforms equal their definition, invert each other, and their gradients are their adjoints.
 
-mod support;
-
 use std::f64::consts::TAU;
 
 use burn::tensor::{DType, Device, Tensor};
 use kiln_ops::{fft, ifft, irfft, irfft2, rfft, rfft2};
-use support::{assert_close, assert_same, evaluate, random, rng};
+
+use crate::support::{assert_close, assert_same, evaluate, random, rng};
 
 fn floats<const D: usize>(x: Tensor<D>) -> Vec<f32> {
     x.cast(DType::F32).into_data().try_to_vec().expect("the values are f32")

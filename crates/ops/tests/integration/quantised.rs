@@ -1,14 +1,12 @@
 //! Products of bytes are exact, whatever the instructions and the shape.
 
-#[allow(dead_code, reason = "a part of it is enough here")]
-mod support;
-
 use kiln_ops::quantised::{
     Affine, Bytes, Conv, ConvShape, Ends, Level, Panels, Product, Requantise, pack_nibbles, round_even,
     unpack_nibbles,
 };
 use rand::RngExt;
-use support::rng;
+
+use crate::support::rng;
 
 /// The definition.
 fn product(a: &[i32], b: &[i8], inner: usize, columns: usize) -> Vec<i32> {

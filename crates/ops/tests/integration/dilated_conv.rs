@@ -1,11 +1,10 @@
 //! The dilated depthwise convolution equals its definition out of Burn's operations, forward and backward.
 
-mod support;
-
 use burn::tensor::{Device, Tensor};
 use kiln_ops::{DilatedConvOptions, dilated_conv};
 use rand::RngExt;
-use support::{assert_same, rng};
+
+use crate::support::{assert_same, rng};
 
 /// The definition: a sum of shifted and scaled inputs, padded with zeros.
 fn composed(x: Tensor<3>, weight: Tensor<2>, bias: Tensor<1>, options: DilatedConvOptions) -> Tensor<3> {

@@ -6,10 +6,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData, activation, s};
 use kiln_compiler::loops::{Buffer, check, default_passes, interpret, to_wasm};
 use kiln_compiler::{Executor, Graph, capture};
 use kiln_core::{Network, Port, PortKind};
-use networks::{Example, Frozen};
 
-#[path = "../benches/networks/mod.rs"]
-mod networks;
+use crate::networks::{Example, Frozen};
 
 fn floats(data: &TensorData) -> Vec<f32> {
     data.iter::<f32>().collect()

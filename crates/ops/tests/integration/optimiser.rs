@@ -1,12 +1,10 @@
 //! Fused optimiser steps equal their equations in double precision, for lengths of every kind.
 
-#[allow(dead_code, reason = "a part of it is enough here")]
-mod support;
-
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use kiln_ops::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
 use rand::RngExt;
-use support::{assert_close, random, rng};
+
+use crate::support::{assert_close, random, rng};
 
 const LENGTHS: [usize; 6] = [0, 1, 17, 500, 16_384, 40_001];
 

@@ -6,12 +6,9 @@ use std::path::Path;
 use kiln_compiler::capture;
 use kiln_compiler::loops::{Dispatch, Program, WgslProgram, check, default_passes, to_wgsl};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use networks::{Example, Frozen};
 use serde_json::Value;
 
-#[allow(dead_code, reason = "the benchmark has more networks")]
-#[path = "../benches/networks/mod.rs"]
-mod networks;
+use crate::networks::{Example, Frozen};
 
 fn shaders(program: &Program) -> kiln_core::Result<WgslProgram> {
     to_wgsl(program, &check(program).unwrap())

@@ -1,12 +1,11 @@
 //! The fused cross-entropy equals log-softmax, gather and sum, forward and backward.
 
-mod support;
-
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 use kiln_ops::{CrossEntropyOptions, cross_entropy};
 use rand::RngExt;
-use support::{assert_close, assert_same, rng};
+
+use crate::support::{assert_close, assert_same, rng};
 
 fn targets(values: Vec<i64>) -> Tensor<1, Int> {
     let len = values.len();
@@ -88,7 +87,7 @@ fn the_gradient_is_right_whether_or_not_the_logits_live_on() {
 #[test]
 fn the_weighted_mean_is_burns_loss() {
     let device = Device::flex();
-    let logits = support::random(12, &mut rng(3)).reshape([4, 3]);
+    let logits = crate::support::random(12, &mut rng(3)).reshape([4, 3]);
     let ids = targets(vec![2, 0, 1, 1]);
     let weights = Tensor::<1>::from_floats([0.5, 2.0, 1.0], &device);
     let config =
@@ -124,7 +123,7 @@ fn a_target_that_is_no_class_is_named() {
 #[test]
 fn double_precision_gives_the_same() {
     let options = CrossEntropyOptions { label_smoothing: 0.1, ignored: vec![1], ..Default::default() };
-    let x = support::random(15, &mut rng(4)).reshape([5, 3]);
+    let x = crate::support::random(15, &mut rng(4)).reshape([5, 3]);
     let ids = targets(vec![0, 1, 2, 2, 1]);
     let single = cross_entropy(x.clone(), ids.clone(), &options).into_data().try_to_vec::<f32>().unwrap();
     let double = cross_entropy(x.cast(DType::F64), ids, &options).into_data();

@@ -1,11 +1,9 @@
 //! Dropout drops what its seed says, forward and backward, and as much as it should.
 
-#[allow(dead_code, reason = "a part of it is enough here")]
-mod support;
-
 use burn::tensor::{DType, Device, Tensor};
 use kiln_ops::dropout;
-use support::{assert_close, assert_same, evaluate, random, rng};
+
+use crate::support::{assert_close, assert_same, evaluate, random, rng};
 
 fn floats<const D: usize>(x: Tensor<D>) -> Vec<f32> {
     x.cast(DType::F32).into_data().try_to_vec().expect("the values are f32")

@@ -1,5 +1,7 @@
 //! Small functions with every operation in one of them.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use burn::backend::DispatchTensor;
 use burn::backend::ops::{
     AttentionModuleOptions, AvgPoolOptions, ConvOptions, ConvTransposeOptions, InterpolateMode,

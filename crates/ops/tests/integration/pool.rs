@@ -1,12 +1,11 @@
 //! Pooling equals Burn's, forward and backward, for shapes of every kind.
 
-mod support;
-
 use burn::tensor::ops::{AvgPoolOptions, MaxPoolOptions};
 use burn::tensor::{DType, Device, Tensor, module};
 use kiln_ops::{adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d};
 use rand::RngExt;
-use support::{assert_same, rng};
+
+use crate::support::{assert_same, rng};
 
 /// Compares two functions of one tensor; of a view that is not contiguous now and then.
 fn compare<const D: usize>(

@@ -1,0 +1,10 @@
+//! The crate's tests from outside, in one program: every program links Burn anew, which takes longer than they do.
+
+mod actors;
+mod boxing;
+mod command;
+mod global;
+mod golden;
+mod samples;
+mod signatures;
+mod train;
