@@ -232,27 +232,73 @@ fn parts_of(counts: &[usize]) -> Vec<Range<usize>> {
     ends.zip(counts).map(|(end, &count)| end - count..end).collect()
 }
 
+/// Bytes of a piece of a long message: few enough that a piece is worked on in the cache while the next ones come.
+pub(crate) const PIECE: usize = 1 << 19;
+/// Pieces that are sent before the first one is awaited.
+const AHEAD: usize = 2;
+
+/// Piece `index` of a part of a buffer, as long as there are more. A part without elements is one piece.
+fn piece<T>(part: &Range<usize>, index: usize) -> Option<Range<usize>> {
+    let len = (PIECE / size_of::<T>()).max(1);
+    let start = part.start + index * len;
+    (index == 0 || start < part.end).then(|| start..part.end.min(start + len))
+}
+
+/// Sends one part of a buffer to a rank, and does `work` on another part with what comes from a rank.
+fn pass<T: Element>(
+    step: &Step<'_>,
+    buffer: &mut [T],
+    (to, leaving): (usize, Range<usize>),
+    (from, coming): (usize, Range<usize>),
+    mut work: impl FnMut(&mut [T], &[T]),
+) -> Result<(), ClusterError> {
+    for index in 0.. {
+        let out = piece::<T>(&leaving, index);
+        let awaited = index.checked_sub(AHEAD).and_then(|index| piece::<T>(&coming, index));
+        if out.is_none() && awaited.is_none() && index >= AHEAD {
+            break;
+        }
+        if let Some(out) = out {
+            step.send(to, &buffer[out])?;
+        }
+        if let Some(awaited) = awaited {
+            let into = &mut buffer[awaited];
+            step.recv_with(from, into.len(), |values| work(into, values))?;
+        }
+    }
+    Ok(())
+}
+
 /// Reduces this rank's chunk of everyone's `send` in rank order: each sends each its chunk.
 fn reduce_chunk<T: Element>(step: &Step<'_>, send: &[T], into: &mut [T], op: Op) -> Result<(), ClusterError> {
     let (rank, ranks) = (step.rank(), step.size());
-    for distance in 1..ranks {
-        let to = (rank + distance) % ranks;
-        step.send(to, &send[chunk(send.len(), ranks, to)])?;
-    }
-    let own = &send[chunk(send.len(), ranks, rank)];
-    let mut sum: Vec<T::Wide> = Vec::new();
-    let mut add = |part: &[T]| match sum.is_empty() {
-        true => sum.extend(part.iter().map(|x| x.widen())),
-        false => accumulate(&mut sum, part, op),
+    let part = |rank: usize| chunk(send.len(), ranks, rank);
+    let send_piece = |index: usize| {
+        (1..ranks).map(|distance| (rank + distance) % ranks).try_for_each(|to| {
+            piece::<T>(&part(to), index).map_or(Ok(()), |piece| step.send(to, &send[piece]))
+        })
     };
-    for from in 0..ranks {
-        if from == rank {
-            add(own);
-        } else {
-            step.recv_with(from, own.len(), &mut add)?;
+    (0..AHEAD).try_for_each(send_piece)?;
+    let mut sum: Vec<T::Wide> = Vec::new();
+    // The first chunk is the longest.
+    for index in (0..).take_while(|&index| piece::<T>(&part(0), index).is_some()) {
+        send_piece(index + AHEAD)?;
+        let Some(own) = piece::<T>(&part(rank), index) else { continue };
+        sum.clear();
+        let mut add = |values: &[T]| match sum.is_empty() {
+            true => sum.extend(values.iter().map(|x| x.widen())),
+            false => accumulate(&mut sum, values, op),
+        };
+        for from in 0..ranks {
+            if from == rank {
+                add(&send[own.clone()]);
+            } else {
+                step.recv_with(from, own.len(), &mut add)?;
+            }
         }
+        let start = own.start - part(rank).start;
+        finish_wide(&sum, &mut into[start..start + own.len()], op, ranks);
     }
-    finish_wide(&sum, into, op, ranks);
     Ok(())
 }
 
@@ -265,8 +311,34 @@ fn ring_all_gather<T: Element>(
     let (rank, ranks) = (step.rank(), step.size());
     let (left, right) = ((rank + ranks - 1) % ranks, (rank + 1) % ranks);
     for round in 1..ranks {
-        step.send(right, &buffer[part((rank + ranks + 1 - round) % ranks)])?;
-        step.recv(left, &mut buffer[part((rank + ranks - round) % ranks)])?;
+        let leaving = part((rank + ranks + 1 - round) % ranks);
+        let coming = part((rank + ranks - round) % ranks);
+        pass(step, buffer, (right, leaving), (left, coming), |into, values| into.copy_from_slice(values))?;
+    }
+    Ok(())
+}
+
+/// Completes `buffer`, of which each rank has its part, by messages from each to each.
+fn all_gather_direct<T: Element>(
+    step: &Step<'_>,
+    buffer: &mut [T],
+    part: impl Fn(usize) -> Range<usize>,
+) -> Result<(), ClusterError> {
+    let (rank, ranks) = (step.rank(), step.size());
+    // The first part is the longest.
+    let count = (0..).take_while(|&index| piece::<T>(&part(0), index).is_some()).count();
+    for index in 0..count + AHEAD {
+        if let Some(own) = piece::<T>(&part(rank), index) {
+            for distance in 1..ranks {
+                step.send((rank + distance) % ranks, &buffer[own.clone()])?;
+            }
+        }
+        let Some(index) = index.checked_sub(AHEAD) else { continue };
+        for from in (1..ranks).map(|distance| (rank + ranks - distance) % ranks) {
+            if let Some(coming) = piece::<T>(&part(from), index) {
+                step.recv(from, &mut buffer[coming])?;
+            }
+        }
     }
     Ok(())
 }
@@ -304,5 +376,15 @@ mod tests {
         assert_eq!(chunks, [0..3, 3..6, 6..8, 8..10]);
         assert_eq!(chunk(2, 5, 4), 2..2);
         assert_eq!(parts_of(&[2, 0, 3]), [0..2, 2..2, 2..5]);
+    }
+
+    #[test]
+    fn pieces_cover_a_part_in_order() {
+        let len = PIECE / 8;
+        let part = 3..3 + 2 * len + 1;
+        let pieces: Vec<_> = (0..).map_while(|index| piece::<f64>(&part, index)).collect();
+        assert_eq!(pieces, [3..3 + len, 3 + len..3 + 2 * len, 3 + 2 * len..3 + 2 * len + 1]);
+        let empty: Vec<_> = (0..).map_while(|index| piece::<f64>(&(5..5), index)).collect();
+        assert_eq!(empty, [5..5]);
     }
 }

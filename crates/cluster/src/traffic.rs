@@ -8,7 +8,8 @@ use crate::call::Operation;
 /// Bytes of payload and messages that one rank exchanged, by operation and peer.
 ///
 /// Ranks that share memory ([`Algorithm::Direct`](crate::Algorithm::Direct)) send no messages; what they read of
-/// each other counts as received, what they write for each other as sent, one message a pair and direction.
+/// each other counts as received, what they write for each other as sent, one message a pair and direction. Reductions
+/// and all-gathers send what is longer than 512 KiB in pieces of that, each a message.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Traffic {
     entries: BTreeMap<(Operation, usize), Exchange>,

@@ -31,6 +31,7 @@ impl Engine for Mpi<'_> {
 fn main() {
     let cases: [(&str, fn(&dyn Engine)); 8] = [
         ("reductions_match_a_serial_sum", case::reductions_match_a_serial_sum),
+        ("long_buffers_are_reduced_and_gathered", case::long_buffers_are_reduced_and_gathered),
         ("everything_comes_to_its_place", case::everything_comes_to_its_place),
         ("requests_keep_their_order", case::requests_keep_their_order),
         ("groups_number_their_members", case::groups_number_their_members),

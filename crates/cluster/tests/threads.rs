@@ -38,6 +38,11 @@ fn reductions_match_a_serial_sum() {
 }
 
 #[test]
+fn long_buffers_are_reduced_and_gathered() {
+    case::long_buffers_are_reduced_and_gathered(&threads());
+}
+
+#[test]
 fn everything_comes_to_its_place() {
     case::everything_comes_to_its_place(&threads());
 }

@@ -1,7 +1,7 @@
 //! All-reduce by its algorithms.
 
 use crate::call::Algorithm;
-use crate::collectives::{chunk, direct, reduce_chunk, ring_all_gather, rooted};
+use crate::collectives::{all_gather_direct, chunk, direct, pass, reduce_chunk, ring_all_gather, rooted};
 use crate::communicator::{Step, lock};
 use crate::element::{Element, Op, accumulate, combine, combine_before, finish, finish_wide};
 use crate::error::ClusterError;
@@ -73,9 +73,11 @@ fn ring<T: Element>(step: &Step<'_>, buffer: &mut [T], op: Op) -> Result<(), Clu
     let (left, right) = ((rank + ranks - 1) % ranks, (rank + 1) % ranks);
     let part = |index: usize| chunk(len, ranks, index);
     for round in 1..ranks {
-        step.send(right, &buffer[part((rank + ranks - round) % ranks)])?;
-        let coming = &mut buffer[part((rank + 2 * ranks - round - 1) % ranks)];
-        step.recv_with(left, coming.len(), |partial| combine_before(coming, partial, op))?;
+        let leaving = part((rank + ranks - round) % ranks);
+        let coming = part((rank + 2 * ranks - round - 1) % ranks);
+        pass(step, buffer, (right, leaving), (left, coming), |own, partial| {
+            combine_before(own, partial, op)
+        })?;
     }
     finish(&mut buffer[part(rank)], op, ranks);
     ring_all_gather(step, buffer, part)
@@ -104,17 +106,11 @@ fn star<T: Element>(step: &Step<'_>, buffer: &mut [T], op: Op) -> Result<(), Clu
 /// Every rank adds its chunk of everyone's buffer in rank order and sends everyone the sum.
 fn canonical<T: Element>(step: &Step<'_>, buffer: &mut [T], op: Op) -> Result<(), ClusterError> {
     let (rank, ranks, len) = (step.rank(), step.size(), buffer.len());
-    let mut own = buffer[chunk(len, ranks, rank)].to_vec();
+    let part = chunk(len, ranks, rank);
+    let mut own = buffer[part.clone()].to_vec();
     reduce_chunk(step, buffer, &mut own, op)?;
-    for distance in 1..ranks {
-        step.send((rank + distance) % ranks, &own)?;
-    }
-    buffer[chunk(len, ranks, rank)].copy_from_slice(&own);
-    for distance in 1..ranks {
-        let from = (rank + ranks - distance) % ranks;
-        step.recv(from, &mut buffer[chunk(len, ranks, from)])?;
-    }
-    Ok(())
+    buffer[part].copy_from_slice(&own);
+    all_gather_direct(step, buffer, |rank| chunk(len, ranks, rank))
 }
 
 /// Rabenseifner's algorithm: partners at distance n/2, n/4, … exchange halves of what they still reduce, and then the
@@ -134,10 +130,8 @@ fn halving_doubling<T: Element>(step: &Step<'_>, buffer: &mut [T], op: Op) -> Re
         // The half with this rank's chunk stays here, the partner's goes there.
         let mine = part(rank & !(distance - 1), distance);
         let theirs = part(partner & !(distance - 1), distance);
-        step.send(partner, &buffer[theirs])?;
-        let kept = &mut buffer[mine];
         // The lower rank's partial sum comes first on both sides.
-        step.recv_with(partner, kept.len(), |partial| match partner < rank {
+        pass(step, buffer, (partner, theirs), (partner, mine), |kept, partial| match partner < rank {
             true => combine_before(kept, partial, op),
             false => combine(kept, partial, op),
         })?;
@@ -147,8 +141,11 @@ fn halving_doubling<T: Element>(step: &Step<'_>, buffer: &mut [T], op: Op) -> Re
     distance = 1;
     while distance < ranks {
         let partner = rank ^ distance;
-        step.send(partner, &buffer[part(rank & !(distance - 1), distance)])?;
-        step.recv(partner, &mut buffer[part(partner & !(distance - 1), distance)])?;
+        let leaving = part(rank & !(distance - 1), distance);
+        let coming = part(partner & !(distance - 1), distance);
+        pass(step, buffer, (partner, leaving), (partner, coming), |into, values| {
+            into.copy_from_slice(values);
+        })?;
         distance *= 2;
     }
     Ok(())

@@ -239,6 +239,29 @@ pub fn groups_number_their_members(engine: &dyn Engine) {
     engine.run(ranks, &body).unwrap();
 }
 
+/// Buffers of several pieces, the last of which are not full and not on all ranks.
+pub fn long_buffers_are_reduced_and_gathered(engine: &dyn Engine) {
+    for &ranks in engine.sizes().iter().filter(|&&ranks| ranks <= 4) {
+        let len = ranks * (5 << 16) + 1;
+        let body = |comm: Communicator| {
+            let own: Vec<f32> = samples(comm.rank(), len);
+            for algorithm in algorithms(ranks) {
+                let mut buffer = own.clone();
+                comm.all_reduce_by(&mut buffer, Op::Sum, algorithm)?;
+                require(&buffer, 0, ranks, Op::Sum, &format!("long {algorithm} on {ranks} ranks"));
+            }
+            // The last rank has nothing.
+            let counts: Vec<usize> = (0..ranks).map(|rank| (ranks - 1 - rank) * (3 << 16)).collect();
+            let mut all = vec![0.0; counts.iter().sum()];
+            comm.all_gather_v(&own[..counts[comm.rank()]], &counts, &mut all)?;
+            let expected = counts.iter().enumerate().flat_map(|(rank, &count)| samples::<f32>(rank, count));
+            assert!(all.into_iter().eq(expected), "long all-gather on {ranks} ranks");
+            Ok(())
+        };
+        engine.run(ranks, &body).unwrap();
+    }
+}
+
 /// Bytes and messages that a rank sends in an all-reduce of `len` f32 by an algorithm; see [`Algorithm`].
 fn sent(algorithm: Algorithm, rank: usize, ranks: usize, len: usize) -> (u64, u64) {
     let (n, bytes) = (ranks as u64, 4 * len as u64);
