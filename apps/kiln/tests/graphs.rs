@@ -204,17 +204,9 @@ fn every_network_and_its_graph_compute_the_same() {
     }
 }
 
-/// As a WebAssembly module, where all of the network's operations have a form as loops.
+/// As a WebAssembly module.
 fn assert_same_as_loops(graph: &Graph, inputs: &[TensorData], outputs: &[Vec<f32>], slug: &str) {
-    // Loop programs have no function for the sines and cosines of Fourier features, and no form for pooling over time.
-    const WITHOUT: &[&str] = &["kronecker-attention", "eeg"];
-    let (program, mut buffers) = match graph.clone().to_loops() {
-        Ok(written) => written,
-        Err(error) => {
-            assert!(WITHOUT.contains(&slug), "{slug}: {error}");
-            return;
-        }
-    };
+    let (program, mut buffers) = graph.clone().to_loops().unwrap_or_else(|error| panic!("{slug}: {error}"));
     for (input, data) in graph.inputs.iter().zip(inputs) {
         buffers.insert(input.port.name.clone(), Buffer::from_tensor(data).unwrap());
     }

@@ -112,22 +112,21 @@ impl Builder {
         };
         let computable =
             || count <= most && operation.inputs().all(|tensor| self.constants.contains_key(&tensor.id));
-        if self.known && computable() {
-            let data = self.compute(operation, out.id);
-            self.constants.insert(out.id, data);
-        } else {
-            self.operations.push(operation);
+        let known = if self.known && computable() { self.compute(&operation, out.id) } else { None };
+        match known {
+            Some(data) => _ = self.constants.insert(out.id, data),
+            None => self.operations.push(operation),
         }
         Ok(out)
     }
 
-    /// The result of an operation on constants.
-    fn compute(&self, operation: OperationIr, out: TensorId) -> TensorData {
+    /// The result of an operation on constants, where it fits them.
+    fn compute(&self, operation: &OperationIr, out: TensorId) -> Option<TensorData> {
         let constants =
             operation.inputs().map(|tensor| (tensor.id, self.constants[&tensor.id].clone())).collect();
         let (kind, inputs, outputs) = (String::new(), Vec::new(), Vec::new());
-        let graph = Graph { kind, inputs, outputs, operations: vec![operation], constants };
-        graph.interpret(std::iter::empty(), std::iter::once(out)).remove(0)
+        let graph = Graph { kind, inputs, outputs, operations: vec![operation.clone()], constants };
+        graph.interpret(std::iter::empty(), std::iter::once(out)).ok()?.pop()
     }
 
     // Shapes.

@@ -23,10 +23,20 @@ impl Graph {
             (input.tensor, data.clone().convert_dtype(dtype(input.port.kind)))
         };
         let provided = self.inputs.iter().zip(inputs).map(fitting);
-        // A graph from a file may claim shapes that its operands do not have, and an index may be out of range: Burn
-        // panics then.
+        self.interpret(provided, self.outputs.iter().map(|output| output.tensor))
+    }
+
+    /// The values of some tensors, from those of others.
+    ///
+    /// # Errors
+    /// When an operation cannot be run on its operands: a graph from a file may claim shapes that these do not have, and an
+    /// index may be out of range, and Burn panics then.
+    pub(crate) fn interpret(
+        &self,
+        provided: impl Iterator<Item = (TensorId, TensorData)>,
+        wanted: impl Iterator<Item = TensorId>,
+    ) -> Result<Vec<TensorData>> {
         let at = Cell::new(0);
-        let wanted = self.outputs.iter().map(|output| output.tensor);
         quiet::catch_panic(|| self.interpret_from(&at, provided, wanted)).map_err(|found| {
             let operation =
                 self.operations.get(at.get()).and_then(|operation| name_and_attributes(operation).ok());
@@ -37,16 +47,7 @@ impl Graph {
         })
     }
 
-    /// The values of some tensors, from those of others.
-    pub(crate) fn interpret(
-        &self,
-        provided: impl Iterator<Item = (TensorId, TensorData)>,
-        wanted: impl Iterator<Item = TensorId>,
-    ) -> Vec<TensorData> {
-        self.interpret_from(&Cell::new(0), provided, wanted)
-    }
-
-    /// The same; `at` counts the operations that are done.
+    /// The same in panic; `at` counts the operations that are done.
     fn interpret_from(
         &self,
         at: &Cell<usize>,

@@ -47,11 +47,11 @@ impl GraphPass {
     /// Applies the pass, and verifies what comes out.
     ///
     /// # Errors
-    /// When the graph reads something that nothing provides, before or after.
+    /// When the graph reads something that nothing provides, before or after, or an operation does not fit its constants.
     pub fn apply(self, graph: &mut Graph) -> Result<()> {
         graph.verify()?;
         match self {
-            Self::FoldConstants => fold_constants(graph),
+            Self::FoldConstants => fold_constants(graph)?,
             Self::Cse => share_equals(graph),
             Self::Dce => drop_unused(graph),
         }
@@ -105,7 +105,7 @@ fn has_effect(operation: &OperationIr) -> bool {
     )
 }
 
-fn fold_constants(graph: &mut Graph) {
+fn fold_constants(graph: &mut Graph) -> Result<()> {
     let mut known: BTreeSet<TensorId> = graph.constants.keys().copied().collect();
     let (mut folded, mut kept) = (Vec::new(), Vec::new());
     let mut bytes = 0;
@@ -124,7 +124,7 @@ fn fold_constants(graph: &mut Graph) {
     }
     graph.operations = kept;
     if folded.is_empty() {
-        return;
+        return Ok(());
     }
     let needed: BTreeSet<TensorId> = graph
         .operations
@@ -138,12 +138,18 @@ fn fold_constants(graph: &mut Graph) {
         .filter(|id| needed.contains(id))
         .collect();
     let constants = std::mem::take(&mut graph.constants);
-    let mut prologue =
-        Graph { kind: String::new(), operations: folded, inputs: Vec::new(), outputs: Vec::new(), constants };
+    let mut prologue = Graph {
+        kind: graph.kind.clone(),
+        operations: folded,
+        inputs: Vec::new(),
+        outputs: Vec::new(),
+        constants,
+    };
     set_read_only(&mut prologue.operations);
     let values = prologue.interpret(std::iter::empty(), results.iter().copied());
     graph.constants = prologue.constants;
-    graph.constants.extend(results.into_iter().zip(values));
+    graph.constants.extend(results.into_iter().zip(values?));
+    Ok(())
 }
 
 fn size_in_bytes(tensor: &TensorIr) -> usize {

@@ -935,6 +935,29 @@ impl Lowering {
                 };
                 self.convolution([&op.x, &op.weight], op.bias.as_ref(), options, &op.out)
             }
+            M::MaxPool1d(op) => {
+                let windows = PoolOptions {
+                    kernel: [1, op.kernel_size],
+                    stride: [1, op.stride],
+                    padding: [0, op.padding],
+                    ceil_mode: op.ceil_mode,
+                };
+                self.pool(&op.x, &op.out, PoolKind::Max { dilation: [1, op.dilation] }, windows)
+            }
+            M::AvgPool1d(op) => {
+                let windows = PoolOptions {
+                    kernel: [1, op.kernel_size],
+                    stride: [1, op.stride],
+                    padding: [0, op.padding],
+                    ceil_mode: op.ceil_mode,
+                };
+                self.pool(&op.x, &op.out, PoolKind::Mean { padding_counts: op.count_include_pad }, windows)
+            }
+            M::AdaptiveAvgPool1d(op) => {
+                let kernel = [1, op.output_size];
+                let windows = PoolOptions { kernel, stride: [1; 2], padding: [0; 2], ceil_mode: false };
+                self.pool(&op.x, &op.out, PoolKind::Even, windows)
+            }
             M::MaxPool2d(op) => {
                 let windows = PoolOptions {
                     kernel: op.kernel_size,
@@ -1028,8 +1051,14 @@ impl Lowering {
         self.bind_step(out, Work::Convolution(convolution), "Conv")
     }
 
+    /// Pools `[batch, channels, height, width]`, or `[batch, channels, width]` as planes of one row.
     fn pool(&mut self, x: &TensorIr, out: &TensorIr, kind: PoolKind, windows: PoolOptions) -> Option<()> {
-        let pooling = Pooling { kind, extents: [x.shape[2], x.shape[3]], windows };
+        let extents = match x.shape[2..] {
+            [width] => [1, width],
+            [height, width] => [height, width],
+            _ => return None,
+        };
+        let pooling = Pooling { kind, extents, windows };
         let x = self.in_memory_whole(x.id);
         self.bind_step(out, Work::Pool { x, pooling }, "Pool")
     }

@@ -774,6 +774,8 @@ fn unary(operation: Unary, x: Expr) -> Result<Expr> {
             select(positive, float(1.0), select(bin(BinOp::Lt, x, float(0.0)), float(-1.0), float(0.0)))
         }
         Unary::Sqrt => call(Function::Sqrt, x),
+        Unary::Sin => call(Function::Sin, x),
+        Unary::Cos => call(Function::Cos, x),
         Unary::Tanh => call(Function::Tanh, x),
         Unary::Truncate => {
             let down = bin(BinOp::Ge, x.clone(), float(0.0));

@@ -314,6 +314,10 @@ pub enum Function {
     Log,
     /// Square root.
     Sqrt,
+    /// Sine of radians.
+    Sin,
+    /// Cosine of radians.
+    Cos,
     /// Hyperbolic tangent.
     Tanh,
     /// Error function.
@@ -328,8 +332,18 @@ pub enum Function {
 
 impl Function {
     /// All of them.
-    pub const ALL: [Self; 8] =
-        [Self::Exp, Self::Log, Self::Sqrt, Self::Tanh, Self::Erf, Self::Floor, Self::Ceil, Self::Fma];
+    pub const ALL: [Self; 10] = [
+        Self::Exp,
+        Self::Log,
+        Self::Sqrt,
+        Self::Sin,
+        Self::Cos,
+        Self::Tanh,
+        Self::Erf,
+        Self::Floor,
+        Self::Ceil,
+        Self::Fma,
+    ];
 
     /// How many arguments it takes.
     pub fn arity(self) -> usize {

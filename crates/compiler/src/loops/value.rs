@@ -124,6 +124,8 @@ fn call_f64(function: Function, x: f64) -> f64 {
         Function::Exp => x.exp(),
         Function::Log => x.ln(),
         Function::Sqrt => x.sqrt(),
+        Function::Sin => x.sin(),
+        Function::Cos => x.cos(),
         Function::Tanh => x.tanh(),
         Function::Erf => libm::erf(x),
         Function::Floor => x.floor(),

@@ -284,6 +284,7 @@ enum Helper {
     FloorDivide,
     FloorRest,
     Erf,
+    Turn,
     Tanh,
     Infinity,
 }
@@ -328,6 +329,10 @@ impl Helper {
                  return sign(x) * (1.0 - p * exp(-x * x));\n}\n",
                 &[],
             ),
+            // WGSL promises nothing of sines beyond half a turn.
+            Self::Turn => {
+                ("fn in_turn(x: f32) -> f32 {\n    return x - 6.2831853 * round(x * 0.15915494);\n}\n", &[])
+            }
             // Beyond 10 the result is 1, and exponentials would overflow.
             Self::Tanh => ("fn tanh_of(x: f32) -> f32 {\n    return tanh(clamp(x, -10.0, 10.0));\n}\n", &[]),
             // A constant expression must be finite.
@@ -573,6 +578,10 @@ impl Kernel<'_, '_> {
                     Function::Exp => "exp",
                     Function::Log => "log",
                     Function::Sqrt => "sqrt",
+                    Function::Sin | Function::Cos => {
+                        self.call(Helper::Turn);
+                        return Ok(format!("{function}(in_turn({}))", arguments.join(", ")));
+                    }
                     Function::Tanh => {
                         self.call(Helper::Tanh);
                         "tanh_of"

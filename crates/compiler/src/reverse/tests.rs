@@ -74,7 +74,7 @@ fn run(graph: &Graph, inputs: &[Vec<f64>]) -> Vec<Vec<f64>> {
         .map(|(input, values)| (input.tensor, TensorData::new(values.clone(), input.port.shape.clone())));
     let wanted: Vec<TensorId> = graph.outputs.iter().map(|output| output.tensor).collect();
     let provided: Vec<_> = provided.collect();
-    let outputs = graph.interpret(provided.into_iter(), wanted.into_iter());
+    let outputs = graph.interpret(provided.into_iter(), wanted.into_iter()).unwrap();
     outputs.iter().map(|data| data.iter::<f64>().collect()).collect()
 }
 

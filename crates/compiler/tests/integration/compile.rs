@@ -332,6 +332,14 @@ fn convolutions_and_pools_are_loop_programs_too() {
             kiln_ops::avg_pool2d(x, windows.with_count_include_pad(false).with_ceil_mode(true))
         }),
         ("even means", |x| kiln_ops::adaptive_avg_pool2d(x, [3, 4])),
+        ("largest of windows in a row", |x| {
+            let windows = MaxPoolOptions::new([3]).with_stride([2]).with_padding([1]).with_dilation([2]);
+            kiln_ops::max_pool1d(x.reshape([2, 2, 42]), windows).unsqueeze_dim(2)
+        }),
+        ("means of windows in a row", |x| {
+            let windows = AvgPoolOptions::new([4]).with_stride([3]).with_padding([1]);
+            kiln_ops::avg_pool1d(x.reshape([2, 2, 42]), windows).unsqueeze_dim(2)
+        }),
     ];
     for (what, layer) in cases {
         let layer = *layer;

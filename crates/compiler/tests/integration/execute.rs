@@ -165,6 +165,11 @@ fn inputs_that_do_not_fit_and_graphs_that_do_not_hold_are_refused() {
         "{}",
         refusal(&swapped)
     );
+    let mut damaged = graph.clone();
+    let x = damaged.inputs.remove(0);
+    damaged.constants.insert(x.tensor, TensorData::zeros::<f32, _>([3]));
+    let refusal = GraphPass::FoldConstants.apply(&mut damaged).unwrap_err().to_string();
+    assert!(refusal.contains("of the mixed graph does not fit its operands"), "{refusal}");
     graph.operations.swap(0, 9);
     assert!(GraphPass::Dce.apply(&mut graph).unwrap_err().to_string().contains("before it is there"));
 }

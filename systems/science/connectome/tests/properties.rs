@@ -7,7 +7,7 @@ use kiln_connectome::generate::SimulateConfig;
 use kiln_connectome::graph::Graph;
 use kiln_connectome::ntf::{Factors, NtfConfig, Solver, rank::factor_match};
 use kiln_connectome::tensor::{AffinityTensor, pair_index};
-use kiln_connectome::traces::{AlignConfig, Events, Traces, align};
+use kiln_connectome::traces::{AlignConfig, Events, Traces, align, read_recordings};
 use kiln_core::{Context, random_stream};
 use kiln_data::Matrix;
 use rand::RngExt;
@@ -261,4 +261,31 @@ fn sampled_partitions_have_their_posterior_frequencies() {
             assert!((exact - found).abs() < 0.02, "{i} {j}: {exact} {found}");
         }
     }
+}
+
+#[test]
+fn damaged_nwb_files_are_refused_or_read_and_nothing_worse() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("damaged.nwb");
+    let mut refused = 0;
+    for (file, stream) in [("plain", 0), ("gzip", 1)] {
+        let whole = std::fs::read(format!("tests/data/{file}.nwb")).unwrap();
+        let mut rng = random_stream(5, "damage", stream);
+        for case in 0..200 {
+            let mut bytes = whole.clone();
+            if case % 4 == 0 {
+                bytes.truncate(rng.random_range(0..whole.len()));
+            } else {
+                // Metadata stand at the beginning, and are worth more damage than numbers.
+                let end = if case % 4 == 1 { whole.len() } else { 2048 };
+                (0..rng.random_range(1..8)).for_each(|_| bytes[rng.random_range(0..end)] = rng.random());
+            }
+            std::fs::write(&path, bytes).unwrap();
+            if let Err(error) = read_recordings(&[path.clone()]) {
+                refused += 1;
+                assert!(error.to_string().contains("damaged.nwb"), "{file} {case}: {error}");
+            }
+        }
+    }
+    assert!(refused > 100, "{refused} of 400 were refused");
 }

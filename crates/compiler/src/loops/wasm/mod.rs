@@ -148,6 +148,8 @@ impl WasmModule {
 fn define_math(linker: &mut Linker<()>) -> Result<(), wasmi::errors::LinkerError> {
     linker.func_wrap("math", "exp", f64::exp)?;
     linker.func_wrap("math", "log", f64::ln)?;
+    linker.func_wrap("math", "sin", f64::sin)?;
+    linker.func_wrap("math", "cos", f64::cos)?;
     linker.func_wrap("math", "tanh", f64::tanh)?;
     linker.func_wrap("math", "erf", |x: f64| libm::erf(x))?;
     linker.func_wrap("math", "fmod", |a: f64, b: f64| a % b)?;
@@ -717,6 +719,8 @@ impl Emitter<'_> {
         let name = match function {
             Function::Exp => "exp",
             Function::Log => "log",
+            Function::Sin => "sin",
+            Function::Cos => "cos",
             Function::Tanh => "tanh",
             _ => "erf",
         };
