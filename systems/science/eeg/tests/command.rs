@@ -316,3 +316,41 @@ fn what_cannot_be_prepared_is_listed_and_the_rest_goes_on() {
     fs::write(&file, &bytes[..bytes.len() - 4]).unwrap();
     desk.assert_refused("eval --model @m --data @pa --all --out @x", "a00000.safetensors");
 }
+
+#[test]
+fn a_recording_is_judged_while_it_grows() {
+    let desk = desk();
+    desk.json(&format!("train --data @pa {TINY} --out @m"));
+    let whole = fs::read(desk.path("b/b00000.edf")).unwrap();
+    let predicted = desk.json("predict --model @m --in @b/b00000.edf --out @p");
+    let expected = &predicted["predictions"][0]["p_pathological"];
+
+    // While it is made, the header has no number of records.
+    let mut begun = whole.clone();
+    begun[236..244].copy_from_slice(b"-1      ");
+    begun.truncate(whole.len() - (whole.len() - 256 * 3) / 4 - 1);
+    desk.write("r.edf", begun);
+    let found = desk.json("follow --model @m --in @r.edf --patience 0 --out @begun");
+    assert_eq!(found["timeline"].as_array().unwrap().len(), 1);
+    assert!(found["timeline"][0]["windows"].as_u64() < predicted["predictions"][0]["windows"].as_u64());
+
+    let (recording, timeline) = (desk.path("r.edf"), desk.path("f/timeline.csv"));
+    let recorder = std::thread::spawn(move || {
+        while !timeline.exists() {
+            std::thread::yield_now();
+        }
+        fs::write(recording, whole).unwrap();
+    });
+    let found = desk.json("follow --model @m --in @r.edf --every 0 --patience 600 --out @f");
+    recorder.join().unwrap();
+    let timeline = found["timeline"].as_array().unwrap();
+    assert_eq!(timeline.len(), 2);
+    assert_eq!(&timeline[1]["p_pathological"], expected);
+    assert!(desk.path("f/timeline.svg").exists());
+
+    desk.write("text.edf", "no recording");
+    desk.assert_refused("follow --model @m --in @text.edf --patience 0 --out @x", "text.edf");
+    desk.assert_refused("follow --model @m --in @none.edf --out @x", "none.edf");
+    desk.assert_refused("follow --model @m --in @r.edf --patience=-1 --out @x", "--patience is -1");
+    assert!(!desk.path("x").exists());
+}

@@ -168,7 +168,7 @@ fn draw_relevance(
     .save(&folder.join(format!("{id}.png")))
 }
 
-fn check_batch(batch: usize) -> Result<()> {
+pub(super) fn check_batch(batch: usize) -> Result<()> {
     if batch == 0 {
         return Err(Error::usage("--batch must be at least 1"));
     }
@@ -197,7 +197,7 @@ fn files(inputs: &[PathBuf]) -> Result<Vec<(PathBuf, String)>> {
 }
 
 /// One recording, prepared as the model needs it.
-fn read_one(config: &Config, path: &Path, id: &str) -> Result<Dataset> {
+pub(super) fn read_one(config: &Config, path: &Path, id: &str) -> Result<Dataset> {
     let prepared = config.pipeline.read(path)?;
     let count = prepared.channels.len();
     let about = About { id: id.into(), label: None, subject: None, age: None, sex: None, split: None };

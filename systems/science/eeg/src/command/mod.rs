@@ -3,6 +3,7 @@
 mod check;
 mod compare;
 mod files;
+mod follow;
 mod forward;
 mod judge;
 mod learn;
@@ -78,6 +79,12 @@ With --source-data, what the network forgets of its source is measured too.")]
   kiln eeg predict --model m/ --in folder/ --out p/
 The folder gets predictions.csv (one row a recording) and windows.csv (one a window).")]
     Predict(judge::PredictArgs),
+    /// Judge a recording again and again while it is made
+    #[command(after_help = "Example:
+  kiln eeg follow --model m/ --in recording.edf --every 30 --out course/
+It ends when the header says that all records are there, with Ctrl-C, or when nothing has come for --patience seconds.
+The folder gets timeline.csv and timeline.svg.")]
+    Follow(follow::FollowArgs),
     /// Judge a network on labelled recordings, or probabilities that are already there
     #[command(after_help = "Examples:
   kiln eeg eval --model m/ --data prepared/ --out metrics.json
@@ -118,6 +125,7 @@ impl Command {
             Verb::Train(args) => learn::train(args, cx),
             Verb::Transfer(args) => compare::transfer(&args, cx),
             Verb::Predict(args) => judge::predict(&args, cx),
+            Verb::Follow(args) => follow::follow(&args, cx),
             Verb::Eval(args) => judge::eval(&args, cx),
             Verb::Scale(args) => compare::scale(&args, cx),
             Verb::Cka(args) => compare::cka(&args, cx),
