@@ -10,7 +10,7 @@ use serde_json::Value;
 fn floor(folder: &str) -> Option<u8> {
     match folder {
         "crates/core" => Some(0),
-        "crates/ops" | "crates/data" | "crates/http" => Some(1),
+        "crates/ops" | "crates/data" | "crates/http" | "crates/stream" => Some(1),
         "crates/nn" | "crates/compiler" | "crates/cluster" => Some(2),
         _ if folder.starts_with("systems/") => Some(3),
         _ if folder.starts_with("apps/") => Some(4),
