@@ -267,7 +267,9 @@ fn decode(header: &Header, pixels: Stored, syntax: Syntax) -> Result<Dicom, Refu
     let stored = match (pixels, syntax) {
         (Stored::Bare(bytes), Syntax::Implicit | Syntax::Explicit) => bare(header, bytes, count)?,
         (Stored::Fragments(fragments), Syntax::JpegBaseline) => jpeg(&fragments, rows, columns)?,
-        (Stored::Bare(_), Syntax::JpegBaseline) => return malformed("has bare pixels in place of a JPEG image"),
+        (Stored::Bare(_), Syntax::JpegBaseline) => {
+            return malformed("has bare pixels in place of a JPEG image");
+        }
         (Stored::Fragments(_), _) => return malformed("has fragments in place of bare pixels"),
     };
     let slope = number(header.slope, "rescale slope")?.unwrap_or(1.0);
@@ -278,7 +280,9 @@ fn decode(header: &Header, pixels: Stored, syntax: Syntax) -> Result<Dicom, Refu
     };
     let values: Vec<f32> = stored.into_iter().map(|x| x * slope + intercept).collect();
     if values.iter().any(|x| x.abs() > f32::MAX / 4.0 || x.is_nan()) {
-        return malformed(format!("has the slope {slope} and the intercept {intercept}, by which values overflow"));
+        return malformed(format!(
+            "has the slope {slope} and the intercept {intercept}, by which values overflow"
+        ));
     }
     Ok(Dicom {
         rows,
@@ -331,7 +335,9 @@ fn jpeg(fragments: &[&[u8]], rows: usize, columns: usize) -> Result<Vec<f32>, Re
     };
     if (picture.height() as usize, picture.width() as usize) != (rows, columns) {
         let (height, width) = (picture.height(), picture.width());
-        return malformed(format!("claims {rows} x {columns} pixels, and its JPEG image has {height} x {width}"));
+        return malformed(format!(
+            "claims {rows} x {columns} pixels, and its JPEG image has {height} x {width}"
+        ));
     }
     Ok(picture.into_raw().into_iter().map(f32::from).collect())
 }
@@ -479,7 +485,12 @@ mod tests {
     use rand::RngExt;
 
     /// A file of 2 x 3 pixels in a transfer syntax, with further elements before its pixels.
-    fn file(syntax: &str, explicit: bool, extra: &[((u16, u16), &[u8; 2], Vec<u8>)], pixels: &[u8]) -> Vec<u8> {
+    fn file(
+        syntax: &str,
+        explicit: bool,
+        extra: &[((u16, u16), &[u8; 2], Vec<u8>)],
+        pixels: &[u8],
+    ) -> Vec<u8> {
         let mut bytes = vec![0; MAGIC_AT];
         bytes.extend(b"DICM");
         let mut put = |(group, number): (u16, u16), kind: &[u8; 2], value: &[u8], explicit: bool| {
@@ -562,7 +573,9 @@ mod tests {
         let image = read(&file(EXPLICIT, true, &extra, &pixels())).unwrap();
         assert_eq!(image.values, [-10.0, -8.0, -6.0, 190.0, 8180.0, 0.0]);
         let shown = image.brightness();
-        assert!((shown[0] - 1.0).abs() < 1e-2 && shown[4] == 0.0 && shown.iter().all(|x| (0.0..=1.0).contains(x)));
+        assert!(
+            (shown[0] - 1.0).abs() < 1e-2 && shown[4] == 0.0 && shown.iter().all(|x| (0.0..=1.0).contains(x))
+        );
         let signed = [(SIGNED, b"US", vec![1, 0])];
         assert_eq!(read(&file(EXPLICIT, true, &signed, &pixels())).unwrap().values[4], -1.0);
     }
@@ -572,7 +585,9 @@ mod tests {
         let whole = file(EXPLICIT, true, &[], &pixels());
         let at = whole.windows(4).position(|w| w == [0x28, 0, 2, 0]).unwrap();
         let mut nested = whole[..at].to_vec();
-        let open: &[u8] = &[0x20, 0, 0, 0x10, b'S', b'Q', 0, 0, 255, 255, 255, 255, 0xFE, 0xFF, 0, 0xE0, 255, 255, 255, 255];
+        let open: &[u8] = &[
+            0x20, 0, 0, 0x10, b'S', b'Q', 0, 0, 255, 255, 255, 255, 0xFE, 0xFF, 0, 0xE0, 255, 255, 255, 255,
+        ];
         let close: &[u8] = &[0xFE, 0xFF, 0x0D, 0xE0, 0, 0, 0, 0, 0xFE, 0xFF, 0xDD, 0xE0, 0, 0, 0, 0];
         nested.extend(open.repeat(2));
         nested.extend(close.repeat(2));
@@ -598,7 +613,9 @@ mod tests {
         }
         bytes.extend([0xFE, 0xFF, 0xDD, 0xE0, 0, 0, 0, 0]);
         let image = read(&bytes).unwrap();
-        assert!(image.values.iter().zip([10.0, 20.0, 30.0, 40.0, 50.0, 60.0]).all(|(a, b)| (a - b).abs() < 4.0));
+        assert!(
+            image.values.iter().zip([10.0, 20.0, 30.0, 40.0, 50.0, 60.0]).all(|(a, b)| (a - b).abs() < 4.0)
+        );
         assert_broken_files_are_refused(&bytes, 3);
     }
 
@@ -636,7 +653,8 @@ mod tests {
             let mut broken = whole.to_vec();
             for _ in 0..rng.random_range(1..4) {
                 let at = rng.random_range(MAGIC_AT..broken.len());
-                broken[at] = if rng.random() { rng.random() } else { broken[at] ^ (1 << rng.random_range(0..8)) };
+                broken[at] =
+                    if rng.random() { rng.random() } else { broken[at] ^ (1 << rng.random_range(0..8)) };
             }
             if let Ok(image) = read(&broken) {
                 assert_eq!(image.values.len(), image.rows * image.columns);

@@ -75,8 +75,10 @@ impl Picture {
         let [channels, height, width] = self.shape;
         let plane = height * width;
         let byte = |x: f32| (x.clamp(0.0, 1.0) * 255.0).round() as u8;
-        let bytes: Vec<u8> =
-            (0..plane).flat_map(|i| (0..channels).map(move |c| c * plane + i)).map(|i| byte(self.pixels[i])).collect();
+        let bytes: Vec<u8> = (0..plane)
+            .flat_map(|i| (0..channels).map(move |c| c * plane + i))
+            .map(|i| byte(self.pixels[i]))
+            .collect();
         let colour = if channels == 1 { ExtendedColorType::L8 } else { ExtendedColorType::Rgb8 };
         let mut file = Cursor::new(Vec::new());
         PngEncoder::new(&mut file)

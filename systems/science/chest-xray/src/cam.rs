@@ -68,14 +68,16 @@ pub fn grad_cam(network: &Classifier, x: Tensor<4>, class: usize) -> Result<Map>
     let activations = network.activations(x);
     let [_, channels, rows, columns] = activations.dims();
     // The head alone is differentiated, and computes as it does where nothing learns.
-    let leaf = Tensor::<4>::from_data(activations.clone().into_data(), &activations.device().autodiff()).require_grad();
+    let leaf = Tensor::<4>::from_data(activations.clone().into_data(), &activations.device().autodiff())
+        .require_grad();
     let head = freeze(network.clone(), |_| true);
     let logit = head.head(leaf.clone()).narrow(1, class, 1).sum();
     let gradients = logit.backward();
     let gradient = leaf
         .grad(&gradients)
         .ok_or_else(|| Error::work("the network's output does not depend on its activations"))?;
-    let weights: Vec<f32> = gradient.reshape([channels, rows * columns]).mean_dim(1).into_data().iter().collect();
+    let weights: Vec<f32> =
+        gradient.reshape([channels, rows * columns]).mean_dim(1).into_data().iter().collect();
     let values: Vec<f32> = activations.into_data().iter().collect();
     Ok(Map::weighted(&values, &weights, [rows, columns]))
 }
@@ -127,7 +129,8 @@ pub fn score_cam_of(
     let plane = rows * columns;
     let device = x.device();
     let values: Vec<f32> = activations.into_data().iter().collect();
-    let maps: Vec<f32> = channels.iter().flat_map(|&channel| values[channel * plane..][..plane].iter().copied()).collect();
+    let maps: Vec<f32> =
+        channels.iter().flat_map(|&channel| values[channel * plane..][..plane].iter().copied()).collect();
     debug_assert!(channels.iter().all(|&channel| channel < all));
     let baseline = probabilities(network, x.zeros_like(), class)[0];
     let mut scores = Vec::with_capacity(channels.len());

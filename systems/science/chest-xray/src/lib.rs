@@ -24,15 +24,28 @@
 //!
 //! For research use: this is not a medical device.
 
+pub mod augment;
 pub mod bilinear;
+pub mod cam;
+pub mod checkpoint;
 mod command;
+pub mod dataset;
+pub mod image;
+pub mod masks;
+pub mod metrics;
 pub mod networks;
+pub mod overlay;
+pub mod phantom;
+pub mod train;
+pub mod tsne;
 
 use std::path::Path;
 
 use clap::{CommandFactory, FromArgMatches};
 use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
+pub use cam::{grad_cam, score_cam};
+pub use image::Cxr;
 pub use networks::{
     Classifier, ClassifierConfig, DenseNetConfig, InceptionConfig, MobileNetConfig, Net, ResNetConfig,
     SqueezeNetConfig, UNetConfig, VggConfig,
@@ -40,6 +53,8 @@ pub use networks::{
 
 /// What every output says.
 pub const NOTICE: &str = "for research use, not a medical device";
+/// The same as a sentence of its own.
+pub const NOTICE_SENTENCE: &str = "For research use, not a medical device.";
 
 /// The system, as the binary sees it.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +63,7 @@ pub struct ChestXray;
 impl System for ChestXray {
     fn card(&self) -> Card {
         Card {
-            slug: "chest-xray",
+            slug: checkpoint::KIND,
             family: "science",
             title: "Tuberculosis detection from chest X-rays",
             paper: "Tawsifur Rahman et al., \"Reliable Tuberculosis Detection using Chest X-ray with Deep Learning, \
@@ -74,7 +89,7 @@ impl System for ChestXray {
         Ok(Report::new(self.card(), scale, cx.seed))
     }
 
-    fn network(&self, model: &Path, _cx: &Context) -> Result<Box<dyn Network>> {
-        Err(Error::input(model.display(), "x"))
+    fn network(&self, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {
+        Ok(Box::new(checkpoint::Trained::open(model, cx)?))
     }
 }

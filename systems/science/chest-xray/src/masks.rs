@@ -109,7 +109,8 @@ impl Mask {
     /// Rows and columns (first, and one behind the last) of the lungs with a margin; none without lung.
     pub fn bounds(&self) -> Option<[[usize; 2]; 2]> {
         let rows = (0..self.height).filter(|y| self.lung[y * self.width..][..self.width].contains(&true));
-        let columns = (0..self.width).filter(|x| self.lung.iter().skip(*x).step_by(self.width).any(|&lung| lung));
+        let columns =
+            (0..self.width).filter(|x| self.lung.iter().skip(*x).step_by(self.width).any(|&lung| lung));
         let span = |mut places: Box<dyn Iterator<Item = usize> + '_>, extent: usize| {
             let first = places.next()?;
             let last = places.last().unwrap_or(first) + 1;
@@ -154,7 +155,11 @@ impl MaskMetrics {
     pub fn mean(all: &[Self]) -> Option<Self> {
         let n = all.len() as f64;
         let mean = |of: fn(&Self) -> f64| all.iter().map(of).sum::<f64>() / n;
-        (n > 0.0).then(|| Self { dice: mean(|m| m.dice), iou: mean(|m| m.iou), accuracy: mean(|m| m.accuracy) })
+        (n > 0.0).then(|| Self {
+            dice: mean(|m| m.dice),
+            iou: mean(|m| m.iou),
+            accuracy: mean(|m| m.accuracy),
+        })
     }
 }
 
@@ -171,17 +176,11 @@ mod tests {
     fn cleaning_keeps_two_parts_and_fills_holes() {
         let found = mask(&[
             "###...#", //
-            "#.#...#",
-            "###.#..",
-            ".......",
-            "...##..",
+            "#.#...#", "###.#..", ".......", "...##..",
         ]);
         let expected = mask(&[
             "###....", //
-            "###....",
-            "###....",
-            ".......",
-            "...##..",
+            "###....", "###....", ".......", "...##..",
         ]);
         let cleaned = found.cleaned();
         // Of parts of two pixels the first is kept.

@@ -107,10 +107,9 @@ impl ClassMetrics {
 impl Metrics {
     /// Of decisions for tuberculosis from `threshold` on.
     pub fn of(scores: &[Scored], threshold: f64) -> Self {
-        let count =
-            |label: bool, decision: bool| {
-                scores.iter().filter(|s| s.is_tb == label && (s.p_tb >= threshold) == decision).count()
-            };
+        let count = |label: bool, decision: bool| {
+            scores.iter().filter(|s| s.is_tb == label && (s.p_tb >= threshold) == decision).count()
+        };
         let (tp, fp, missed, tn) =
             (count(true, true), count(false, true), count(true, false), count(false, false));
         let n = scores.len();
@@ -189,7 +188,8 @@ pub fn intervals(scores: &[Scored], threshold: f64, rng: &mut impl Rng) -> Inter
     }
     let [accuracy, sensitivity, specificity, auc] = draws.map(|mut draws| {
         draws.sort_by(f64::total_cmp);
-        let at = |share: f64| draws.get((share * draws.len().saturating_sub(1) as f64).round() as usize).copied();
+        let at =
+            |share: f64| draws.get((share * draws.len().saturating_sub(1) as f64).round() as usize).copied();
         Some([at(TAIL)?, at(1.0 - TAIL)?])
     });
     Intervals { accuracy, sensitivity, specificity, auc }
@@ -315,7 +315,8 @@ mod tests {
 
     #[test]
     fn the_operating_point_finds_enough_and_no_more() {
-        let scores = scored(&[(true, 0.9), (true, 0.7), (true, 0.3), (false, 0.8), (false, 0.4), (false, 0.1)]);
+        let scores =
+            scored(&[(true, 0.9), (true, 0.7), (true, 0.3), (false, 0.8), (false, 0.4), (false, 0.1)]);
         let point = operating_point(&scores, 0.6).unwrap();
         assert_eq!((point.threshold, point.specificity), (0.7, 2.0 / 3.0));
         let all = operating_point(&scores, 0.9).unwrap();

@@ -113,7 +113,8 @@ pub(super) fn forward(args: &ForwardArgs, cx: &Context) -> Result<()> {
     let x = Tensor::<4>::from_data(TensorData::new(values, [batch, channels, height, width]), &cx.device);
     let logits = match args.net {
         AnyNet::Classifier(net) => {
-            let config = ClassifierConfig { size: height.min(width), ..ClassifierConfig::new(net, args.classes) };
+            let config =
+                ClassifierConfig { size: height.min(width), ..ClassifierConfig::new(net, args.classes) };
             config.check()?;
             if channels != 3 {
                 return Err(wrong("classifiers take 3 channels"));

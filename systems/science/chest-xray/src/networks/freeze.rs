@@ -94,7 +94,6 @@ struct Freezer<F> {
     chosen: F,
 }
 
-
 impl<F: Fn(&str) -> bool> ModuleMapper for Freezer<F> {
     fn enter_module(&mut self, name: &str, container_type: &str) {
         self.path.enter(name, container_type);

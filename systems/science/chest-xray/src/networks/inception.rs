@@ -5,7 +5,9 @@
 use burn::module::Module;
 use burn::nn::PaddingConfig2d;
 use burn::tensor::{Device, Tensor};
-use kiln_nn::{AvgPool2dConfig, BatchNorm, BatchNormConfig, Conv2d, Dropout, DropoutConfig, Linear, LinearConfig};
+use kiln_nn::{
+    AvgPool2dConfig, BatchNorm, BatchNormConfig, Conv2d, Dropout, DropoutConfig, Linear, LinearConfig,
+};
 
 use super::parts::{conv, conv_norm, global_mean, max_pool, relu, scaled};
 

@@ -47,7 +47,8 @@ impl MobileNetConfig {
         }
         let last = multiple_of_8(1280.0 * self.width.max(1.0));
         features.push(Stage::ConvNorm(conv_norm_pair([inputs, last], 1, 1, device)));
-        let classifier = vec![dropout(0.2), Layer::Linear(LinearConfig::new(last, self.classes).init(device))];
+        let classifier =
+            vec![dropout(0.2), Layer::Linear(LinearConfig::new(last, self.classes).init(device))];
         MobileNet { features, classifier }
     }
 }
@@ -86,7 +87,12 @@ enum Piece {
     Norm(BatchNorm),
 }
 
-fn conv_norm_pair(channels: [usize; 2], kernel: usize, stride: usize, device: &Device) -> (Conv2d, BatchNorm) {
+fn conv_norm_pair(
+    channels: [usize; 2],
+    kernel: usize,
+    stride: usize,
+    device: &Device,
+) -> (Conv2d, BatchNorm) {
     (conv(channels, [kernel; 2], stride, [kernel / 2; 2], device), norm(channels[1], device))
 }
 

@@ -171,8 +171,9 @@ impl ClassifierConfig {
         let resnet = |config: ResNetConfig| Classifier::ResNet(ResNetConfig { width, ..config }.init(device));
         let dense =
             |config: DenseNetConfig| Classifier::DenseNet(DenseNetConfig { width, ..config }.init(device));
-        let squeeze =
-            |config: SqueezeNetConfig| Classifier::SqueezeNet(SqueezeNetConfig { width, ..config }.init(device));
+        let squeeze = |config: SqueezeNetConfig| {
+            Classifier::SqueezeNet(SqueezeNetConfig { width, ..config }.init(device))
+        };
         match self.net {
             Net::Resnet18 => resnet(ResNetConfig::resnet18(classes)),
             Net::Resnet50 => resnet(ResNetConfig::resnet50(classes)),

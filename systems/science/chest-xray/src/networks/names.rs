@@ -105,7 +105,9 @@ pub fn transfer<M: Module>(module: M, mut file: TensorFile, head: &[&str]) -> Re
     let own = TensorFile::from_module(&module);
     let (mut redrawn, mut skipped) = (Vec::new(), Vec::new());
     for name in own.names().map(str::to_string).collect::<Vec<_>>() {
-        let fits = |found: &TensorFile| found.get(&name).map(|found| found.shape == own.get(&name).map_or(vec![], |t| t.shape.clone()));
+        let fits = |found: &TensorFile| {
+            found.get(&name).map(|found| found.shape == own.get(&name).map_or(vec![], |t| t.shape.clone()))
+        };
         if is_head(&name) && fits(&file) != Some(true) {
             if let Some(tensor) = own.get(&name) {
                 file.insert(name.clone(), tensor.clone());
@@ -113,7 +115,8 @@ pub fn transfer<M: Module>(module: M, mut file: TensorFile, head: &[&str]) -> Re
             redrawn.push(torchvision_name(&name));
         }
     }
-    let unknown: Vec<String> = file.names().filter(|name| own.get(name).is_none()).map(str::to_string).collect();
+    let unknown: Vec<String> =
+        file.names().filter(|name| own.get(name).is_none()).map(str::to_string).collect();
     for name in unknown {
         if !is_head(&name) {
             return Err(Error::input(

@@ -4,7 +4,8 @@ use burn::module::{Module, Param, ParamId};
 use burn::nn::{Initializer, PaddingConfig2d, Relu};
 use burn::tensor::{Device, Tensor};
 use kiln_nn::{
-    BatchNorm, BatchNormConfig, Conv2d, Conv2dConfig, Dropout, DropoutConfig, Linear, MaxPool2d, MaxPool2dConfig,
+    BatchNorm, BatchNormConfig, Conv2d, Conv2dConfig, Dropout, DropoutConfig, Linear, MaxPool2d,
+    MaxPool2dConfig,
 };
 use kiln_ops::{Activation, activate, adaptive_avg_pool2d};
 
@@ -100,7 +101,12 @@ pub fn depthwise(channels: usize, stride: usize, device: &Device) -> Conv2d {
     conv_config([channels; 2], [3; 2], stride, [1; 2]).with_groups(channels).init(device)
 }
 
-fn conv_config(channels: [usize; 2], kernel: [usize; 2], stride: usize, [rows, columns]: [usize; 2]) -> Conv2dConfig {
+fn conv_config(
+    channels: [usize; 2],
+    kernel: [usize; 2],
+    stride: usize,
+    [rows, columns]: [usize; 2],
+) -> Conv2dConfig {
     Conv2dConfig::new(channels, kernel)
         .with_stride([stride; 2])
         .with_padding(PaddingConfig2d::Explicit(rows, columns, rows, columns))
