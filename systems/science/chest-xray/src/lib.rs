@@ -30,6 +30,7 @@ pub mod cam;
 pub mod checkpoint;
 mod command;
 pub mod dataset;
+mod experiment;
 pub mod image;
 pub mod masks;
 pub mod metrics;
@@ -86,7 +87,7 @@ impl System for ChestXray {
     }
 
     fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> {
-        Ok(Report::new(self.card(), scale, cx.seed))
+        experiment::run(self.card(), scale, cx)
     }
 
     fn network(&self, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {
