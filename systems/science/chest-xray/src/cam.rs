@@ -5,7 +5,9 @@
 //! grows when only what a map covers is left of the image.
 
 use burn::tensor::{Device, Tensor, TensorData, activation};
+use clap::ValueEnum;
 use kiln_core::{Error, Result};
+use serde::Serialize;
 
 use crate::bilinear::{resize, resize_plane};
 use crate::masks::Mask;
@@ -15,6 +17,17 @@ use crate::networks::{Classifier, freeze};
 const BATCH: usize = 32;
 /// Steps of deletion and insertion.
 const STEPS: usize = 20;
+
+/// Whose activations a map of Score-CAM is made of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layer {
+    /// The last convolution's: a 32nd of the image in rows and columns
+    #[default]
+    Last,
+    /// Those in the middle of the network: an eighth
+    Middle,
+}
 
 /// A map over an image; higher is more important, 0 is not at all.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,8 +111,17 @@ pub struct ScoreCam {
 ///
 /// # Shapes
 /// - x: `[1, 3, height, width]`
-pub fn score_cam(network: &Classifier, x: Tensor<4>, class: usize, most: Option<usize>) -> ScoreCam {
-    let activations = network.activations(x.clone());
+pub fn score_cam(
+    network: &Classifier,
+    x: Tensor<4>,
+    class: usize,
+    layer: Layer,
+    most: Option<usize>,
+) -> ScoreCam {
+    let activations = match layer {
+        Layer::Last => network.activations(x.clone()),
+        Layer::Middle => network.middle(x.clone()),
+    };
     let [_, channels, rows, columns] = activations.dims();
     let mut chosen: Vec<usize> = (0..channels).collect();
     if let Some(most) = most.filter(|&most| most < channels) {

@@ -33,7 +33,9 @@ fn lungs_are_found_and_images_judged_and_explained() {
     assert_eq!(found["images"].as_array().unwrap().len(), 40);
     let masks = Picture::read(&desk.path("m/masks/TB/ph00001.png")).unwrap();
     assert_eq!(masks.shape, [1, 64, 64]);
-    assert!(desk.path("m/segmented/TB/ph00001.png").exists() && desk.path("m/outlines/TB/ph00001.png").exists());
+    assert!(
+        desk.path("m/segmented/TB/ph00001.png").exists() && desk.path("m/outlines/TB/ph00001.png").exists()
+    );
     let judged = desk.json("mask-eval --pred @m/masks --truth @d/masks --out @mask.json");
     assert!(judged["images"] == 40 && judged["dice"].as_f64().unwrap() <= 1.0);
     assert_eq!(desk.json("mask-eval --pred @d/masks --truth @d/masks")["dice"], 1.0);
@@ -60,7 +62,8 @@ fn lungs_are_found_and_images_judged_and_explained() {
     assert!(brier("after") <= brier("before") + 1e-3, "{calibrated}");
     assert!(desk.json("eval --model @cal --images @d/images --out @e2.json")["tp"].as_u64().unwrap() >= 18);
 
-    let explained = desk.json("explain --model @c --seg @s --images @d/images --max-maps 4 --curves --out @x");
+    let explained =
+        desk.json("explain --model @c --seg @s --images @d/images --max-maps 4 --curves --out @x");
     assert_eq!(explained["images"].as_array().unwrap().len(), 40);
     assert!(desk.path("x/curves.svg").exists() && desk.path("x/overlays/Normal/ph00000.png").exists());
     desk.json("explain --model @w --images @d/images/TB --method grad-cam --class tb --out @g");
@@ -76,8 +79,14 @@ fn what_cannot_be_used_is_refused_by_name() {
     desk.json(&format!("{TRAIN} --folds 1 --seg @s --out @l"));
 
     desk.assert_refused("predict --model @l --images @d/images --out @p", "with --seg");
-    desk.assert_refused("predict --model @s --images @d/images --out @p", "finds lungs and does not classify");
-    desk.assert_refused("segment --model @w --images @d/images --out @p", "classifies and does not find lungs");
+    desk.assert_refused(
+        "predict --model @s --images @d/images --out @p",
+        "finds lungs and does not classify",
+    );
+    desk.assert_refused(
+        "segment --model @w --images @d/images --out @p",
+        "classifies and does not find lungs",
+    );
     desk.assert_refused("predict --model @none --images @d/images --out @p", "neither a model nor the folds");
     desk.assert_refused(&format!("{TRAIN} --folds 1 --out @w"), "already holds a training run");
     desk.assert_refused(&format!("{TRAIN} --crop --out @y"), "only --seg finds");
@@ -124,7 +133,10 @@ fn what_cannot_be_used_is_refused_by_name() {
 
     // Tables.
     desk.write("l.csv", "image,label\nTB/ph00001.png,perhaps\n");
-    desk.assert_refused("train --images @d/images --labels @l.csv --out @y", "row 1: the label is \"perhaps\"");
+    desk.assert_refused(
+        "train --images @d/images --labels @l.csv --out @y",
+        "row 1: the label is \"perhaps\"",
+    );
     desk.write("l.csv", "image,label\nTB/none.png,TB\n");
     desk.assert_refused("train --images @d/images --labels @l.csv --out @y", "row 1: there is no");
     desk.write("s.csv", "image,label,p_tb\na,TB,1.5\n");
@@ -142,7 +154,9 @@ fn copies_are_found_and_kept_in_one_fold() {
     assert_eq!((found["images"].as_u64(), found["copies"].as_u64()), (Some(41), Some(1)), "{found}");
     desk.json(&format!("{TRAIN} --folds 2 --patient-regex (ph[0-9]+|copy) --out @c"));
     let rows = fs::read_to_string(desk.path("c/predictions.csv")).unwrap();
-    let fold = |name: &str| rows.lines().find(|row| row.starts_with(name)).unwrap().rsplit(',').next().unwrap().to_string();
+    let fold = |name: &str| {
+        rows.lines().find(|row| row.starts_with(name)).unwrap().rsplit(',').next().unwrap().to_string()
+    };
     assert_eq!(fold("TB/ph00001.png"), fold("TB/copy.png"));
     // The same pixels with another label.
     fs::copy(desk.path("d/images/TB/ph00001.png"), desk.path("d/images/Normal/copy.png")).unwrap();
@@ -159,14 +173,19 @@ fn weights_of_torchvision_are_loaded_to_the_last_name() {
         let renamed = kiln_chest_xray::networks::torchvision_name(&name);
         let old = ["norm1", "norm2", "conv1", "conv2"].iter().fold(renamed.clone(), |name, part| {
             let dotted = format!("{}.{}", &part[..4], &part[4..]);
-            if name.contains("denselayer") { name.replace(&format!(".{part}."), &format!(".{dotted}.")) } else { name }
+            if name.contains("denselayer") {
+                name.replace(&format!(".{part}."), &format!(".{dotted}."))
+            } else {
+                name
+            }
         });
         let old = old.replace("classifier.", "classifier.0.");
         file.rename(&name, format!("module.{old}"));
     }
     file.insert("module.features.norm0.num_batches_tracked", HostTensor::int([1], vec![3]));
     file.write(&desk.path("chexnet.safetensors")).unwrap();
-    let line = "train --images @d/images --net chexnet --width 0.125 --size 64 --epochs 1 --batch 8 --folds 1";
+    let line =
+        "train --images @d/images --net chexnet --width 0.125 --size 64 --epochs 1 --batch 8 --folds 1";
     desk.json(&format!("{line} --weights @chexnet.safetensors --freeze backbone --lr 1e-2 --out @c"));
     // What was frozen is as it was.
     let learnt = TensorFile::read(&desk.path("c/model.safetensors")).unwrap();

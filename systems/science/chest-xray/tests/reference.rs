@@ -4,11 +4,11 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use kiln_chest_xray::cam::{grad_cam, score_cam, score_cam_of};
+use kiln_chest_xray::cam::{Layer, grad_cam, score_cam, score_cam_of};
 use kiln_chest_xray::masks::{Mask, MaskMetrics};
+use kiln_chest_xray::networks::Classifier;
 use kiln_chest_xray::networks::{fill, formula};
 use kiln_chest_xray::{ChestXray, ResNetConfig};
-use kiln_chest_xray::networks::Classifier;
 use kiln_core::TensorFile;
 use kiln_core::testing::Desk;
 use kiln_data::{Picture, shared_dir};
@@ -102,11 +102,11 @@ fn activation_maps_are_those_of_the_reference() {
 #[test]
 fn nothing_explains_a_black_image_and_fewer_maps_are_the_most_varied() {
     let (network, x) = resnet();
-    let blank = score_cam(&network, x.zeros_like(), 1, Some(8));
+    let blank = score_cam(&network, x.zeros_like(), 1, Layer::Last, Some(8));
     assert!(blank.map.values.iter().all(|&value| value == 0.0) && blank.channels.len() == 8);
     let lungs = Mask { height: 64, width: 64, lung: vec![true; 64 * 64] };
     assert_eq!(blank.map.lung_fraction(&lungs), None);
-    let some = score_cam(&network, x, 1, Some(8));
+    let some = score_cam(&network, x, 1, Layer::Last, Some(8));
     assert!((some.map.lung_fraction(&lungs).unwrap() - 1.0).abs() < 1e-9);
     assert!(some.channels.is_sorted() && some.scores.len() == 8);
 }

@@ -12,7 +12,12 @@ fn a_stopped_run_goes_on_to_the_same_weights() {
     let desk = Desk::new(&ChestXray);
     desk.json("phantom --n 30 --size 64 --tb 0.3 --out @d");
     let lines = [
-        ("train", "--images @d/images", "--net squeezenet1_1 --width 0.125 --size 64 --epochs 2 --batch 8 --folds 2", "/fold-2"),
+        (
+            "train",
+            "--images @d/images",
+            "--net squeezenet1_1 --width 0.125 --size 64 --epochs 2 --batch 8 --folds 2",
+            "/fold-2",
+        ),
         ("train-seg", "--images @d/images --masks @d/masks", "--width 2 --size 64 --epochs 2 --augment", ""),
     ];
     for (verb, data, options, model) in lines {

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::judge::{Ensemble, ModelArgs, picture};
 use super::{ImagesArgs, escape, make_folder, page, picture_path, shown, write_csv};
 use crate::NOTICE;
-use crate::cam::{Faithfulness, grad_cam, score_cam};
+use crate::cam::{Faithfulness, Layer, grad_cam, score_cam};
 use crate::masks::Mask;
 use crate::train::judge;
 use crate::tsne;
@@ -45,6 +45,9 @@ pub(super) struct ExplainArgs {
     /// Activation maps that Score-CAM is made of, those that vary most [default: all]
     #[arg(long)]
     max_maps: Option<usize>,
+    /// Whose activations Score-CAM is made of; the middle's are finer, for images of fewer than about 200 pixels
+    #[arg(long, value_enum, default_value = "last")]
+    layer: Layer,
     /// The class to explain: TB, Normal, or the one that was decided for [default: decided]
     #[arg(long, value_parser = ["tb", "normal", "decided"], default_value = "decided")]
     class: String,
@@ -110,7 +113,7 @@ fn attention(args: &ExplainArgs, ensemble: &Ensemble, cx: &Context) -> Result<()
         let x: Tensor<4> = config.cxr.to_tensor([&plane[..]], &cx.device);
         let map = match args.method {
             Method::GradCam => grad_cam(model, x.clone(), class)?,
-            _ => score_cam(model, x.clone(), class, args.max_maps).map,
+            _ => score_cam(model, x.clone(), class, args.layer, args.max_maps).map,
         };
         // A cut image no longer lies where the mask does.
         let mask = lungs.as_ref().filter(|_| !config.crop).map(|lungs| &lungs[index]);

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::lungs::lung_warning;
 use super::{ImagesArgs, escape, make_folder, page, picture_path, shown, write_csv, write_json};
 use crate::NOTICE;
-use crate::cam::{Map, score_cam};
+use crate::cam::{Layer, Map, score_cam};
 use crate::checkpoint::{
     ClassifyConfig, Config, KIND, SegmentConfig, model_folders, open_classifier, open_segmenter,
 };
@@ -197,7 +197,7 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         if args.overlays {
             let plane = images.plane(index);
             let x = config.cxr.to_tensor([&plane[..]], &cx.device);
-            let map = score_cam(model, x, 1, Some(WORKLIST_MAPS)).map;
+            let map = score_cam(model, x, 1, Layer::Last, Some(WORKLIST_MAPS)).map;
             picture(&plane, config.cxr.size, &map, mask.filter(|_| !config.crop))
                 .write_png(&picture_path(&args.out.join("overlays"), &entries[index].name)?)?;
         }

@@ -129,23 +129,31 @@ impl DenseNet {
     /// - output: `[batch, channels, height / 32, width / 32]`
     pub fn activations(&self, x: Tensor<4>) -> Tensor<4> {
         let f = &self.features;
+        let x = self.middle(x);
+        let x = f.transition2.iter().fold(x, |x, transition| transition.forward(x));
+        let x = f.denseblock3.forward(x);
+        let x = f.transition3.iter().fold(x, |x, transition| transition.forward(x));
+        f.norm5.forward(f.denseblock4.forward(x))
+    }
+
+    /// The output of the second block, `[batch, channels, height / 8, width / 8]`.
+    pub fn middle(&self, x: Tensor<4>) -> Tensor<4> {
+        let f = &self.features;
         let x = max_pool(3, 2, 1, false).forward(relu(conv_norm(&f.conv0, &f.norm0, x)));
-        let blocks = [
-            (&f.denseblock1, &f.transition1),
-            (&f.denseblock2, &f.transition2),
-            (&f.denseblock3, &f.transition3),
-            (&f.denseblock4, &None),
-        ];
-        let x = blocks.into_iter().fold(x, |x, (block, transition)| {
-            let x = block.denselayer.iter().fold(x, |x, layer| layer.forward(x));
-            transition.iter().fold(x, |x, transition| transition.forward(x))
-        });
-        f.norm5.forward(x)
+        let x = f.denseblock1.forward(x);
+        let x = f.transition1.iter().fold(x, |x, transition| transition.forward(x));
+        f.denseblock2.forward(x)
     }
 
     /// Logits of activations, `[batch, classes]`.
     pub fn head(&self, activations: Tensor<4>) -> Tensor<2> {
         self.classifier.forward(global_mean(relu(activations)))
+    }
+}
+
+impl DenseBlock {
+    fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        self.denselayer.iter().fold(x, |x, layer| layer.forward(x))
     }
 }
 

@@ -220,14 +220,18 @@ impl Inception {
         (self.head(self.late(early)), aux)
     }
 
-    fn early(&self, x: Tensor<4>) -> Tensor<4> {
+    /// The output of the third module, about `[batch, channels, height / 8 - 2, width / 8 - 2]`.
+    pub fn middle(&self, x: Tensor<4>) -> Tensor<4> {
         let x = self.Conv2d_1a_3x3.forward(x);
         let x = self.Conv2d_2b_3x3.forward(self.Conv2d_2a_3x3.forward(x));
         let x = max_pool(3, 2, 0, false).forward(x);
         let x = self.Conv2d_4a_3x3.forward(self.Conv2d_3b_1x1.forward(x));
         let x = max_pool(3, 2, 0, false).forward(x);
-        let x = [&self.Mixed_5b, &self.Mixed_5c, &self.Mixed_5d].into_iter().fold(x, |x, m| m.forward(x));
-        let x = self.Mixed_6a.forward(x);
+        [&self.Mixed_5b, &self.Mixed_5c, &self.Mixed_5d].into_iter().fold(x, |x, module| module.forward(x))
+    }
+
+    fn early(&self, x: Tensor<4>) -> Tensor<4> {
+        let x = self.Mixed_6a.forward(self.middle(x));
         let modules = [&self.Mixed_6b, &self.Mixed_6c, &self.Mixed_6d, &self.Mixed_6e];
         modules.into_iter().fold(x, |x, module| module.forward(x))
     }

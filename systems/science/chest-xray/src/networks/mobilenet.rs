@@ -132,6 +132,13 @@ impl Inverted {
     }
 }
 
+fn run(stages: &[Stage], x: Tensor<4>) -> Tensor<4> {
+    stages.iter().fold(x, |x, stage| match stage {
+        Stage::ConvNorm((conv, norm)) => relu6(conv_norm(conv, norm, x)),
+        Stage::Residual(block) => block.forward(x),
+    })
+}
+
 impl MobileNet {
     /// The output of the last convolution.
     ///
@@ -139,10 +146,13 @@ impl MobileNet {
     /// - x: `[batch, 3, height, width]`
     /// - output: `[batch, channels, ⌈height / 32⌉, ⌈width / 32⌉]`
     pub fn activations(&self, x: Tensor<4>) -> Tensor<4> {
-        self.features.iter().fold(x, |x, stage| match stage {
-            Stage::ConvNorm((conv, norm)) => relu6(conv_norm(conv, norm, x)),
-            Stage::Residual(block) => block.forward(x),
-        })
+        run(&self.features, x)
+    }
+
+    /// The output of the third stage, `[batch, channels, ⌈height / 8⌉, ⌈width / 8⌉]`.
+    pub fn middle(&self, x: Tensor<4>) -> Tensor<4> {
+        let blocks: usize = STAGES[..3].iter().map(|(_, _, blocks, _)| blocks).sum();
+        run(&self.features[..=blocks], x)
     }
 
     /// Logits of activations, `[batch, classes]`.

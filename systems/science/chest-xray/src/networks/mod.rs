@@ -256,6 +256,12 @@ impl Classifier {
         each!(self, network => network.activations(x))
     }
 
+    /// What the middle of the network puts out, about an eighth of the image in rows and columns: for maps of images so
+    /// small that hardly anything is left of them at the end.
+    pub fn middle(&self, x: Tensor<4>) -> Tensor<4> {
+        each!(self, network => network.middle(x))
+    }
+
     /// Logits of activations, `[batch, classes]`.
     pub fn head(&self, activations: Tensor<4>) -> Tensor<2> {
         each!(self, network => network.head(activations))

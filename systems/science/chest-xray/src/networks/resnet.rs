@@ -85,19 +85,27 @@ impl ResNet {
     /// - x: `[batch, 3, height, width]`
     /// - output: `[batch, channels, ⌈height / 32⌉, ⌈width / 32⌉]`
     pub fn activations(&self, x: Tensor<4>) -> Tensor<4> {
+        stages([&self.layer3, &self.layer4], self.middle(x))
+    }
+
+    /// The output of the second stage, `[batch, channels, ⌈height / 8⌉, ⌈width / 8⌉]`.
+    pub fn middle(&self, x: Tensor<4>) -> Tensor<4> {
         let x = relu(conv_norm(&self.conv1, &self.bn1, x));
-        let x = max_pool(3, 2, 1, false).forward(x);
-        let blocks = [&self.layer1, &self.layer2, &self.layer3, &self.layer4].into_iter().flatten();
-        blocks.fold(x, |x, block| match block {
-            Block::Basic(block) => block.forward(x),
-            Block::Bottleneck(block) => block.forward(x),
-        })
+        stages([&self.layer1, &self.layer2], max_pool(3, 2, 1, false).forward(x))
     }
 
     /// Logits of activations, `[batch, classes]`.
     pub fn head(&self, activations: Tensor<4>) -> Tensor<2> {
         self.fc.forward(global_mean(activations))
     }
+}
+
+/// Applies stages in turn.
+fn stages(stages: [&Vec<Block>; 2], x: Tensor<4>) -> Tensor<4> {
+    stages.into_iter().flatten().fold(x, |x, block| match block {
+        Block::Basic(block) => block.forward(x),
+        Block::Bottleneck(block) => block.forward(x),
+    })
 }
 
 /// A residual block.

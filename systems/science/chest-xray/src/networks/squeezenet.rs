@@ -94,6 +94,14 @@ impl Fire {
     }
 }
 
+fn run(parts: &[Part], x: Tensor<4>) -> Tensor<4> {
+    parts.iter().fold(x, |x, part| match part {
+        Part::Layer(layer) => apply(std::slice::from_ref(layer), x),
+        Part::Pool(pool) => pool.forward(x),
+        Part::Fire(fire) => fire.forward(x),
+    })
+}
+
 impl SqueezeNet {
     /// The output of the last fire module.
     ///
@@ -101,11 +109,15 @@ impl SqueezeNet {
     /// - x: `[batch, 3, height, width]`
     /// - output: `[batch, channels, about height / 16, about width / 16]`
     pub fn activations(&self, x: Tensor<4>) -> Tensor<4> {
-        self.features.iter().fold(x, |x, part| match part {
-            Part::Layer(layer) => apply(std::slice::from_ref(layer), x),
-            Part::Pool(pool) => pool.forward(x),
-            Part::Fire(fire) => fire.forward(x),
-        })
+        run(&self.features, x)
+    }
+
+    /// The output of the last fire module before the third maximum, about `[batch, channels, height / 8, width / 8]`.
+    pub fn middle(&self, x: Tensor<4>) -> Tensor<4> {
+        let is_pool = |(place, part): (usize, &Part)| matches!(part, Part::Pool(_)).then_some(place);
+        let third =
+            self.features.iter().enumerate().filter_map(is_pool).nth(2).unwrap_or(self.features.len());
+        run(&self.features[..third], x)
     }
 
     /// Logits of activations, `[batch, classes]`: means of rectified planes, one a class.

@@ -75,6 +75,14 @@ impl Vgg {
         apply(&self.features[..self.features.len() - 1], x)
     }
 
+    /// The output of the last rectifier before the fourth maximum, `[batch, channels, height / 8, width / 8]`.
+    pub fn middle(&self, x: Tensor<4>) -> Tensor<4> {
+        let is_pool = |(place, layer): (usize, &Layer)| matches!(layer, Layer::MaxPool(_)).then_some(place);
+        let fourth =
+            self.features.iter().enumerate().filter_map(is_pool).nth(3).unwrap_or(self.features.len());
+        apply(&self.features[..fourth], x)
+    }
+
     /// Logits of activations, `[batch, classes]`.
     pub fn head(&self, activations: Tensor<4>) -> Tensor<2> {
         let x = apply(&self.features[self.features.len() - 1..], activations);
