@@ -63,10 +63,10 @@ impl Plan {
             unet_epochs: 8,
             dice: 0.90,
             networks: vec![(Net::Resnet18, 0.125), (Net::Squeezenet11, 0.25)],
-            epochs: 9,
+            epochs: 8,
             lr: 1e-3,
             controls: 1,
-            explained: 20,
+            explained: 12,
             folded: None,
         };
         match scale {

@@ -208,12 +208,15 @@ pub struct OperatingPoint {
     pub meets_triage_profile: bool,
 }
 
-/// The highest threshold with a sensitivity of at least `least`; none without both classes.
+/// The threshold with a sensitivity of at least `least` and the highest specificity; none without both classes.
 pub fn operating_point(scores: &[Scored], least: f64) -> Option<OperatingPoint> {
     let mut tb: Vec<f64> = scores.iter().filter(|s| s.is_tb).map(|s| s.p_tb).collect();
     tb.sort_by(|a, b| b.total_cmp(a));
     let needed = (least * tb.len() as f64).ceil() as usize;
-    let threshold = *tb.get(needed.max(1) - 1)?;
+    let last = *tb.get(needed.max(1) - 1)?;
+    // Half-way to the next image, so that rounding does not decide.
+    let next = scores.iter().map(|s| s.p_tb).filter(|&p| p < last).fold(0.0, f64::max);
+    let threshold = (last + next) / 2.0;
     let metrics = Metrics::of(scores, threshold);
     let (sensitivity, specificity) = (metrics.tb.sensitivity?, metrics.tb.specificity?);
     let meets_triage_profile = sensitivity >= TRIAGE_SENSITIVITY && specificity >= TRIAGE_SPECIFICITY;
@@ -318,9 +321,12 @@ mod tests {
         let scores =
             scored(&[(true, 0.9), (true, 0.7), (true, 0.3), (false, 0.8), (false, 0.4), (false, 0.1)]);
         let point = operating_point(&scores, 0.6).unwrap();
-        assert_eq!((point.threshold, point.specificity), (0.7, 2.0 / 3.0));
+        assert_eq!((point.threshold, point.specificity), ((0.7 + 0.4) / 2.0, 2.0 / 3.0));
         let all = operating_point(&scores, 0.9).unwrap();
-        assert_eq!((all.threshold, all.sensitivity, all.meets_triage_profile), (0.3, 1.0, false));
+        assert_eq!(
+            (all.threshold, all.sensitivity, all.meets_triage_profile),
+            ((0.3 + 0.1) / 2.0, 1.0, false)
+        );
         assert_eq!(roc(&scores).last(), Some(&(1.0, 1.0)));
     }
 

@@ -203,3 +203,21 @@ fn weights_of_torchvision_are_loaded_to_the_last_name() {
     desk.assert_refused(&format!("{line} --weights @bad.safetensors --out @x"), "features.norm9.weight");
     assert!(!desk.path("x").exists());
 }
+
+#[test]
+fn every_network_learns_and_is_explained() {
+    let desk = Desk::new(&ChestXray);
+    desk.json("phantom --n 20 --size 96 --out @d");
+    for net in Net::PAPER.into_iter().chain([Net::Squeezenet11]).map(Net::name) {
+        let line = format!(
+            "train --images @d/images --net {net} --width 0.0625 --size 96 --folds 1 --epochs 1 --batch 8"
+        );
+        desk.json(&format!("{line} --out @{net}"));
+        for layer in ["last", "middle"] {
+            let out = format!("@{net}-{layer}");
+            let one = "--images @d/images/TB/ph00001.png --max-maps 2";
+            desk.json(&format!("explain --model @{net} {one} --layer {layer} --out {out}"));
+            assert!(desk.path(&format!("{net}-{layer}/overlays/ph00001.png")).exists(), "{net}");
+        }
+    }
+}

@@ -36,8 +36,7 @@ impl InceptionConfig {
     /// Draws the parameters.
     pub fn init(&self, device: &Device) -> Inception {
         let d = Draw { width: self.width, device };
-        let widths: [usize; 10] = [3, 32, 64, 80, 192, 256, 288, 768, 1280, 2048];
-        let [_, w32, w64, w80, w192, ..] = widths.map(|w| d.scaled(w));
+        let [w32, w64, w80, w192] = [32, 64, 80, 192].map(|width| d.scaled(width));
         let Mixed_5b = d.mixed_5(w192, 32);
         let Mixed_5c = d.mixed_5(Mixed_5b.outputs(), 64);
         let Mixed_5d = d.mixed_5(Mixed_5c.outputs(), 64);
