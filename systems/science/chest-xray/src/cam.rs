@@ -50,17 +50,17 @@ impl Map {
         Self { shape, values }
     }
 
-    /// Over an image of `size`, with 1 for the highest; all 0 where the map is.
+    /// Over an image of `size`, from 0 at the lowest to 1 at the highest as the methods' authors draw it; all 0 where the map
+    /// is the same everywhere.
     pub fn over(&self, size: [usize; 2]) -> Vec<f32> {
         let mut plane = resize_plane(&self.values, self.shape, size);
-        let highest = plane.iter().copied().fold(0.0, f32::max);
-        if highest > 0.0 {
-            plane.iter_mut().for_each(|value| *value /= highest);
-        }
+        let (low, high) = plane.iter().fold((f32::INFINITY, 0.0f32), |(l, h), &x| (l.min(x), h.max(x)));
+        let scale = if high > low { 1.0 / (high - low) } else { 0.0 };
+        plane.iter_mut().for_each(|value| *value = (*value - low) * scale);
         plane
     }
 
-    /// Share of the map that lies inside the lungs; none where the map is 0 everywhere.
+    /// Share of the map, as [`over`](Self::over) draws it, inside the lungs; none where it is 0 everywhere.
     pub fn lung_fraction(&self, lungs: &Mask) -> Option<f64> {
         let plane = self.over([lungs.height, lungs.width]);
         let total: f64 = plane.iter().map(|&value| f64::from(value)).sum();

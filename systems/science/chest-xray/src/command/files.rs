@@ -16,7 +16,7 @@ use crate::image::Radiograph;
 use crate::phantom::{draw, draw_marker};
 
 /// Rows of a difference hash, which has as many bits in each.
-const HASH: usize = 8;
+const HASH: usize = 16;
 
 #[derive(Debug, Args)]
 pub(super) struct PhantomArgs {
@@ -96,9 +96,9 @@ pub(super) fn phantom(args: &PhantomArgs, cx: &Context) -> Result<()> {
 pub(super) struct DuplicatesArgs {
     #[command(flatten)]
     images: ImagesArgs,
-    /// Bits of 64 in which the coarse pictures of near copies may differ
-    #[arg(long, default_value_t = 2)]
-    distance: u32,
+    /// Bits of 256 in which the coarse pictures of near copies may differ
+    #[arg(long, default_value_t = 6)]
+    distance: usize,
     /// Table to write
     #[arg(long, default_value = "duplicates.csv")]
     out: PathBuf,
@@ -109,7 +109,7 @@ struct DuplicateRow {
     a: String,
     b: String,
     kind: &'static str,
-    distance: u32,
+    distance: usize,
     same_label: Option<bool>,
 }
 
@@ -125,7 +125,8 @@ pub(super) fn duplicates(args: &DuplicatesArgs, cx: &Context) -> Result<()> {
     let mut rows = Vec::new();
     for a in 0..entries.len() {
         for b in a + 1..entries.len() {
-            let distance = (hashes[a].0 ^ hashes[b].0).count_ones();
+            let pairs = hashes[a].0.iter().zip(&hashes[b].0);
+            let distance = pairs.filter(|(a, b)| a != b).count();
             let is_copy = hashes[a].1 == hashes[b].1;
             if is_copy || distance <= args.distance {
                 rows.push(DuplicateRow {
@@ -151,11 +152,8 @@ pub(super) fn duplicates(args: &DuplicatesArgs, cx: &Context) -> Result<()> {
     })
 }
 
-/// Whether brightness rises to the right at 8 × 8 places of the coarse picture: hardly changed by scaling and compression.
-fn difference_hash(image: &Radiograph) -> u64 {
+/// Whether brightness rises to the right at 16 × 16 places of the coarse picture: hardly changed by scaling and compression.
+fn difference_hash(image: &Radiograph) -> Vec<bool> {
     let coarse = resize_plane(&image.pixels, [image.height, image.width], [HASH, HASH + 1]);
-    coarse
-        .chunks(HASH + 1)
-        .flat_map(|row| row.windows(2).map(|pair| pair[1] > pair[0]))
-        .fold(0, |hash, rises| hash << 1 | u64::from(rises))
+    coarse.chunks(HASH + 1).flat_map(|row| row.windows(2).map(|pair| pair[1] > pair[0])).collect()
 }
