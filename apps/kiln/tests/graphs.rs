@@ -113,7 +113,7 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             2
         }
         "chest-xray" => {
-            desk.json("phantom --n 20 --size 32 --out @d");
+            desk.json("phantom --n 30 --size 32 --out @d");
             desk.json("train --images @d/images --net resnet18 --width 0.0625 --size 32 --folds 1 --epochs 1 --batch 8 --out @m");
             2
         }

@@ -167,7 +167,9 @@ impl Images {
             bar.inc(1);
             Ok((pack(&cxr.plane(&image)), image))
         };
-        let found = entries.par_iter().map(read).collect::<Result<Vec<_>>>()?;
+        // The first error by the order of images, whichever thread is first.
+        let found =
+            entries.par_iter().map(read).collect::<Vec<_>>().into_iter().collect::<Result<Vec<_>>>()?;
         let mut images = Self {
             cxr,
             shapes: found.iter().map(|(_, image)| [image.height, image.width]).collect(),

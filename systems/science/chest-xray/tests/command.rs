@@ -207,7 +207,7 @@ fn weights_of_torchvision_are_loaded_to_the_last_name() {
 #[test]
 fn every_network_learns_and_is_explained() {
     let desk = Desk::new(&ChestXray);
-    desk.json("phantom --n 20 --size 96 --out @d");
+    desk.json("phantom --n 26 --size 96 --out @d");
     for net in Net::PAPER.into_iter().chain([Net::Squeezenet11]).map(Net::name) {
         let line = format!(
             "train --images @d/images --net {net} --width 0.0625 --size 96 --folds 1 --epochs 1 --batch 8"
@@ -220,4 +220,43 @@ fn every_network_learns_and_is_explained() {
             assert!(desk.path(&format!("{net}-{layer}/overlays/ph00001.png")).exists(), "{net}");
         }
     }
+}
+
+/// A DICOM file of bytes whose window shows them as they are.
+fn dicom(rows: u16, columns: u16, pixels: &[u8]) -> Vec<u8> {
+    let mut file = [&[0; 128][..], b"DICM"].concat();
+    let mut put = |group: u16, number: u16, kind: &[u8; 2], value: &[u8]| {
+        file.extend([group.to_le_bytes(), number.to_le_bytes(), *kind].concat());
+        match kind {
+            b"OW" => file.extend([&[0; 2][..], &(value.len() as u32).to_le_bytes()].concat()),
+            _ => file.extend((value.len() as u16).to_le_bytes()),
+        }
+        file.extend(value);
+    };
+    put(0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1\0");
+    put(0x0010, 0x0020, b"LO", b"ph1 ");
+    put(0x0028, 0x0002, b"US", &1u16.to_le_bytes());
+    put(0x0028, 0x0004, b"CS", b"MONOCHROME2 ");
+    put(0x0028, 0x0010, b"US", &rows.to_le_bytes());
+    put(0x0028, 0x0011, b"US", &columns.to_le_bytes());
+    put(0x0028, 0x0100, b"US", &8u16.to_le_bytes());
+    put(0x0028, 0x1050, b"DS", b"128 ");
+    put(0x0028, 0x1051, b"DS", b"256 ");
+    put(0x7FE0, 0x0010, b"OW", pixels);
+    file
+}
+
+#[test]
+fn the_same_pixels_give_the_same_prediction_from_dicom_and_png() {
+    let desk = desk();
+    desk.json(&format!("{TRAIN} --folds 1 --out @w"));
+    let picture = Picture::read(&desk.path("d/images/TB/ph00001.png")).unwrap();
+    fs::create_dir(desk.path("two")).unwrap();
+    picture.write_png(&desk.path("two/a.png")).unwrap();
+    let bytes: Vec<u8> = picture.pixels.iter().map(|&x| (x * 255.0).round() as u8).collect();
+    desk.write("two/b.dcm", dicom(64, 64, &bytes));
+    let found = desk.json("predict --model @w --images @two --out @p");
+    let p = |index: usize| found["predictions"][index]["p_tb"].as_f64().unwrap();
+    assert!((p(0) - p(1)).abs() < 1e-6, "{found}");
+    assert_eq!(desk.json("duplicates --images @two --out @dup.csv")["copies"], 1);
 }
