@@ -484,13 +484,11 @@ mod tests {
     use kiln_core::random_stream;
     use rand::RngExt;
 
+    /// Tag, type and value of an element.
+    type Extra<'a> = ((u16, u16), &'a [u8; 2], Vec<u8>);
+
     /// A file of 2 x 3 pixels in a transfer syntax, with further elements before its pixels.
-    fn file(
-        syntax: &str,
-        explicit: bool,
-        extra: &[((u16, u16), &[u8; 2], Vec<u8>)],
-        pixels: &[u8],
-    ) -> Vec<u8> {
+    fn file(syntax: &str, explicit: bool, extra: &[Extra<'_>], pixels: &[u8]) -> Vec<u8> {
         let mut bytes = vec![0; MAGIC_AT];
         bytes.extend(b"DICM");
         let mut put = |(group, number): (u16, u16), kind: &[u8; 2], value: &[u8], explicit: bool| {

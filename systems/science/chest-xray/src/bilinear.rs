@@ -19,8 +19,8 @@ pub fn weights(input: usize, output: usize, antialias: bool) -> Vec<f32> {
         let last = ((centre + reach).floor() as usize).min(input - 1);
         let triangle = |pixel: usize| (1.0 - (pixel as f64 - centre).abs() / reach).max(0.0);
         let sum: f64 = (first..=last).map(triangle).sum();
-        for pixel in first..=last {
-            row[pixel] = (triangle(pixel) / sum) as f32;
+        for (pixel, weight) in row.iter_mut().enumerate().take(last + 1).skip(first) {
+            *weight = (triangle(pixel) / sum) as f32;
         }
     }
     weights

@@ -169,6 +169,7 @@ pub fn open_segmenter(path: &Path, cx: &Context) -> Result<(SegmentConfig, UNet)
 }
 
 /// A trained model for other systems.
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Trained {
     /// A classifier
     Classify(ClassifyConfig, Classifier),

@@ -99,7 +99,6 @@ impl Plan {
                 controls: Net::PAPER.len(),
                 explained: 40,
                 folded: Some((Net::Mobilenet, 0.5)),
-                ..quick
             },
         }
     }

@@ -80,6 +80,7 @@ struct Inverted {
 }
 
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "half are of the larger kind")]
 enum Piece {
     /// With a rectifier that ends at 6.
     ConvNorm((Conv2d, BatchNorm)),
