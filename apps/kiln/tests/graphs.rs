@@ -112,6 +112,11 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             desk.json("train --data @p --window 150 --width 0.1 --batch 4 --epochs 1 --out @m");
             2
         }
+        "chest-xray" => {
+            desk.json("phantom --n 30 --size 32 --out @d");
+            desk.json("train --images @d/images --net resnet18 --width 0.0625 --size 32 --folds 1 --epochs 1 --batch 8 --out @m");
+            2
+        }
         other => panic!("say here how to make a model of {other}"),
     };
     (desk.path("m"), below)

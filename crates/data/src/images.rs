@@ -2,6 +2,7 @@
 
 mod folder;
 mod idx;
+mod picture;
 
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,8 @@ use kiln_core::{Error, HostTensor, Result, Values};
 
 use crate::npz::read_npz;
 use crate::table::{Cells, Table, TableOptions};
+
+pub use picture::Picture;
 
 /// Most numbers that are read: a small packed file must not fill the memory.
 const MAX_VALUES: u64 = 1 << 29;

@@ -1,5 +1,6 @@
 //! File formats, datasets and generators.
 
+pub mod dicom;
 pub mod digits;
 pub mod edf;
 mod images;
@@ -14,7 +15,7 @@ mod text;
 mod tokenizer;
 mod windows;
 
-pub use images::{ImageOptions, Images};
+pub use images::{ImageOptions, Images, Picture};
 pub use matrix::Matrix;
 pub use npz::{read_npz, read_npz_as, write_npz, write_npz_as};
 pub use shared::shared_dir;

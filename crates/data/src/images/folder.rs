@@ -77,7 +77,7 @@ fn image_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn open(path: &Path) -> Result<DynamicImage> {
+pub(super) fn open(path: &Path) -> Result<DynamicImage> {
     ImageReader::open(path)
         .and_then(ImageReader::with_guessed_format)
         .map_err(Error::io("read", path))?
@@ -86,7 +86,7 @@ fn open(path: &Path) -> Result<DynamicImage> {
 }
 
 /// Appends an image plane by plane, with sixteen bits where it has them.
-fn append(picture: &DynamicImage, grey: bool, pixels: &mut Vec<f32>) {
+pub(super) fn append(picture: &DynamicImage, grey: bool, pixels: &mut Vec<f32>) {
     let deep =
         matches!(picture.color(), ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16);
     if grey && deep {

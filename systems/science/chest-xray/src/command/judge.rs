@@ -1,0 +1,515 @@
+//! `kiln chest-xray predict`, `eval` and `calibrate`
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use clap::Args;
+use kiln_core::{Context, Error, ModelFolder, Plot, Result, TensorFile, write_atomic};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::lungs::lung_warning;
+use super::{ImagesArgs, escape, make_folder, page, picture_path, shown, write_csv, write_json};
+use crate::NOTICE;
+use crate::cam::{Layer, Map, score_cam};
+use crate::checkpoint::{
+    ClassifyConfig, Config, KIND, SegmentConfig, model_folders, open_classifier, open_segmenter,
+};
+use crate::dataset::{Entry, Images, class_of};
+use crate::image::{Radiograph, segmented};
+use crate::masks::Mask;
+use crate::metrics::{
+    DECISION, Metrics, OperatingPoint, Reliability, Scored, TRIAGE_SENSITIVITY, intervals, operating_point,
+    platt, reliability, roc,
+};
+use crate::networks::{Classifier, UNet};
+use crate::overlay::overlay;
+use crate::train::{find_lungs, judge};
+
+/// Activation maps that pictures of the worklist are made of.
+const WORKLIST_MAPS: usize = 64;
+
+/// Models that vote, and the one that finds lungs for them.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ModelArgs {
+    /// Models that `train` wrote; several, and the folds of one, vote with their mean probability
+    #[arg(long, num_args = 1.., required = true)]
+    pub model: Vec<PathBuf>,
+    /// Model that finds lungs, for models that see lungs alone and for warnings
+    #[arg(long, value_name = "MODEL")]
+    pub seg: Option<PathBuf>,
+}
+
+/// Networks and what they need.
+pub(super) struct Ensemble {
+    pub members: Vec<(ClassifyConfig, Classifier)>,
+    segmenter: Option<(SegmentConfig, UNet)>,
+}
+
+impl Ensemble {
+    pub(super) fn open(args: &ModelArgs, cx: &Context) -> Result<Self> {
+        let mut members: Vec<(ClassifyConfig, Classifier)> = Vec::new();
+        for path in &args.model {
+            for folder in model_folders(path)? {
+                let (config, model) = open_classifier(&folder, cx)?;
+                if config.segmented && args.seg.is_none() {
+                    return Err(Error::usage(format!("{} was trained on lungs alone", folder.display()))
+                        .hint("give the model that finds them with --seg"));
+                }
+                members.push((config, model));
+            }
+        }
+        let segmenter = args.seg.as_deref().map(|path| open_segmenter(path, cx)).transpose()?;
+        Ok(Self { members, segmenter })
+    }
+
+    /// Mean of the members' thresholds.
+    fn threshold(&self) -> f64 {
+        self.members.iter().map(|(config, _)| config.threshold).sum::<f64>() / self.members.len() as f64
+    }
+
+    /// The lungs of images, where there is a model that finds them.
+    pub(super) fn lungs(&self, entries: &[Entry], cx: &Context) -> Result<Option<Vec<Mask>>> {
+        let Some((config, model)) = &self.segmenter else { return Ok(None) };
+        let images = Images::read(entries.to_vec(), config.cxr, cx)?;
+        let all: Vec<usize> = (0..images.len()).collect();
+        find_lungs(model, &images, &all, cx).map(Some)
+    }
+
+    /// Images as one of the members sees them.
+    pub(super) fn prepare(
+        &self,
+        config: &ClassifyConfig,
+        entries: &[Entry],
+        lungs: Option<&[Mask]>,
+        cx: &Context,
+    ) -> Result<Images> {
+        let mut images = Images::read(entries.to_vec(), config.cxr, cx)?;
+        if let Some(lungs) = lungs.filter(|_| config.segmented) {
+            cover(&mut images, lungs, config.crop);
+        }
+        Ok(images)
+    }
+
+    /// Mean probability of tuberculosis for every image.
+    pub(super) fn probabilities(
+        &self,
+        entries: &[Entry],
+        lungs: Option<&[Mask]>,
+        cx: &Context,
+    ) -> Result<Vec<f64>> {
+        let mut sums = vec![0.0; entries.len()];
+        let all: Vec<usize> = (0..entries.len()).collect();
+        for (config, model) in &self.members {
+            let images = self.prepare(config, entries, lungs, cx)?;
+            let margins = judge(model, &images, &all, cx)?;
+            sums.iter_mut().zip(margins).for_each(|(sum, margin)| *sum += config.probability(margin));
+        }
+        Ok(sums.into_iter().map(|sum| sum / self.members.len() as f64).collect())
+    }
+}
+
+/// Blacks out what is no lung.
+fn cover(images: &mut Images, lungs: &[Mask], crop: bool) {
+    let size = images.cxr.size;
+    for (index, lungs) in lungs.iter().enumerate() {
+        let plane = segmented(&images.plane(index), &lungs.resized([size, size]), crop);
+        images.set_plane(index, &plane);
+    }
+}
+
+/// Blacks out what a model does not take for lung.
+pub(super) fn apply_lungs(images: &mut Images, seg: Option<&Path>, crop: bool, cx: &Context) -> Result<()> {
+    let Some(seg) = seg else { return Ok(()) };
+    let (config, model) = open_segmenter(seg, cx)?;
+    let all: Vec<usize> = (0..images.len()).collect();
+    let for_lungs = Images::read(images.entries.clone(), config.cxr, cx)?;
+    let lungs = find_lungs(&model, &for_lungs, &all, cx)?;
+    for (mask, entry) in lungs.iter().zip(&images.entries) {
+        if let Some(warning) = lung_warning(mask) {
+            cx.note(format!("{}: {warning}", entry.name));
+        }
+    }
+    cover(images, &lungs, crop);
+    Ok(())
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PredictArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    images: ImagesArgs,
+    /// Folder to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Draw in the worklist on what each decision rests
+    #[arg(long)]
+    overlays: bool,
+}
+
+#[derive(Clone, Serialize)]
+struct PredictionRow {
+    image: String,
+    p_tb: Option<f64>,
+    label: &'static str,
+    lung_fraction: Option<f64>,
+    warnings: String,
+}
+
+pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
+    let ensemble = Ensemble::open(&args.model, cx)?;
+    // What cannot be read gets a row that says so, and the others go on.
+    let (mut entries, mut unreadable) = (Vec::new(), Vec::new());
+    for entry in args.images.list()? {
+        match Radiograph::read(&entry.path) {
+            Ok(_) => entries.push(entry),
+            Err(error) => unreadable.push((entry, error.to_string())),
+        }
+    }
+    if entries.is_empty() {
+        let why = unreadable.first().map(|(_, why)| why.clone()).unwrap_or_default();
+        return Err(Error::input(
+            args.images.images.display(),
+            format!("none of the images can be read ({why})"),
+        ));
+    }
+    let lungs = ensemble.lungs(&entries, cx)?;
+    let probabilities = ensemble.probabilities(&entries, lungs.as_deref(), cx)?;
+    let threshold = ensemble.threshold();
+    let (config, model) = &ensemble.members[0];
+    let images = ensemble.prepare(config, &entries, lungs.as_deref(), cx)?;
+    make_folder(&args.out)?;
+    let mut rows = Vec::new();
+    let bar = cx.progress(entries.len() as u64, "writing");
+    for (index, &p) in probabilities.iter().enumerate() {
+        let mut warnings = images.warnings[index].clone();
+        let mask = lungs.as_ref().map(|lungs| &lungs[index]);
+        let no_lungs = mask.and_then(lung_warning);
+        // Without lungs there is nothing to judge.
+        let label = match (&no_lungs, p >= threshold) {
+            (Some(_), _) => "flagged",
+            (None, true) => "TB",
+            (None, false) => "Normal",
+        };
+        warnings.extend(no_lungs);
+        if args.overlays {
+            let plane = images.plane(index);
+            let x = config.cxr.to_tensor([&plane[..]], &cx.device);
+            let map = score_cam(model, x, 1, Layer::Last, Some(WORKLIST_MAPS)).map;
+            picture(&plane, config.cxr.size, &map, mask.filter(|_| !config.crop))
+                .write_png(&picture_path(&args.out.join("overlays"), &entries[index].name)?)?;
+        }
+        let lung_fraction = mask.map(Mask::fraction);
+        let warnings = warnings.join("; ");
+        rows.push(PredictionRow {
+            image: entries[index].name.clone(),
+            p_tb: Some(p),
+            label,
+            lung_fraction,
+            warnings,
+        });
+        bar.inc(1);
+    }
+    rows.extend(unreadable.into_iter().map(|(entry, why)| PredictionRow {
+        image: entry.name,
+        p_tb: None,
+        label: "unreadable",
+        lung_fraction: None,
+        warnings: why,
+    }));
+    write_csv(&args.out.join("predictions.csv"), &rows)?;
+    let page = worklist(&rows, threshold, ensemble.members.len(), args.overlays, &args.out);
+    write_atomic(&args.out.join("worklist.html"), page.as_bytes())?;
+    let count = |label: &str| rows.iter().filter(|row| row.label == label).count();
+    let result = json!({ "out": args.out, "threshold": threshold, "predictions": rows, "note": NOTICE });
+    cx.emit(&result, |_| {
+        format!(
+            "{} images: {} TB, {} Normal, {} flagged, {} unreadable; predictions.csv and worklist.html in {}; {NOTICE}\n",
+            rows.len(),
+            count("TB"),
+            count("Normal"),
+            count("flagged"),
+            count("unreadable"),
+            args.out.display()
+        )
+    })
+}
+
+/// A radiograph with a map, and the lungs' outline where it fits.
+pub(super) fn picture(plane: &[f32], size: usize, map: &Map, lungs: Option<&Mask>) -> kiln_data::Picture {
+    overlay(plane, size, Some(map), lungs)
+}
+
+/// The images with the highest risk first; what could not be judged before them all.
+fn worklist(rows: &[PredictionRow], threshold: f64, networks: usize, overlays: bool, out: &Path) -> String {
+    let mut sorted: Vec<&PredictionRow> = rows.iter().collect();
+    let rank = |row: &PredictionRow| match row.label {
+        "unreadable" | "flagged" => f64::INFINITY,
+        _ => row.p_tb.unwrap_or(f64::INFINITY),
+    };
+    sorted.sort_by(|a, b| rank(b).total_cmp(&rank(a)));
+    let mut body = String::from("<table>\n<thead><tr>");
+    if overlays {
+        body += "<th>Score-CAM</th>";
+    }
+    body += "<th>Image</th><th>Called</th><th>Probability of TB</th><th></th><th>Warnings</th></tr></thead>\n<tbody>\n";
+    for row in sorted {
+        body += "<tr>";
+        if overlays {
+            let below = Path::new("overlays").join(Path::new(&row.image).with_extension("png"));
+            let shown = out.join(&below).is_file();
+            let source = escape(&below.display().to_string());
+            let _ = match shown {
+                true => write!(
+                    body,
+                    "<td><img src=\"{source}\" alt=\"Score-CAM of {}\"></td>",
+                    escape(&row.image)
+                ),
+                false => write!(body, "<td></td>"),
+            };
+        }
+        let percent = row.p_tb.unwrap_or(0.0) * 100.0;
+        let _ = writeln!(
+            body,
+            "<td>{}</td><td>{}</td><td class=\"number\">{}</td>\
+             <td><div class=\"bar\"><i style=\"width:{percent:.0}%\"></i></div></td><td class=\"warn\">{}</td></tr>",
+            escape(&row.image),
+            row.label,
+            shown(row.p_tb),
+            escape(&row.warnings)
+        );
+    }
+    body += "</tbody>\n</table>\n";
+    let lead = format!(
+        "{} images, judged by {networks} network{}, highest risk first; called TB from a probability of {threshold:.3}. \
+         What could not be judged stands at the top.",
+        rows.len(),
+        if networks == 1 { "" } else { "s" }
+    );
+    page("Tuberculosis worklist", &lead, &body)
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    /// Models that `train` wrote
+    #[arg(long, num_args = 1.., required_unless_present = "scores")]
+    model: Vec<PathBuf>,
+    /// Model that finds lungs
+    #[arg(long, value_name = "MODEL")]
+    seg: Option<PathBuf>,
+    /// Folder of labelled radiographs
+    #[arg(long, required_unless_present = "scores")]
+    images: Option<PathBuf>,
+    /// Table of labels: image, label
+    #[arg(long)]
+    labels: Option<PathBuf>,
+    /// Table of probabilities instead of a model: image, label, p_tb
+    #[arg(long, conflicts_with_all = ["model", "images"])]
+    scores: Option<PathBuf>,
+    /// Probability from which an image is called tuberculosis [default: the model's, or 0.5]
+    #[arg(long)]
+    threshold: Option<f64>,
+    /// JSON file to write; the plots lie beside it
+    #[arg(long, default_value = "metrics.json")]
+    out: PathBuf,
+}
+
+/// What `eval` finds.
+#[derive(Serialize)]
+struct Judgement {
+    threshold: f64,
+    #[serde(flatten)]
+    metrics: Metrics,
+    intervals_95: crate::metrics::Intervals,
+    triage: Option<OperatingPoint>,
+    reliability: Reliability,
+    note: &'static str,
+}
+
+pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
+    let (scores, threshold) = match (&args.scores, &args.images) {
+        (Some(table), _) => (read_scores(table)?, args.threshold.unwrap_or(DECISION)),
+        (None, Some(images)) => {
+            let model = ModelArgs { model: args.model.clone(), seg: args.seg.clone() };
+            let ensemble = Ensemble::open(&model, cx)?;
+            let images =
+                ImagesArgs { images: images.clone(), labels: args.labels.clone(), patient_regex: None };
+            (score(&ensemble, &images, cx)?, args.threshold.unwrap_or(ensemble.threshold()))
+        }
+        (None, None) => {
+            return Err(Error::usage("there is nothing to judge").hint("give --images or --scores"));
+        }
+    };
+    if !(0.0..=1.0).contains(&threshold) {
+        return Err(Error::usage(format!("--threshold {threshold} must lie between 0 and 1")));
+    }
+    let judgement = Judgement {
+        threshold,
+        metrics: Metrics::of(&scores, threshold),
+        intervals_95: intervals(&scores, threshold, &mut cx.rng("bootstrap", 0)),
+        triage: operating_point(&scores, TRIAGE_SENSITIVITY),
+        reliability: reliability(&scores),
+        note: NOTICE,
+    };
+    write_json(&args.out, &judgement)?;
+    Plot::lines("ROC", "1 - specificity", "sensitivity")
+        .series("network", roc(&scores))
+        .series("chance", vec![(0.0, 0.0), (1.0, 1.0)])
+        .save(&args.out.with_extension("roc.svg"))?;
+    Plot::lines("Reliability", "probability of tuberculosis", "share of tuberculosis")
+        .series("network", judgement.reliability.bins.clone())
+        .series("as it should be", vec![(0.0, 0.0), (1.0, 1.0)])
+        .save(&args.out.with_extension("reliability.svg"))?;
+    cx.emit(&judgement, |judgement| {
+        let triage = judgement.triage.map_or_else(String::new, |point| {
+            format!(
+                "sensitivity {:.3} is reached from {:.3} on, with specificity {:.3}: {} the WHO's triage profile\n",
+                point.sensitivity,
+                point.threshold,
+                point.specificity,
+                if point.meets_triage_profile { "within" } else { "short of" }
+            )
+        });
+        format!("{}{triage}{NOTICE}\n", describe(&judgement.metrics))
+    })
+}
+
+/// Probabilities of labelled images.
+fn score(ensemble: &Ensemble, args: &ImagesArgs, cx: &Context) -> Result<Vec<Scored>> {
+    let entries = args.list()?;
+    if let Some(entry) = entries.iter().find(|entry| entry.is_tb.is_none()) {
+        return Err(Error::input(args.images.display(), format!("{} has no label", entry.name))
+            .hint("expected the folders TB and Normal, or a table with --labels"));
+    }
+    let lungs = ensemble.lungs(&entries, cx)?;
+    let probabilities = ensemble.probabilities(&entries, lungs.as_deref(), cx)?;
+    let scored = entries.into_iter().zip(probabilities);
+    Ok(scored
+        .map(|(entry, p_tb)| Scored { image: entry.name, is_tb: entry.is_tb == Some(true), p_tb })
+        .collect())
+}
+
+fn read_scores(path: &Path) -> Result<Vec<Scored>> {
+    let unreadable = |e: csv::Error| Error::input(path.display(), "cannot be read as CSV").caused_by(e);
+    let mut reader = csv::Reader::from_path(path).map_err(unreadable)?;
+    let heads = reader.headers().map_err(unreadable)?.clone();
+    let column = |name: &str| heads.iter().position(|head| head.trim() == name);
+    let (Some(image), Some(label), Some(p_tb)) = (column("image"), column("label"), column("p_tb")) else {
+        let found = format!("has the columns {}", heads.iter().collect::<Vec<_>>().join(", "));
+        return Err(Error::input(path.display(), found).hint("expected image, label and p_tb"));
+    };
+    let mut scores = Vec::new();
+    for (row, record) in reader.records().enumerate() {
+        let record = record.map_err(unreadable)?;
+        let place = || format!("{}: row {}", path.display(), row + 1);
+        let cell = |at: usize| record.get(at).unwrap_or_default();
+        let Some(is_tb) = class_of(cell(label)) else {
+            return Err(Error::input(place(), format!("the label is \"{}\"", cell(label)))
+                .hint("labels are TB and Normal"));
+        };
+        match cell(p_tb).trim().parse::<f64>() {
+            Ok(p) if (0.0..=1.0).contains(&p) => {
+                scores.push(Scored { image: cell(image).into(), is_tb, p_tb: p })
+            }
+            _ => {
+                return Err(Error::input(place(), format!("p_tb is \"{}\"", cell(p_tb)))
+                    .hint("probabilities lie between 0 and 1"));
+            }
+        }
+    }
+    if scores.is_empty() {
+        return Err(Error::input(path.display(), "has no rows"));
+    }
+    Ok(scores)
+}
+
+/// Figures for a person.
+pub(super) fn describe(m: &Metrics) -> String {
+    format!(
+        "{} images: accuracy {} ± {}, sensitivity {}, specificity {}, precision {}, F1 {}, AUC {}\n\
+         found {} of {} with tuberculosis; {} false alarms among {} normal\n",
+        m.n,
+        shown(m.accuracy),
+        shown(m.accuracy_ci95),
+        shown(m.tb.sensitivity),
+        shown(m.tb.specificity),
+        shown(m.tb.precision),
+        shown(m.tb.f1),
+        shown(m.auc),
+        m.tp,
+        m.tp + m.missed,
+        m.fp,
+        m.fp + m.tn
+    )
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CalibrateArgs {
+    /// Model that `train` wrote
+    #[arg(long)]
+    model: PathBuf,
+    /// Model that finds lungs
+    #[arg(long, value_name = "MODEL")]
+    seg: Option<PathBuf>,
+    #[command(flatten)]
+    images: ImagesArgs,
+    /// Share of tuberculosis that must be found
+    #[arg(long, default_value_t = TRIAGE_SENSITIVITY)]
+    sensitivity: f64,
+    /// Model folder to write
+    #[arg(long)]
+    out: PathBuf,
+}
+
+pub(super) fn calibrate(args: &CalibrateArgs, cx: &Context) -> Result<()> {
+    if !(args.sensitivity > 0.0 && args.sensitivity <= 1.0) {
+        return Err(Error::usage(format!("--sensitivity {} must lie between 0 and 1", args.sensitivity)));
+    }
+    if args.out.join("config.json").exists() {
+        return Err(Error::usage(format!("{} already holds a model", args.out.display()))
+            .hint("choose another --out"));
+    }
+    let model = ModelArgs { model: vec![args.model.clone()], seg: args.seg.clone() };
+    let mut ensemble = Ensemble::open(&model, cx)?;
+    if ensemble.members.len() > 1 {
+        return Err(Error::usage(format!("{} holds several models", args.model.display()))
+            .hint("calibrate one of its folds, such as fold-1"));
+    }
+    ensemble.members[0].0.platt = None;
+    let before = score(&ensemble, &args.images, cx)?;
+    let Some(found) = platt(&before) else {
+        return Err(Error::input(args.images.images.display(), "lacks one of the classes"));
+    };
+    ensemble.members[0].0.platt = Some(found);
+    let after: Vec<Scored> = before
+        .iter()
+        .map(|s| Scored { p_tb: crate::metrics::calibrated(s.p_tb, found), ..s.clone() })
+        .collect();
+    let point = operating_point(&after, args.sensitivity);
+    let (mut config, model) = ensemble.members.remove(0);
+    config.threshold = point.map_or(DECISION, |point| point.threshold);
+    let folder = ModelFolder::new(&args.out);
+    folder.create()?;
+    folder.save_weights(&TensorFile::from_module(&model.no_grad()))?;
+    folder.save_config(KIND, &Config::Classify(config.clone()))?;
+    let (was, is) = (reliability(&before), reliability(&after));
+    let result = json!({
+        "out": args.out, "platt": found, "operating_point": point,
+        "before": { "ece": was.ece, "brier": was.brier }, "after": { "ece": is.ece, "brier": is.brier },
+        "note": Value::from(NOTICE),
+    });
+    cx.emit(&result, |_| {
+        format!(
+            "calibration error {:.3} before, {:.3} after; called TB from {:.3} on (sensitivity {}, specificity {} on these \
+             images); model in {}\n",
+            was.ece,
+            is.ece,
+            config.threshold,
+            shown(point.map(|p| p.sensitivity)),
+            shown(point.map(|p| p.specificity)),
+            args.out.display()
+        )
+    })
+}
