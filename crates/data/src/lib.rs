@@ -1,7 +1,9 @@
 //! File formats, datasets and generators.
 
+pub mod avro;
 pub mod digits;
 pub mod edf;
+pub mod fits;
 mod images;
 mod matrix;
 mod npz;
@@ -16,7 +18,7 @@ mod windows;
 
 pub use images::{ImageOptions, Images};
 pub use matrix::Matrix;
-pub use npz::{read_npz, read_npz_as, write_npz, write_npz_as};
+pub use npz::{read_npy, read_npz, read_npz_as, write_npz, write_npz_as};
 pub use shared::shared_dir;
 pub use stopped_text::StoppedText;
 pub use table::{Cells, Column, Encoder, Table, TableOptions};
