@@ -8,7 +8,7 @@ use kiln_core::{Error, HostTensor, Result};
 use kiln_data::{read_npy, read_npz};
 use rand::Rng;
 use rand::seq::SliceRandom;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::augment::Dihedral;
 use crate::features::FEATURES;
@@ -32,7 +32,7 @@ pub struct About {
 }
 
 /// An alert that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rejected {
     /// The file, and the row where it has rows.
     pub file: String,

@@ -23,9 +23,11 @@ pub mod augment;
 pub mod checkpoint;
 mod command;
 pub mod dataset;
+mod experiment;
 pub mod features;
 pub mod fields;
 pub mod filter;
+pub mod follow_up;
 pub mod metrics;
 pub mod model;
 pub mod names;
@@ -35,9 +37,13 @@ pub mod page;
 pub mod picture;
 pub mod policy;
 pub mod scores;
+pub mod shift;
+pub mod simulate;
+pub mod store;
 pub mod tables;
 pub mod train;
 pub mod triplet;
+pub mod watch;
 
 use std::path::Path;
 
@@ -79,7 +85,7 @@ impl System for Btsbot {
     }
 
     fn experiment(&self, scale: Scale, cx: &Context) -> Result<Report> {
-        Ok(Report::new(self.card(), scale, cx.seed))
+        experiment::run(self.card(), scale, cx)
     }
 
     fn network(&self, model: &Path, cx: &Context) -> Result<Box<dyn Network>> {

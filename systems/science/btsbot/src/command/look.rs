@@ -1,6 +1,6 @@
 //! `kiln btsbot extract` and `kiln btsbot show`
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::filter::Filter;
 use crate::packet::{Alert, Field};
 use crate::packets::{Ready, find, ingest, rejected, triplet, visit_stamps};
 use crate::picture;
-use crate::tables::write_csv;
+use crate::tables::{CsvTable, write_csv};
 use crate::triplet::{SIDE, STAMPS, Triplet};
 
 #[derive(Debug, Args)]
@@ -26,12 +26,16 @@ pub(super) struct ExtractArgs {
     packets: Vec<PathBuf>,
     #[command(flatten)]
     reading: ReadArgs,
+    /// Table with objectId and label (1: bright transient, 0: not), from which the alerts get theirs
+    #[arg(long, value_name = "FILE")]
+    labels: Option<PathBuf>,
     /// Folder to write: candidates.csv, triplets.npy and rejected.csv
     #[arg(long)]
     out: PathBuf,
 }
 
 pub(super) fn extract(args: &ExtractArgs, cx: &Context) -> Result<()> {
+    let labels = args.labels.as_deref().map(read_labels).transpose()?;
     let paths = find(&args.packets)?;
     let reader = args.reading.reader()?;
     let filter = Filter { negative: true, ..Filter::default() };
@@ -54,7 +58,7 @@ pub(super) fn extract(args: &ExtractArgs, cx: &Context) -> Result<()> {
         }
         Ok(())
     })?;
-    write_candidates(&out.join("candidates.csv"), &kept)?;
+    write_candidates(&out.join("candidates.csv"), &kept, labels.as_ref())?;
     write_csv(&out.join("rejected.csv"), &ingested.rejected)?;
     stamps.finish()?;
     let (count, lost) = (kept.len(), &ingested.rejected);
@@ -70,8 +74,23 @@ pub(super) fn extract(args: &ExtractArgs, cx: &Context) -> Result<()> {
     })
 }
 
+/// Labels of sources.
+type Labels = HashMap<String, bool>;
+
+fn read_labels(path: &Path) -> Result<Labels> {
+    let mut table = CsvTable::open(path, &["objectId", "label"])?;
+    let [object, label] = ["objectId", "label"].map(|name| table.column(name).unwrap_or_default());
+    let mut labels = Labels::new();
+    while table.advance()? {
+        if let Some(label) = table.label(label)? {
+            labels.insert(table.text(object).into(), label);
+        }
+    }
+    Ok(labels)
+}
+
 /// All fields of candidate in the order in which they first occur, then the features that come of a source's history.
-fn write_candidates(path: &Path, alerts: &[&Ready]) -> Result<()> {
+fn write_candidates(path: &Path, alerts: &[&Ready], labels: Option<&Labels>) -> Result<()> {
     let failed = |e: csv::Error| Error::work(format!("cannot write {}", path.display())).caused_by(e);
     let mut names: Vec<Arc<str>> = Vec::new();
     let mut known = HashSet::new();
@@ -81,10 +100,15 @@ fn write_candidates(path: &Path, alerts: &[&Ready]) -> Result<()> {
         }
     }
     let mut writer = csv::Writer::from_writer(Vec::new());
-    let header = ["objectId", "candid"].into_iter().chain(names.iter().map(|name| &**name)).chain(DERIVED);
+    let label = labels.map(|_| "label");
+    let header = ["objectId", "candid"].into_iter().chain(label).chain(names.iter().map(|name| &**name)).chain(DERIVED);
     writer.write_record(header).map_err(failed)?;
     for ready in alerts {
         let mut row = vec![ready.alert.object_id.clone(), ready.alert.candid.to_string()];
+        if let Some(labels) = labels {
+            let label = labels.get(&ready.alert.object_id).map(|&label| u8::from(label).to_string());
+            row.push(label.unwrap_or_default());
+        }
         row.extend(names.iter().map(|name| ready.alert.field(name).map(Field::to_string).unwrap_or_default()));
         row.extend(DERIVED.map(|name| derived(ready, name).to_string()));
         writer.write_record(row).map_err(failed)?;

@@ -1,5 +1,7 @@
 //! The verbs of `kiln btsbot`.
 
+mod check;
+mod follow;
 mod forward;
 mod judge;
 mod learn;
@@ -49,6 +51,7 @@ The table has a row for every alert, with status scored or rejected and, for the
     /// Turn packets into arrays and a table, as training takes them
     #[command(after_help = "Examples:
   kiln btsbot extract --packets night/ --out night-arrays/
+  kiln btsbot extract --packets archive/ --labels labels.csv --out training/
 The folder gets candidates.csv (all fields of candidate, and the derived features), triplets.npy [alerts, 63, 63, 3] and
 rejected.csv.")]
     Extract(look::ExtractArgs),
@@ -68,6 +71,26 @@ The folder gets metrics.json, policies.json and report.html.")]
   kiln btsbot policy --scores scored_alerts.csv --policy bts_p1 --policy n=3,score=0.7,mag=18.8,peak=18.5
 The table has the columns objectId, jd, label, magpsf and score.")]
     Policy(judge::PolicyArgs),
+    /// Whether alerts of today are like those that a network was judged by
+    #[command(after_help = "Examples:
+  kiln btsbot shift --a test-scores.csv --b recent-scores.csv --out shift/
+Both tables have objectId, jd, label, magpsf and score; those of the 25 features that are columns of both are compared, too.")]
+    Shift(check::ShiftArgs),
+    /// Follow a folder of packets, and request spectra of the sources that a policy picks
+    #[command(after_help = "Examples:
+  kiln btsbot watch --model m/ --packets incoming/                          dry run: says what it would request
+  kiln btsbot watch --model m/ --packets night/ --once --out w/
+  kiln btsbot watch --model m/ --packets incoming/ --policy bts_p1 --live --base https://fritz.science --allocation 17 \\
+    --source-groups 41 --max-requests-per-night 20
+Every source gets one request, however often the watch is stopped, killed or restarted on the same --store. The token comes from
+the environment variable SKYPORTAL_TOKEN or from --token-file. Priority: 3, one more below magnitude 18 and another below 17,
+one less for sources known for 30 days.")]
+    Watch(follow::WatchArgs),
+    /// Write the alerts of a simulated survey, as packets
+    #[command(after_help = "Examples:
+  kiln btsbot simulate --sources 120 --out survey/
+  kiln btsbot extract --packets survey/packets --labels survey/sources.csv --out arrays/")]
+    Simulate(follow::SimulateArgs),
     /// Run a network on prepared tensors
     #[command(after_help = "Examples:
   kiln btsbot forward --weights w.safetensors --input io.safetensors --out logits.safetensors
@@ -86,6 +109,9 @@ impl Command {
             Verb::Show(args) => look::show(&args, cx),
             Verb::Eval(args) => judge::eval(&args, cx),
             Verb::Policy(args) => judge::policy(&args, cx),
+            Verb::Shift(args) => check::shift(&args, cx),
+            Verb::Watch(args) => follow::watch(&args, cx),
+            Verb::Simulate(args) => follow::simulate(&args, cx),
             Verb::Forward(args) => forward::run(&args, cx),
         }
     }
