@@ -20,6 +20,7 @@
 //! ```
 
 pub mod augment;
+pub mod calibrate;
 pub mod checkpoint;
 mod command;
 pub mod dataset;
@@ -37,6 +38,7 @@ pub mod page;
 pub mod picture;
 pub mod policy;
 pub mod scores;
+pub mod server;
 pub mod shift;
 pub mod simulate;
 pub mod store;

@@ -237,6 +237,13 @@ impl MmCnn {
         self.out.forward(if self.comb_fc.is_empty() { x } else { self.head_drop.forward(x) })
     }
 
+    /// How many numbers are learned.
+    pub fn parameters(&self) -> usize {
+        // Burn counts running statistics, too.
+        let statistics = self.meta_bn.as_ref().map_or(0, |norm| 2 * norm.gamma.dims()[0]);
+        self.num_params() - statistics
+    }
+
     /// What the last layer sees.
     ///
     /// # Shapes
@@ -290,8 +297,7 @@ mod tests {
     #[test]
     fn the_production_network_has_the_papers_number_of_parameters() {
         let device = Device::flex();
-        let count = |mode| MmCnnConfig::new().with_mode(mode).init(&device).num_params();
-        // The running statistics of the batch norm, two numbers a feature, are no parameters.
+        let count = |mode| MmCnnConfig::new().with_mode(mode).init(&device).parameters();
         assert_eq!(count(Mode::MmCnn), 227_811);
         assert_eq!(count(Mode::UmNn), 50 + 25 * 128 + 128 + 128 * 128 + 128 + 129);
         assert_eq!(count(Mode::UmCnn), 227_811 - count(Mode::UmNn) + 129 - 128 * 8);

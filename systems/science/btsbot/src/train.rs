@@ -181,6 +181,19 @@ pub fn predict(model: &MmCnn, data: &Dataset, chosen: &[usize], temperature: f64
     Ok(scores)
 }
 
+/// What the last layer sees of every chosen alert.
+pub fn embed(model: &MmCnn, data: &Dataset, chosen: &[usize], cx: &Context) -> Vec<Vec<f32>> {
+    let mut rows = Vec::with_capacity(chosen.len());
+    for part in chosen.chunks(AT_ONCE) {
+        let (images, features) = data.tensors(part, plain(), &cx.device);
+        let embedded = model.embed(Some(images), Some(features));
+        let [_, width] = embedded.dims();
+        let values: Vec<f32> = embedded.into_data().iter().collect();
+        rows.extend(values.chunks(width).map(<[f32]>::to_vec));
+    }
+    rows
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

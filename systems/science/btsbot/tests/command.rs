@@ -80,20 +80,6 @@ fn a_survey_is_simulated_learned_scored_and_judged() {
 }
 
 #[test]
-fn a_stopped_run_goes_on_to_the_same_weights() {
-    use std::sync::atomic::Ordering;
-    let desk = desk();
-    desk.json(&format!("train {ARRAYS} {TINY} --out @whole"));
-    desk.cx.interrupt_flag().store(true, Ordering::Relaxed);
-    let refusal = desk.refusal(&format!("train {ARRAYS} {TINY} --out @parts"));
-    assert!(refusal.contains("kiln btsbot train --triplets"), "{refusal}");
-    desk.cx.interrupt_flag().store(false, Ordering::Relaxed);
-    desk.json(&format!("train {ARRAYS} --resume @parts"));
-    let weights = |model: &str| fs::read(desk.path(model).join("model.safetensors")).unwrap();
-    assert!(weights("whole") == weights("parts"));
-}
-
-#[test]
 fn packets_are_shown_also_those_that_no_network_would_see() {
     let desk = Desk::new(&Btsbot);
     let shown = desk.json("show --packet %packets_edge/short_63x50.avro --out @a.png");

@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::module::Module;
 use clap::{Args, ValueEnum};
 use kiln_core::{Context, Error, Result};
 use kiln_nn::{Decay, Plateau, TrainConfig, TrainRun};
@@ -208,7 +207,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
     training.check()?;
     let model = new_model(&config.network, cx);
     run.save(|folder| folder.save_config(KIND, &config))?;
-    let parameters = model.num_params();
+    let parameters = model.parameters();
     let held_out: std::collections::BTreeSet<&str> =
         test.iter().map(|&alert| data.about[alert].object_id.as_str()).collect();
     if args.val_triplets.is_none() && !run.resumed {

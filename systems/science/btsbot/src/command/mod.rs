@@ -76,6 +76,16 @@ The table has the columns objectId, jd, label, magpsf and score.")]
   kiln btsbot shift --a test-scores.csv --b recent-scores.csv --out shift/
 Both tables have objectId, jd, label, magpsf and score; those of the 25 features that are columns of both are compared, too.")]
     Shift(check::ShiftArgs),
+    /// Make a network's scores mean what they say
+    #[command(after_help = "Examples:
+  kiln btsbot calibrate --model m/ --triplets val.npy --candidates val.csv --out calibrated/")]
+    Calibrate(check::CalibrateArgs),
+    /// Answer packets with scores over HTTP
+    #[command(after_help = "Examples:
+  kiln btsbot serve --model m/ --port 8080
+  curl --data-binary @2475433850015010009.avro http://127.0.0.1:8080/score
+The source's history is that of the packet.")]
+    Serve(score::ServeArgs),
     /// Follow a folder of packets, and request spectra of the sources that a policy picks
     #[command(after_help = "Examples:
   kiln btsbot watch --model m/ --packets incoming/                          dry run: says what it would request
@@ -110,6 +120,8 @@ impl Command {
             Verb::Eval(args) => judge::eval(&args, cx),
             Verb::Policy(args) => judge::policy(&args, cx),
             Verb::Shift(args) => check::shift(&args, cx),
+            Verb::Calibrate(args) => check::calibrate(&args, cx),
+            Verb::Serve(args) => score::serve(&args, cx),
             Verb::Watch(args) => follow::watch(&args, cx),
             Verb::Simulate(args) => follow::simulate(&args, cx),
             Verb::Forward(args) => forward::run(&args, cx),

@@ -1,9 +1,10 @@
-//! `kiln btsbot predict`
+//! `kiln btsbot predict` and `kiln btsbot serve`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kiln_core::{Context, Error, Result};
+use kiln_core::{Context, Error, HostTensor, Result, TensorFile, write_atomic};
+use kiln_data::write_tensors;
 use serde::Serialize;
 use serde_json::json;
 
@@ -11,6 +12,7 @@ use super::{ArrayArgs, ReadArgs};
 use crate::checkpoint::open;
 use crate::dataset::{About, Dataset, Rejected};
 use crate::filter::Filter;
+use crate::server::{self, Server};
 use crate::packets::{find, ingest, rejected, visit_stamps};
 use crate::tables::write_csv;
 use crate::train;
@@ -32,6 +34,9 @@ pub(super) struct PredictArgs {
     reading: ReadArgs,
     #[command(flatten)]
     filter: Filter,
+    /// Also write what the last layer sees of every scored alert, for searches by similarity: .csv or .npz
+    #[arg(long, value_name = "FILE")]
+    embeddings: Option<PathBuf>,
     /// Table to write
     #[arg(long, default_value = "scores.csv")]
     out: PathBuf,
@@ -82,8 +87,12 @@ impl ScoreRow {
 pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
     let (config, model) = open(&args.model, cx)?;
     let side = config.network.side;
-    let score = |data: &Dataset| -> Result<Vec<ScoreRow>> {
+    let mut embeddings: Vec<Vec<f32>> = Vec::new();
+    let mut score = |data: &Dataset| -> Result<Vec<ScoreRow>> {
         let all: Vec<usize> = (0..data.len()).collect();
+        if args.embeddings.is_some() {
+            embeddings.extend(train::embed(&model, data, &all, cx));
+        }
         let scores = train::predict(&model, data, &all, config.temperature, cx)?;
         Ok(data.about.iter().zip(scores).map(|(about, score)| ScoreRow::scored(about, score)).collect())
     };
@@ -130,6 +139,9 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         let reason = lost.first().map_or("there are none".into(), |one| format!("{}: {}", one.file, one.reason));
         return Err(Error::work(format!("no alert can be scored; the first: {reason}")));
     }
+    if let Some(path) = &args.embeddings {
+        write_embeddings(path, &rows, &embeddings)?;
+    }
     rows.extend(lost.iter().map(ScoreRow::rejected));
     write_csv(&args.out, &rows)?;
     let result = json!({ "out": args.out, "scored": count, "rejected": lost, "scores": rows[..count] });
@@ -148,4 +160,49 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         }
         text + &format!("{count} scored and {} rejected alerts in {}\n", lost.len(), args.out.display())
     })
+}
+
+/// One row of numbers for every scored alert: as `.npz` the array `embeddings`, as `.csv` with objectId and candid.
+fn write_embeddings(path: &Path, rows: &[ScoreRow], embeddings: &[Vec<f32>]) -> Result<()> {
+    let width = embeddings.first().map_or(0, Vec::len);
+    if path.extension().is_some_and(|ending| ending == "npz") {
+        let mut file = TensorFile::new();
+        file.insert("embeddings", HostTensor::float([embeddings.len(), width], embeddings.concat()));
+        return write_tensors(path, &file);
+    }
+    let names = ["objectId".to_string(), "candid".to_string()].into_iter();
+    let mut text = names.chain((0..width).map(|at| format!("e{at}"))).collect::<Vec<_>>().join(",") + "\n";
+    for (row, numbers) in rows.iter().zip(embeddings) {
+        text += &format!("{},{}", row.object_id, row.candid);
+        numbers.iter().for_each(|x| text += &format!(",{x}"));
+        text += "\n";
+    }
+    write_atomic(path, text.as_bytes())
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// Model folder
+    #[arg(long)]
+    model: PathBuf,
+    #[command(flatten)]
+    reading: ReadArgs,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port; 0 takes any that is free
+    #[arg(long, default_value_t = 8080)]
+    port: u16,
+}
+
+pub(super) fn serve(args: &ServeArgs, cx: &Context) -> Result<()> {
+    let (config, model) = open(&args.model, cx)?;
+    let server = Server {
+        features: args.reading.options(config.features),
+        reader: args.reading.reader()?,
+        config,
+        model,
+        cx: cx.clone(),
+    };
+    server::serve(server, kiln_http::listen(&args.host, args.port)?, cx)
 }
