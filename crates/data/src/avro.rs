@@ -49,9 +49,7 @@ impl<'a> AvroValue<'a> {
     /// A field of a record.
     pub fn get(&self, name: &str) -> Option<&AvroValue<'a>> {
         match self {
-            Self::Record(fields) => {
-                fields.iter().find(|(field, _)| *field == name).map(|(_, value)| value)
-            }
+            Self::Record(fields) => fields.iter().find(|(field, _)| *field == name).map(|(_, value)| value),
             _ => None,
         }
     }
@@ -109,9 +107,8 @@ impl<'a> AvroFile<'a> {
             }
             for _ in 0..count {
                 let (key, value) = (bytes.text()?, bytes.bytes()?);
-                let text = || {
-                    std::str::from_utf8(value).map_err(|_| format!("has a header whose {key} is no text"))
-                };
+                let text =
+                    || std::str::from_utf8(value).map_err(|_| format!("has a header whose {key} is no text"));
                 match key {
                     "avro.schema" => schema = Some(text()?),
                     "avro.codec" => codec = text()?,

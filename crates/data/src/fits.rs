@@ -48,9 +48,12 @@ impl FitsImage {
             }
             let text = String::from_utf8_lossy(&card[9..]);
             let text = text.split('/').next().unwrap_or_default().trim();
-            let int = || text.parse::<i64>().map_err(|_| format!("has {text:?} for {}", String::from_utf8_lossy(name)));
+            let int = || {
+                text.parse::<i64>().map_err(|_| format!("has {text:?} for {}", String::from_utf8_lossy(name)))
+            };
             let number = || {
-                let value = text.replace(['D', 'd'], "E").parse::<f64>().ok().filter(|value| value.is_finite());
+                let value =
+                    text.replace(['D', 'd'], "E").parse::<f64>().ok().filter(|value| value.is_finite());
                 value.ok_or_else(|| format!("has {text:?} for {}", String::from_utf8_lossy(name)))
             };
             match name {
@@ -84,7 +87,9 @@ impl FitsImage {
         let physical = |stored: f64| (zero + scale * stored) as f32;
         let is_plain = scale == 1.0 && zero == 0.0;
         let pixels = match bitpix {
-            -32 if is_plain => data.chunks_exact(4).map(|b| f32::from_be_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            -32 if is_plain => {
+                data.chunks_exact(4).map(|b| f32::from_be_bytes([b[0], b[1], b[2], b[3]])).collect()
+            }
             8 => data.iter().map(|&b| physical(b.into())).collect(),
             16 => data.chunks_exact(2).map(|b| physical(i16::from_be_bytes([b[0], b[1]]).into())).collect(),
             32 => {
@@ -112,8 +117,10 @@ impl FitsImage {
             ("NAXIS1", self.width.to_string()),
             ("NAXIS2", self.height.to_string()),
         ];
-        let mut bytes: Vec<u8> =
-            cards.iter().flat_map(|(name, value)| format!("{name:<8}= {value:>20}{:50}", "").into_bytes()).collect();
+        let mut bytes: Vec<u8> = cards
+            .iter()
+            .flat_map(|(name, value)| format!("{name:<8}= {value:>20}{:50}", "").into_bytes())
+            .collect();
         bytes.extend(format!("{:80}", "END").bytes());
         bytes.resize(bytes.len().next_multiple_of(BLOCK), b' ');
         bytes.extend(self.pixels.iter().flat_map(|pixel| pixel.to_be_bytes()));
@@ -185,7 +192,8 @@ mod tests {
             assert!(FitsImage::read(&bytes[..cut]).is_err());
         }
         let mut huge = bytes.clone();
-        huge[3 * CARD..4 * CARD].copy_from_slice(format!("{:80}", "NAXIS1  = 9000000000000000000").as_bytes());
+        huge[3 * CARD..4 * CARD]
+            .copy_from_slice(format!("{:80}", "NAXIS1  = 9000000000000000000").as_bytes());
         assert!(FitsImage::read(&huge).unwrap_err().contains("more than its"));
         for at in 0..bytes.len() {
             let mut bytes = bytes.clone();

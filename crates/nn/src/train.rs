@@ -366,8 +366,11 @@ impl<'a, M: Module> Run<'a, M> {
 
         let step = self.position.step;
         let is_last = step == config.steps;
-        let val_loss =
-            if is_last || is_due(step, config.eval_every) { Some(self.evaluate(task, config)?) } else { None };
+        let val_loss = if is_last || is_due(step, config.eval_every) {
+            Some(self.evaluate(task, config)?)
+        } else {
+            None
+        };
         self.log.push(LogRow {
             step,
             tokens: self.position.tokens,

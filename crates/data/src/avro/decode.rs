@@ -186,7 +186,8 @@ impl<'a> Decoder<'a> {
                     }
                     if count < 0 {
                         let size = self.bytes.long()?;
-                        let size = usize::try_from(size).map_err(|_| format!("claims a block of {size} bytes"))?;
+                        let size =
+                            usize::try_from(size).map_err(|_| format!("claims a block of {size} bytes"))?;
                         self.bytes.take(size)?;
                         continue;
                     }

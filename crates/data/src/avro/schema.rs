@@ -42,7 +42,8 @@ impl AvroSchema {
     /// # Errors
     /// What is wrong with it.
     pub fn parse(json: &str) -> Result<Self, String> {
-        let json: Value = serde_json::from_str(json).map_err(|e| format!("has a schema that is no JSON: {e}"))?;
+        let json: Value =
+            serde_json::from_str(json).map_err(|e| format!("has a schema that is no JSON: {e}"))?;
         let mut parser = Parser { types: Vec::new(), named: HashMap::new() };
         let root = parser.parse(&json, "")?;
         Ok(Self { types: parser.types, root })
@@ -104,7 +105,8 @@ impl Parser {
 
     fn object(&mut self, json: &Value, namespace: &str) -> Result<usize, String> {
         let text = |key: &str| json.get(key).and_then(Value::as_str);
-        let missing = |what: &str| format!("has a schema in which {} has no {what}", text("name").unwrap_or("a type"));
+        let missing =
+            |what: &str| format!("has a schema in which {} has no {what}", text("name").unwrap_or("a type"));
         let kind = json.get("type").ok_or_else(|| missing("type"))?;
         match kind.as_str() {
             Some("array") => {
@@ -139,7 +141,8 @@ impl Parser {
                         let field = |field: &Value| {
                             let name = field.get("name").and_then(Value::as_str);
                             let name = name.ok_or_else(|| missing("names of its fields"))?.to_string();
-                            let kind = field.get("type").ok_or_else(|| missing(&format!("type of {name}")))?;
+                            let kind =
+                                field.get("type").ok_or_else(|| missing(&format!("type of {name}")))?;
                             Ok(Field { kind: self.parse(kind, namespace)?, name, is_wanted: true })
                         };
                         let fields = fields.iter().map(field).collect::<Result<_, String>>()?;

@@ -28,7 +28,10 @@ impl Dihedral {
             2 => (last - row, last - column),
             _ => (last - column, row),
         };
-        (if self.flip_rows { last - row } else { row }, if self.flip_columns { last - column } else { column })
+        (
+            if self.flip_rows { last - row } else { row },
+            if self.flip_columns { last - column } else { column },
+        )
     }
 
     /// Puts the channels `[channels, side, side]` of `from`, all transformed in the same way, behind `to`.

@@ -63,7 +63,10 @@ pub fn reliability(labelled: &[(bool, f64)], temperature: f64) -> Vec<(f64, f64)
         let bin = &mut bins[((score * BINS as f64) as usize).min(BINS - 1)];
         *bin = (bin.0 + score, bin.1 + f64::from(u8::from(label)), bin.2 + 1.0);
     }
-    bins.into_iter().filter(|bin| bin.2 > 0.0).map(|(score, truth, count)| (score / count, truth / count)).collect()
+    bins.into_iter()
+        .filter(|bin| bin.2 > 0.0)
+        .map(|(score, truth, count)| (score / count, truth / count))
+        .collect()
 }
 
 /// How well scores fit once log-odds are divided by a temperature.
@@ -90,8 +93,9 @@ mod tests {
     fn overconfident_scores_are_cooled_to_what_they_are_right_in() {
         // Right in three of four, but says log-odds of 4: T = 4 / ln 3.
         let score = |says: bool| 1.0 / (1.0 + (if says { -4.0f64 } else { 4.0 }).exp());
-        let labelled: Vec<(bool, f64)> =
-            (0..200).map(|i| (if i / 2 % 4 < 3 { i % 2 == 0 } else { i % 2 == 1 }, score(i % 2 == 0))).collect();
+        let labelled: Vec<(bool, f64)> = (0..200)
+            .map(|i| (if i / 2 % 4 < 3 { i % 2 == 0 } else { i % 2 == 1 }, score(i % 2 == 0)))
+            .collect();
         let found = temperature(&labelled).unwrap();
         assert!((found - 4.0 / 3f64.ln()).abs() < 1e-3, "{found}");
         let (before, after) = (calibration(&labelled, 1.0), calibration(&labelled, found));

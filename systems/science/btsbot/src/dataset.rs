@@ -76,9 +76,9 @@ impl Dataset {
             return Err(Error::input(triplets.display(), format!("has the shape {shape:?}"))
                 .hint(format!("stamps have the shape [alerts, {SIDE}, {SIDE}, 3]")));
         }
-        let stamps = stamps
-            .as_floats()
-            .ok_or_else(|| Error::input(triplets.display(), "holds integers").hint("stamps are f32 or f64"))?;
+        let stamps = stamps.as_floats().ok_or_else(|| {
+            Error::input(triplets.display(), "holds integers").hint("stamps are f32 or f64")
+        })?;
         let required: Vec<&str> = ["objectId", "jd"].into_iter().chain(FEATURES).collect();
         let mut table = CsvTable::open(candidates, &required)?;
         let at = |name: &str| table.column(name);
@@ -212,7 +212,8 @@ impl Dataset {
             sources.shuffle(rng);
             let count = sources.len() as f64;
             let whole: f64 = shares.iter().sum();
-            let ends = [shares[0] / whole, (shares[0] + shares[1]) / whole].map(|share| (share * count).round());
+            let ends =
+                [shares[0] / whole, (shares[0] + shares[1]) / whole].map(|share| (share * count).round());
             for (number, alerts) in sources.into_iter().enumerate() {
                 let part = ends.iter().filter(|&&end| number as f64 >= end).count();
                 parts[part].extend(alerts);

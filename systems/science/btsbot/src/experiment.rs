@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kiln_core::{Card, Claim, Context, Error, ErrorKind, OutputMode, Plot, Report, Result, Scale, Table, Threshold, write_atomic};
+use kiln_core::{
+    Card, Claim, Context, Error, ErrorKind, OutputMode, Plot, Report, Result, Scale, Table, Threshold,
+    write_atomic,
+};
 use kiln_data::shared_dir;
 use kiln_nn::{TrainConfig, train as run_training};
 use rand::RngExt;
@@ -18,7 +21,7 @@ use crate::follow_up::{FollowUp, MockSkyPortal, Outcome, Request, SkyPortal, Tar
 use crate::metrics::{AlertMetrics, ScannerTimes, delay, labelled, roc};
 use crate::model::{MmCnn, MmCnnConfig, Mode};
 use crate::packet::AlertReader;
-use crate::page::completeness;
+use crate::page::{completeness, completeness_table};
 use crate::policy::{LIMIT, Policy, PolicyResult, apply, judged};
 use crate::scores::{Scored, Source, sources};
 use crate::shift::{LARGEST_DIFFERENCE, Sample, compare};
@@ -76,7 +79,7 @@ impl Plan {
                 test: 240,
                 most: 6,
                 most_judged: 12,
-                epochs: 12,
+                epochs: 20,
                 network: gentle(small),
                 batch: 32,
                 lr: 2e-3,
@@ -161,7 +164,8 @@ impl Repetition {
         let season = Season::default();
         let learned = simulate::sources(plan.learn, &season, "learn", cx);
         let tested = simulate::sources(plan.test, &season, "test", cx);
-        let recent = simulate::sources(plan.test, &Season::worse(), "recent", cx);
+        // The same sources, so that seasons are compared and not luck.
+        let recent = simulate::sources(plan.test, &Season::worse(), "test", cx);
         let train_data = simulate::dataset(&learned, side, plan.most, cx)?;
         let data = simulate::dataset(&tested, side, plan.most_judged, cx)?;
         let recent = simulate::dataset(&recent, side, plan.most_judged, cx)?;
@@ -222,7 +226,8 @@ fn scored_by<'a>(run: &'a Repetition, method: &str) -> &'a [Scored] {
 
 /// What was observed.
 fn report_survey(report: &mut Report, run: &Repetition) {
-    let mut table = Table::new("The survey that is judged", &["kind", "sources", "alerts", "brightest, median"]);
+    let mut table =
+        Table::new("The survey that is judged", &["kind", "sources", "alerts", "brightest, median"]);
     for kind in Kind::ALL {
         let of: Vec<&Simulated> = run.tested.iter().filter(|source| source.kind == kind).collect();
         let alerts: usize = of.iter().map(|source| source.alerts.len()).sum();
@@ -232,14 +237,21 @@ fn report_survey(report: &mut Report, run: &Repetition) {
             .collect();
         brightest.sort_by(f64::total_cmp);
         let median = brightest.get(brightest.len() / 2).copied().unwrap_or(f64::NAN);
-        table.row([kind.name().to_string(), of.len().to_string(), alerts.to_string(), format!("{median:.2}")]);
+        table.row([
+            kind.name().to_string(),
+            of.len().to_string(),
+            alerts.to_string(),
+            format!("{median:.2}"),
+        ]);
     }
     report.tables.push(table);
-    let mut plot = Plot::points("Light curves, one of each kind", "days", "magnitude above the limit of 22");
+    let mut plot = Plot::points("Light curves, one of each kind", "days", "22 - magnitude");
     for kind in Kind::ALL {
-        let longest = run.tested.iter().filter(|source| source.kind == kind).max_by_key(|source| source.alerts.len());
+        let longest =
+            run.tested.iter().filter(|source| source.kind == kind).max_by_key(|source| source.alerts.len());
         if let Some(source) = longest {
-            let from = run.tested.iter().flat_map(|s| s.alerts.first()).map(|a| a.jd).fold(f64::INFINITY, f64::min);
+            let from =
+                run.tested.iter().flat_map(|s| s.alerts.first()).map(|a| a.jd).fold(f64::INFINITY, f64::min);
             let curve = source.alerts.iter().map(|alert| (alert.jd - from, 22.0 - alert.magpsf)).collect();
             plot = plot.series(kind.name(), curve);
         }
@@ -250,10 +262,8 @@ fn report_survey(report: &mut Report, run: &Repetition) {
 /// Claim 1: both inputs are better than either.
 fn report_modes(report: &mut Report, plan: &Plan, runs: &[Repetition]) -> Result<()> {
     let auc_of = |method: &'static str| figures(runs, |run| AlertMetrics::of(scored_by(run, method)).auc);
-    let mut table = Table::new(
-        "Alerts: mean over seeds",
-        &["method", "AUC", "balanced accuracy", "precision", "recall"],
-    );
+    let mut table =
+        Table::new("Alerts: mean over seeds", &["method", "AUC", "balanced accuracy", "precision", "recall"]);
     for method in MODES.map(Mode::name).into_iter().chain([CUTS]) {
         let figure = |of: fn(&AlertMetrics) -> Option<f64>| {
             mean(&figures(runs, |run| of(&AlertMetrics::of(scored_by(run, method)))))
@@ -328,6 +338,7 @@ fn report_policies(report: &mut Report, plan: &Plan, policy: &Policy, runs: &[Re
     }
     report.tables.push(table);
     let all = sources(scored_by(&runs[0], Mode::MmCnn.name()))?;
+    report.tables.push(completeness_table(policy, &judged(&all, &[])));
     report.plots.push(completeness(policy, &judged(&all, &[])));
     if let Some([least_complete, least_pure]) = plan.policy {
         report.claims.extend([
@@ -383,7 +394,12 @@ fn report_speed(report: &mut Report, policy: &Policy, runs: &[Repetition], cx: &
         let judged = judged(&all, &[]);
         hours.extend(delay(policy, &judged, &scanner(&judged, cx), 0).hours);
     }
-    report.plots.push(Plot::histogram("Triggers after a simulated person's saving", "hours (negative: before)", &hours, 30));
+    report.plots.push(Plot::histogram(
+        "Triggers after a simulated person's saving",
+        "hours (negative: before)",
+        &hours,
+        30,
+    ));
     report.claims.push(Claim::new(
         "Triggers come no later than a person",
         "about an hour before people",
@@ -496,7 +512,8 @@ fn report_end_to_end(
     // Every life ends at a random request, until one lasts.
     loop {
         let store = Store::open(&folder.path().join("watch.redb"), "live")?;
-        let fate = Cell::new(if kills < 4 { (rng.random_range(0..3), kills % 2 == 0) } else { (usize::MAX, true) });
+        let fate =
+            Cell::new(if kills < 4 { (rng.random_range(0..3), kills % 2 == 0) } else { (usize::MAX, true) });
         let dying = Dying { inner: &portal, fate };
         let watcher = Watcher {
             watch: &watch,
@@ -514,7 +531,12 @@ fn report_end_to_end(
         }
     }
     // What should have come of it, without any watch.
-    let data = simulate::dataset(&first_alerts(&watched, plan.most_judged.max(8)), run.config.network.side, usize::MAX, cx)?;
+    let data = simulate::dataset(
+        &first_alerts(&watched, plan.most_judged.max(8)),
+        run.config.network.side,
+        usize::MAX,
+        cx,
+    )?;
     let all: Vec<usize> = (0..data.len()).collect();
     let scored = data.scored(&all, &predict(&run.models[0], &data, &all, 1.0, &quiet)?);
     let expected: BTreeSet<String> = sources(&scored)?
@@ -581,7 +603,8 @@ fn report_real(report: &mut Report, folder: &Path, run: &Repetition, cx: &Contex
             word(is_target).into(),
         ]);
         let from = source.alerts[0].jd;
-        let name = format!("{}{}", source.id, if source.peak() <= LIMIT { ", brighter than 18.5" } else { "" });
+        let name =
+            format!("{}{}", source.id, if source.peak() <= LIMIT { ", brighter than 18.5" } else { "" });
         plot = plot.series(name, source.alerts.iter().map(|alert| (alert.jd - from, alert.score)).collect());
     }
     report.tables.push(table);

@@ -214,11 +214,9 @@ impl FeatureHistory {
         // Looked for first, so that a known source needs no name of its own.
         match self.sources.get_mut(&alert.object_id) {
             Some(history) => history.push(alert, self.options.history),
-            None => self
-                .sources
-                .entry(alert.object_id.clone())
-                .or_default()
-                .push(alert, self.options.history),
+            None => {
+                self.sources.entry(alert.object_id.clone()).or_default().push(alert, self.options.history)
+            }
         }
     }
 }

@@ -227,6 +227,8 @@ mod tests {
             score: 0.7,
         };
         let metrics = AlertMetrics::of(&[one]);
-        assert!(metrics.auc_reason.is_some() && metrics.balanced_accuracy.is_none() && metrics.f1 == Some(1.0));
+        assert!(
+            metrics.auc_reason.is_some() && metrics.balanced_accuracy.is_none() && metrics.f1 == Some(1.0)
+        );
     }
 }

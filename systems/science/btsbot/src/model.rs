@@ -6,8 +6,8 @@ use burn::tensor::{Device, Tensor, activation};
 use clap::ValueEnum;
 use kiln_core::{Error, Result};
 use kiln_nn::{
-    BatchNorm, BatchNormConfig, Conv2d, Conv2dConfig, Dropout, DropoutConfig, Linear, LinearConfig, MaxPool2d,
-    MaxPool2dConfig,
+    BatchNorm, BatchNormConfig, Conv2d, Conv2dConfig, Dropout, DropoutConfig, Linear, LinearConfig,
+    MaxPool2d, MaxPool2dConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -130,7 +130,9 @@ impl MmCnnConfig {
         }
         let widths = self.channels.iter().chain(&self.meta_hidden).chain(&self.head_hidden);
         if let Some(width) = widths.into_iter().find(|&&width| width == 0 || width > 1 << 14) {
-            return Err(Error::usage(format!("a layer of width {width}")).hint("widths lie between 1 and 16384"));
+            return Err(
+                Error::usage(format!("a layer of width {width}")).hint("widths lie between 1 and 16384")
+            );
         }
         let drops = self.conv_dropout.iter().chain([&self.meta_dropout, &self.head_dropout]);
         if let Some(drop) = drops.into_iter().find(|drop| !(0.0..1.0).contains(*drop)) {
@@ -274,7 +276,8 @@ impl MmCnn {
 
     /// The metadata branch, where the network has one: `[batch, hidden]`.
     pub fn meta_features(&self, x: Tensor<2>) -> Option<Tensor<2>> {
-        let (norm, first, second) = (self.meta_bn.as_ref()?, self.meta_fc1.as_ref()?, self.meta_fc2.as_ref()?);
+        let (norm, first, second) =
+            (self.meta_bn.as_ref()?, self.meta_fc1.as_ref()?, self.meta_fc2.as_ref()?);
         let x = activation::relu(first.forward(norm.forward(x)));
         Some(activation::relu(second.forward(self.meta_drop.forward(x))))
     }

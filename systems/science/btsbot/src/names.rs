@@ -46,7 +46,9 @@ pub fn from_elsewhere(file: &mut TensorFile, mode: Mode) {
             let _ = file.take(&name);
             continue;
         }
-        let map = public(mode).iter().chain(&[("comb_fc.weight", "comb_fc.0.weight"), ("comb_fc.bias", "comb_fc.0.bias")]);
+        let map = public(mode)
+            .iter()
+            .chain(&[("comb_fc.weight", "comb_fc.0.weight"), ("comb_fc.bias", "comb_fc.0.bias")]);
         if let Some((theirs, ours)) = map.into_iter().find(|(theirs, _)| name.starts_with(theirs)) {
             file.rename(&name, name.replacen(theirs, ours, 1));
         }

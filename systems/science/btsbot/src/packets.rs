@@ -119,7 +119,9 @@ fn visit_archive(path: &Path, see: &mut impl FnMut(Packet) -> Result<()>) -> Res
         let read = (&mut entry).take(LARGEST_PACKET + 1).read_to_end(&mut bytes);
         let bytes = match read {
             Err(e) => return Ok(Err(format!("is damaged in {inner}: {e}"))),
-            Ok(_) if bytes.len() as u64 > LARGEST_PACKET => Err(format!("has more than {LARGEST_PACKET} bytes")),
+            Ok(_) if bytes.len() as u64 > LARGEST_PACKET => {
+                Err(format!("has more than {LARGEST_PACKET} bytes"))
+            }
             Ok(_) => Ok(bytes),
         };
         see((format!("{}/{inner}", path.display()), bytes))?;
@@ -197,9 +199,11 @@ pub fn ingest(
         let (object_id, candid, reason) = match alert {
             Err(fault) => (fault.object_id, fault.candid, fault.reason),
             Ok(alert) => match (seen.get(&alert.candid), filter.refusal(&alert)) {
-                (Some(first), _) => {
-                    (Some(alert.object_id), Some(alert.candid), format!("has the candid of an alert in {first}"))
-                }
+                (Some(first), _) => (
+                    Some(alert.object_id),
+                    Some(alert.candid),
+                    format!("has the candid of an alert in {first}"),
+                ),
                 (None, Some(reason)) => (Some(alert.object_id), Some(alert.candid), reason),
                 (None, None) => {
                     seen.insert(alert.candid, origin.file.clone());
@@ -258,9 +262,11 @@ pub fn visit_stamps<'a>(
             .into_par_iter()
             .enumerate()
             .map(|(at, (_, bytes))| match bytes {
-                Ok(bytes) if wanted.contains(&(number + at)) => {
-                    reader.read(&bytes).into_iter().map(|alert| triplet(&alert.map_err(|f| f.reason)?)).collect()
-                }
+                Ok(bytes) if wanted.contains(&(number + at)) => reader
+                    .read(&bytes)
+                    .into_iter()
+                    .map(|alert| triplet(&alert.map_err(|f| f.reason)?))
+                    .collect(),
                 _ => Vec::new(),
             })
             .collect();

@@ -5,7 +5,7 @@ use std::path::Path;
 use kiln_core::{Plot, Report, Result, Scale, System, Table};
 
 use crate::Btsbot;
-use crate::metrics::{AlertMetrics, ScannerTimes, by_peak, delay, labelled, roc};
+use crate::metrics::{AlertMetrics, PeakBin, ScannerTimes, by_peak, delay, labelled, roc};
 use crate::policy::{Policy, apply};
 use crate::scores::{Scored, Source};
 use crate::tables::CsvTable;
@@ -42,13 +42,24 @@ pub fn diagnostics(
         let chance = vec![(0.0, 0.0), (1.0, 1.0)];
         let title = "Alerts: receiver operating characteristic";
         report.plots.push(
-            Plot::lines(title, "share of other alerts above the score", "share of bright transients' above it")
-                .series(format!("network, AUC {:.4}", metrics.auc.unwrap_or_default()), roc(&labelled(alerts)))
-                .series("chance", chance),
+            Plot::lines(
+                title,
+                "share of other alerts above the score",
+                "share of bright transients' above it",
+            )
+            .series(format!("network, AUC {:.4}", metrics.auc.unwrap_or_default()), roc(&labelled(alerts)))
+            .series("chance", chance),
         );
     }
     report.plots.push(scores_and_magnitudes(alerts));
-    report.plots.push(by_class("Scores by class", "score", alerts, |alert| alert.score, [0.0, 1.0], SCORE_BINS / 2));
+    report.plots.push(by_class(
+        "Scores by class",
+        "score",
+        alerts,
+        |alert| alert.score,
+        [0.0, 1.0],
+        SCORE_BINS / 2,
+    ));
     let end = BRIGHTEST + BIN * BINS as f64;
     report.plots.push(by_class(
         "Alerts by class and magnitude",
@@ -59,6 +70,7 @@ pub fn diagnostics(
         BINS,
     ));
     if let Some(policy) = policies.first() {
+        report.tables.push(completeness_table(policy, sources));
         report.plots.push(completeness(policy, sources));
         if let Some(times) = times {
             for (which, word) in ["saved it", "asked for its spectrum"].into_iter().enumerate() {
@@ -99,7 +111,8 @@ fn figures(metrics: &AlertMetrics) -> Table {
 }
 
 fn confusion(metrics: &AlertMetrics) -> Table {
-    let mut table = Table::new("Alerts: confusion at a score of 0.5", &["", "score above 0.5", "score up to 0.5"]);
+    let mut table =
+        Table::new("Alerts: confusion at a score of 0.5", &["", "score above 0.5", "score up to 0.5"]);
     table.row(["bright transients".into(), metrics.tp.to_string(), metrics.missed.to_string()]);
     table.row(["others".into(), metrics.fp.to_string(), metrics.tn.to_string()]);
     table
@@ -190,14 +203,27 @@ fn by_class(
 /// Completeness and purity of a policy by peak magnitude.
 pub fn completeness(policy: &Policy, sources: &[Source<'_>]) -> Plot {
     let bins = by_peak(policy, sources);
-    let names = bins.iter().map(|bin| format!("{:.2} to {:.2}, {}", bin.from, bin.to, bin.transients));
+    let bars = |of: fn(&PeakBin) -> Option<f64>| bins.iter().map(|bin| of(bin).unwrap_or(f64::NAN)).collect();
     Plot::bars(
-        format!("{policy}: completeness and purity by peak magnitude, and bright transients in it"),
+        format!("{policy} by peak magnitude (from …)"),
         "share of sources",
-        names,
-        [
-            ("completeness", bins.iter().map(|bin| bin.completeness.unwrap_or(f64::NAN)).collect::<Vec<_>>()),
-            ("purity", bins.iter().map(|bin| bin.purity.unwrap_or(f64::NAN)).collect()),
-        ],
+        bins.iter().map(|bin| format!("{:.2}", bin.from)),
+        [("completeness", bars(|bin| bin.completeness)), ("purity", bars(|bin| bin.purity))],
     )
+}
+
+/// The same as figures, with how many sources they are of.
+pub fn completeness_table(policy: &Policy, sources: &[Source<'_>]) -> Table {
+    let columns = ["peak magnitude", "bright transients", "targets", "completeness", "purity"];
+    let mut table = Table::new(format!("{policy} by peak magnitude"), &columns);
+    for bin in by_peak(policy, sources) {
+        table.row([
+            format!("{:.2} to {:.2}", bin.from, bin.to),
+            bin.transients.to_string(),
+            bin.targets.to_string(),
+            shown(bin.completeness),
+            shown(bin.purity),
+        ]);
+    }
+    table
 }

@@ -12,8 +12,10 @@ const SCALE: u32 = 5;
 const GAP: u32 = 10;
 /// Shares of the pixels below which all is black, and above which all is white.
 const RANGE: [f64; 2] = [0.01, 0.995];
-/// How far the stretch is from linear: pixels this part of the range above the sky are already half as bright as possible.
+/// Where the stretch of the images turns from linear to logarithmic, as a part of the range,
 const SOFTNESS: f64 = 0.1;
+/// and that of the difference, whose noise should not look like anything.
+const DIFFERENCE_SOFTNESS: f64 = 1.0;
 
 /// A PNG of the stamps side by side, each with a stretch of its own. The first row of the data is at the bottom, as in
 /// FITS viewers.
@@ -56,9 +58,9 @@ fn quantiles<const N: usize>(pixels: &[f32], shares: [f64; N]) -> [f64; N] {
     })
 }
 
-/// From 0 to 1, steep near 0.
-fn stretch(x: f64) -> f64 {
-    (x.clamp(0.0, 1.0) / SOFTNESS).asinh() / (1.0 / SOFTNESS).asinh()
+/// From 0 to 1, the steeper near 0 the smaller `softness` is.
+fn stretch(x: f64, softness: f64) -> f64 {
+    (x.clamp(0.0, 1.0) / softness).asinh() / (1.0 / softness).asinh()
 }
 
 /// What has no value.
@@ -69,7 +71,7 @@ fn grey(pixels: &[f32]) -> impl Fn(f32) -> Rgb<u8> + use<> {
     let range = if high > low { high - low } else { 1.0 };
     move |pixel| match pixel.is_nan() {
         true => NO_VALUE,
-        false => Rgb([(stretch((f64::from(pixel) - low) / range) * 255.0) as u8; 3]),
+        false => Rgb([(stretch((f64::from(pixel) - low) / range, SOFTNESS) * 255.0) as u8; 3]),
     }
 }
 
@@ -80,7 +82,7 @@ fn diverging(pixels: &[f32]) -> impl Fn(f32) -> Rgb<u8> + use<> {
         if pixel.is_nan() {
             return NO_VALUE;
         }
-        let strength = stretch((f64::from(pixel) / range).abs());
+        let strength = stretch((f64::from(pixel) / range).abs(), DIFFERENCE_SOFTNESS);
         let [r, g, b] = if pixel > 0.0 { [178.0, 24.0, 43.0] } else { [33.0, 102.0, 172.0] };
         Rgb([r, g, b].map(|end: f64| (255.0 + (end - 255.0) * strength) as u8))
     }

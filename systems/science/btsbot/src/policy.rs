@@ -56,7 +56,8 @@ impl Policy {
         };
         let mut policy = Self { name: text.into(), n: 0, score: f64::NAN, mag: f64::NAN, peak: None };
         for part in text.split(',') {
-            let (key, value) = part.split_once('=').ok_or_else(|| wrong(format!("has the part \"{part}\"")))?;
+            let (key, value) =
+                part.split_once('=').ok_or_else(|| wrong(format!("has the part \"{part}\"")))?;
             let number = value.trim().parse::<f64>().ok().filter(|value| value.is_finite());
             let number = number.ok_or_else(|| wrong(format!("has {value:?} for {key}")))?;
             match key.trim() {
@@ -165,8 +166,19 @@ mod tests {
     fn policies_are_read_and_nonsense_is_refused() {
         let own = Policy::parse("n=2,score=0.5,mag=19,peak=18.5").unwrap();
         let standard = Policy::parse("bts_p2").unwrap();
-        assert_eq!((own.n, own.score, own.mag, own.peak), (standard.n, standard.score, standard.mag, standard.peak));
-        for text in ["", "bts", "n=0,score=1,mag=2", "n=1.5,score=1,mag=2", "n=1,score=x,mag=3", "n=1,mag=3", "n=1,score=0,mag=1,x=2"] {
+        assert_eq!(
+            (own.n, own.score, own.mag, own.peak),
+            (standard.n, standard.score, standard.mag, standard.peak)
+        );
+        for text in [
+            "",
+            "bts",
+            "n=0,score=1,mag=2",
+            "n=1.5,score=1,mag=2",
+            "n=1,score=x,mag=3",
+            "n=1,mag=3",
+            "n=1,score=0,mag=1,x=2",
+        ] {
             assert!(Policy::parse(text).is_err(), "{text}");
         }
     }
@@ -181,9 +193,13 @@ mod tests {
             magpsf,
             score,
         };
-        let alerts = [alert(1.0, 18.9, 0.9), alert(2.0, 19.2, 0.9), alert(3.0, 18.8, 0.6), alert(4.0, 18.4, 0.1)];
+        let alerts =
+            [alert(1.0, 18.9, 0.9), alert(2.0, 19.2, 0.9), alert(3.0, 18.8, 0.6), alert(4.0, 18.4, 0.1)];
         let alerts: Vec<&Scored> = alerts.iter().collect();
         let when = |name: &str| Policy::parse(name).unwrap().trigger(&alerts).map(|alert| alert.jd);
-        assert_eq!(["bts_p1", "bts_p2", "prod_p1", "prod_p2"].map(when), [Some(3.0), Some(4.0), Some(1.0), Some(4.0)]);
+        assert_eq!(
+            ["bts_p1", "bts_p2", "prod_p1", "prod_p2"].map(when),
+            [Some(3.0), Some(4.0), Some(1.0), Some(4.0)]
+        );
     }
 }

@@ -35,7 +35,8 @@ pub fn read_scores(path: &Path) -> Result<Vec<Scored>> {
     let mut table = CsvTable::open(path, &["objectId", "jd", "magpsf", "score"])?;
     let column = |table: &CsvTable<'_>, name: &str| table.column(name);
     let at = ["objectId", "jd", "magpsf", "score"].map(|name| column(&table, name).unwrap_or_default());
-    let (label, candid, status) = (column(&table, "label"), column(&table, "candid"), column(&table, "status"));
+    let (label, candid, status) =
+        (column(&table, "label"), column(&table, "candid"), column(&table, "status"));
     let mut alerts = Vec::new();
     while table.advance()? {
         if status.is_some_and(|status| table.text(status) == "rejected") {
@@ -43,7 +44,8 @@ pub fn read_scores(path: &Path) -> Result<Vec<Scored>> {
         }
         let score = table.required(at[3])?;
         if !(0.0..=1.0).contains(&score) {
-            return Err(Error::input(table.place(), format!("the score is {score}")).hint("scores lie between 0 and 1"));
+            return Err(Error::input(table.place(), format!("the score is {score}"))
+                .hint("scores lie between 0 and 1"));
         }
         alerts.push(Scored {
             object_id: table.text(at[0]).into(),

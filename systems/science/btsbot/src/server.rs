@@ -57,7 +57,11 @@ pub fn serve(server: Server, listener: TcpListener, cx: &Context) -> Result<()> 
 async fn score(State(server): State<Arc<Server>>, body: Bytes) -> (StatusCode, Json<Value>) {
     let rows = server.rows(&body);
     // Bad only if nothing in it could be scored.
-    let status = if rows.iter().any(|row| row["status"] == "scored") { StatusCode::OK } else { StatusCode::BAD_REQUEST };
+    let status = if rows.iter().any(|row| row["status"] == "scored") {
+        StatusCode::OK
+    } else {
+        StatusCode::BAD_REQUEST
+    };
     (status, Json(json!(rows)))
 }
 

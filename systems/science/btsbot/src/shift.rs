@@ -124,12 +124,17 @@ pub fn compare(a: &Sample, b: &Sample, policy: &Policy, rng: &mut impl Rng) -> R
         difference: a.zip(b).map(|(a, b)| b - a),
         interval: percentiles(draws),
     });
-    let mut next = || compared.next().unwrap_or(Compared { a: None, b: None, difference: None, interval: None });
+    let mut next =
+        || compared.next().unwrap_or(Compared { a: None, b: None, difference: None, interval: None });
     let (auc, completeness, purity) = (next(), next(), next());
     let mut features: Vec<FeatureShift> = Vec::new();
     for (name, before) in &a.features {
         if let Some(after) = b.features.get(name).filter(|after| !after.is_empty() && !before.is_empty()) {
-            features.push(FeatureShift { name: name.clone(), ks: ks(before, after), psi: psi(before, after) });
+            features.push(FeatureShift {
+                name: name.clone(),
+                ks: ks(before, after),
+                psi: psi(before, after),
+            });
         }
     }
     features.sort_by(|x, y| y.ks.total_cmp(&x.ks));
@@ -157,7 +162,8 @@ impl Figures {
     fn new(alerts: &[Scored], policy: &Policy) -> Result<Self> {
         let sources = sources(alerts)?;
         let sources: Vec<&Source<'_>> = sources.iter().filter(|source| source.label.is_some()).collect();
-        let judged = |source: &Source<'_>| !crate::policy::judged(std::slice::from_ref(source), &[]).is_empty();
+        let judged =
+            |source: &Source<'_>| !crate::policy::judged(std::slice::from_ref(source), &[]).is_empty();
         let mut by_score: Vec<(bool, f64, usize)> = Vec::new();
         for (number, source) in sources.iter().enumerate() {
             let label = source.label == Some(true);
@@ -192,7 +198,10 @@ impl Figures {
         let (mut wins, mut below, mut positives) = (0.0, 0.0, 0.0);
         for tied in self.alerts.chunk_by(|a, b| a.1 == b.1) {
             let weight = |class: bool| -> f64 {
-                tied.iter().filter(|(label, _, _)| *label == class).map(|&(_, _, source)| weights[source]).sum()
+                tied.iter()
+                    .filter(|(label, _, _)| *label == class)
+                    .map(|&(_, _, source)| weights[source])
+                    .sum()
             };
             let (positive, negative) = (weight(true), weight(false));
             wins += positive * (below + 0.5 * negative);
@@ -230,7 +239,8 @@ pub fn ks(a: &[f64], b: &[f64]) -> f64 {
         values
     };
     let (a, b) = (sorted(a), sorted(b));
-    let share = |values: &[f64], x: f64| values.partition_point(|&value| value <= x) as f64 / values.len() as f64;
+    let share =
+        |values: &[f64], x: f64| values.partition_point(|&value| value <= x) as f64 / values.len() as f64;
     a.iter().chain(&b).map(|&x| (share(&a, x) - share(&b, x)).abs()).fold(0.0, f64::max)
 }
 
@@ -243,7 +253,10 @@ pub fn psi(a: &[f64], b: &[f64]) -> f64 {
     let shares = |values: &[f64]| {
         let mut counts = vec![0.0; edges.len() + 1];
         values.iter().for_each(|&x| counts[edges.partition_point(|&edge| edge < x)] += 1.0);
-        counts.into_iter().map(|count: f64| (count / values.len() as f64).max(LEAST_SHARE)).collect::<Vec<_>>()
+        counts
+            .into_iter()
+            .map(|count: f64| (count / values.len() as f64).max(LEAST_SHARE))
+            .collect::<Vec<_>>()
     };
     shares(a).iter().zip(shares(b)).map(|(a, b)| (b - a) * (b / a).ln()).sum()
 }

@@ -102,8 +102,11 @@ impl Store {
             let known = store.check(settings.get("mode"))?.map(|mode| mode.value().to_string());
             match known {
                 Some(known) if known != mode => {
-                    return Err(Error::usage(format!("{} belongs to a watch in mode {known}, not {mode}", store.place))
-                        .hint("use another --store, so that what was only tried is not taken for sent"));
+                    return Err(Error::usage(format!(
+                        "{} belongs to a watch in mode {known}, not {mode}",
+                        store.place
+                    ))
+                    .hint("use another --store, so that what was only tried is not taken for sent"));
                 }
                 _ => store.check(settings.insert("mode", mode)).map(drop)?,
             }
@@ -121,7 +124,8 @@ impl Store {
     }
 
     fn value<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T> {
-        serde_json::from_slice(bytes).map_err(|e| Error::input(&self.place, "holds a damaged entry").caused_by(e))
+        serde_json::from_slice(bytes)
+            .map_err(|e| Error::input(&self.place, "holds a damaged entry").caused_by(e))
     }
 
     /// The size that a file had when it was read.
@@ -217,7 +221,8 @@ impl Store {
             }
             let mut requests = self.check(write.open_table(REQUESTS))?;
             for kept in &batch.requests {
-                self.check(requests.insert(kept.request.object_id.as_str(), bytes(kept)?.as_slice())).map(drop)?;
+                self.check(requests.insert(kept.request.object_id.as_str(), bytes(kept)?.as_slice()))
+                    .map(drop)?;
             }
             let mut rejected = self.check(write.open_table(REJECTED))?;
             for one in &batch.rejected {

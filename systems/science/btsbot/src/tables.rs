@@ -28,14 +28,18 @@ impl<'a> CsvTable<'a> {
     pub fn open(path: &'a Path, required: &[&str]) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let mut reader = csv::Reader::from_reader(BufReader::new(file));
-        let header = reader.headers().map_err(|e| Error::input(path.display(), "is no table").caused_by(e))?.clone();
+        let header =
+            reader.headers().map_err(|e| Error::input(path.display(), "is no table").caused_by(e))?.clone();
         let table = Self { path, header, reader, row: StringRecord::new(), number: 0 };
         match required.iter().find(|name| table.column(name).is_none()) {
             None => Ok(table),
             Some(name) => {
                 let columns: Vec<&str> = table.header.iter().take(12).collect();
-                Err(Error::input(path.display(), format!("has no column {name}"))
-                    .hint(format!("its columns are {}{}", columns.join(", "), if table.header.len() > 12 { ", …" } else { "" })))
+                Err(Error::input(path.display(), format!("has no column {name}")).hint(format!(
+                    "its columns are {}{}",
+                    columns.join(", "),
+                    if table.header.len() > 12 { ", …" } else { "" }
+                )))
             }
         }
     }
@@ -52,7 +56,9 @@ impl<'a> CsvTable<'a> {
     pub fn advance(&mut self) -> Result<bool> {
         self.number += 1;
         let place = self.place();
-        self.reader.read_record(&mut self.row).map_err(|e| Error::input(place, "is no row of the table").caused_by(e))
+        self.reader
+            .read_record(&mut self.row)
+            .map_err(|e| Error::input(place, "is no row of the table").caused_by(e))
     }
 
     /// The file and the row, for errors.
@@ -74,7 +80,8 @@ impl<'a> CsvTable<'a> {
         if NOTHING.contains(&text) {
             return Ok(None);
         }
-        let value = text.parse::<f64>().map_err(|_| self.error(column, &format!("holds {text:?}, no number")))?;
+        let value =
+            text.parse::<f64>().map_err(|_| self.error(column, &format!("holds {text:?}, no number")))?;
         Ok(Some(value).filter(|value| !value.is_nan()))
     }
 
@@ -84,7 +91,9 @@ impl<'a> CsvTable<'a> {
     /// When it is not.
     pub fn required(&self, column: usize) -> Result<f64> {
         let value = self.number(column)?.filter(|value| value.is_finite());
-        value.ok_or_else(|| self.error(column, &format!("holds {:?}, but a number is needed", self.text(column))))
+        value.ok_or_else(|| {
+            self.error(column, &format!("holds {:?}, but a number is needed", self.text(column)))
+        })
     }
 
     /// A cell as a label, 0 or 1; `None` where it is empty.
@@ -116,6 +125,7 @@ pub fn write_csv<R: Serialize>(path: &Path, rows: impl IntoIterator<Item = R>) -
         writer.serialize(row).map_err(failed)?;
     }
     let text = writer.into_inner();
-    let text = text.map_err(|e| Error::work(format!("cannot write {}", path.display())).caused_by(e.into_error()))?;
+    let text =
+        text.map_err(|e| Error::work(format!("cannot write {}", path.display())).caused_by(e.into_error()))?;
     write_atomic(path, &text)
 }

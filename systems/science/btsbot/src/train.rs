@@ -44,7 +44,13 @@ impl<'a> AlertTask<'a> {
     ///
     /// # Errors
     /// When a class or the alerts to validate with are missing.
-    pub fn new(data: &'a Dataset, train: &'a [usize], valid: &'a [usize], batch: usize, cx: &'a Context) -> Result<Self> {
+    pub fn new(
+        data: &'a Dataset,
+        train: &'a [usize],
+        valid: &'a [usize],
+        batch: usize,
+        cx: &'a Context,
+    ) -> Result<Self> {
         let positives = train.iter().filter(|&&alert| data.about[alert].label == Some(true)).count();
         let negatives = train.len() - positives;
         if positives == 0 || negatives == 0 {
@@ -116,7 +122,8 @@ impl Task<MmCnn> for AlertTask<'_> {
         let mut sum = 0.0;
         for chosen in self.valid.chunks(AT_ONCE) {
             let (images, features) = self.data.tensors(chosen, plain(), &self.cx.device);
-            let loss = weighted_loss(model.forward(images, features), &self.labels(chosen), self.positive_weight);
+            let loss =
+                weighted_loss(model.forward(images, features), &self.labels(chosen), self.positive_weight);
             sum += f64::from(loss.into_scalar::<f32>()) * chosen.len() as f64;
         }
         Ok(sum / self.valid.len() as f64)
@@ -159,7 +166,13 @@ pub fn training(steps: usize, lr: f64) -> TrainConfig {
 ///
 /// # Errors
 /// When a score is no number, or the user stopped.
-pub fn predict(model: &MmCnn, data: &Dataset, chosen: &[usize], temperature: f64, cx: &Context) -> Result<Vec<f64>> {
+pub fn predict(
+    model: &MmCnn,
+    data: &Dataset,
+    chosen: &[usize],
+    temperature: f64,
+    cx: &Context,
+) -> Result<Vec<f64>> {
     let mut scores = Vec::with_capacity(chosen.len());
     let bar = cx.progress(chosen.len() as u64, "scoring alerts");
     for part in chosen.chunks(AT_ONCE) {
@@ -171,8 +184,11 @@ pub fn predict(model: &MmCnn, data: &Dataset, chosen: &[usize], temperature: f64
         for (logit, &alert) in logits.into_iter().zip(part) {
             if !logit.is_finite() {
                 let about = &data.about[alert];
-                return Err(Error::work(format!("the network's output for alert {} is {logit}", about.candid))
-                    .hint("are the weights damaged, or a feature far beyond what they were trained on?"));
+                return Err(Error::work(format!(
+                    "the network's output for alert {} is {logit}",
+                    about.candid
+                ))
+                .hint("are the weights damaged, or a feature far beyond what they were trained on?"));
             }
             scores.push(1.0 / (1.0 + (-f64::from(logit) / temperature).exp()));
         }
@@ -197,7 +213,13 @@ pub fn embed(model: &MmCnn, data: &Dataset, chosen: &[usize], cx: &Context) -> V
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::module::Module;
     use burn::tensor::Device;
+    use kiln_core::{HostTensor, TensorFile};
+    use rand::RngExt;
+
+    use crate::checkpoint::new_model;
+    use crate::model::MmCnnConfig;
 
     #[test]
     fn the_weighted_loss_equals_a_computation_by_hand_also_far_from_zero() {
@@ -211,5 +233,54 @@ mod tests {
         let tensor = Tensor::<2>::from_data(TensorData::new(logits.to_vec(), [4, 1]), &Device::flex());
         let found = f64::from(weighted_loss(tensor, &labels, 3.0).into_scalar::<f32>());
         assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+    }
+
+    #[test]
+    fn gradients_agree_with_finite_differences() {
+        let cx = Context::for_tests("unused");
+        let config = MmCnnConfig { kernel: 3, ..MmCnnConfig::new().with_channels([2, 2]).with_side(9) };
+        let plain = MmCnnConfig {
+            conv_dropout: [0.0; 2],
+            meta_dropout: 0.0,
+            head_dropout: 0.0,
+            meta_hidden: [4, 4],
+            head_hidden: vec![3],
+            ..config
+        };
+        let model = new_model(&plain, &cx);
+        let mut rng = cx.rng("input", 0);
+        let mut random =
+            |count: usize| (0..count).map(|_| rng.random_range(-1.0..1.0f32)).collect::<Vec<_>>();
+        let images = TensorData::new(random(2 * 3 * 81), [2, 3, 9, 9]);
+        let meta = TensorData::new(random(50), [2, 25]);
+        let labels = [true, false];
+        // Constants of the graph: statistics are the running ones, in both.
+        let loss = |model: &MmCnn| {
+            let images = Tensor::from_data(images.clone(), &cx.device);
+            let meta = Tensor::from_data(meta.clone(), &cx.device);
+            weighted_loss(model.forward(images, meta), &labels, 2.0)
+        };
+        let training = model.clone().train();
+        let gradients = loss(&training).backward();
+        let weight = |model: &MmCnn| model.conv1.as_ref().map(|conv| conv.weight.val());
+        let gradient: Vec<f32> = weight(&training)
+            .and_then(|w| w.grad(&gradients))
+            .map(|g| g.into_data().iter().collect())
+            .unwrap_or_default();
+        let weights: Vec<f32> = weight(&model).map(|w| w.into_data().iter().collect()).unwrap_or_default();
+        assert!(gradient.iter().any(|g| g.abs() > 1e-4), "{gradient:?}");
+        let scale = gradient.iter().fold(0.0f32, |most, g| most.max(g.abs()));
+        let with = |at: usize, step: f32| {
+            let mut weights = weights.clone();
+            weights[at] += step;
+            let mut file = TensorFile::from_module(&model);
+            file.insert("conv1.weight", HostTensor::float([2, 3, 3, 3], weights));
+            let moved = file.into_module(model.clone()).unwrap();
+            loss(&moved).into_scalar::<f32>()
+        };
+        for (at, &expected) in gradient.iter().enumerate() {
+            let found = (with(at, 1e-2) - with(at, -1e-2)) / 2e-2;
+            assert!((found - expected).abs() < 0.03 * scale, "{at}: {found}, not {expected}");
+        }
     }
 }

@@ -114,7 +114,11 @@ mod tests {
 
     fn stamp(width: usize, height: usize, seed: u64) -> FitsImage {
         let mut rng = kiln_core::random_stream(seed, "stamp", 0);
-        FitsImage { width, height, pixels: (0..width * height).map(|_| rng.random_range(-5.0..90.0)).collect() }
+        FitsImage {
+            width,
+            height,
+            pixels: (0..width * height).map(|_| rng.random_range(-5.0..90.0)).collect(),
+        }
     }
 
     #[test]

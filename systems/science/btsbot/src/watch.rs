@@ -179,7 +179,12 @@ impl Watcher<'_> {
             for alert in read {
                 match alert {
                     Err(fault) => {
-                        batch.rejected.push(rejected(file.clone(), fault.object_id, fault.candid, fault.reason));
+                        batch.rejected.push(rejected(
+                            file.clone(),
+                            fault.object_id,
+                            fault.candid,
+                            fault.reason,
+                        ));
                     }
                     Ok(alert) if self.store.has_alert(alert.candid)? || !here.insert(alert.candid) => {
                         round.repeated += 1;
@@ -219,8 +224,13 @@ impl Watcher<'_> {
                         age: derived.age,
                     });
                     let (jd, magpsf) = (alert.jd, alert.magpsf);
-                    let about =
-                        About { object_id: object, candid: alert.candid.to_string(), jd, magpsf, label: None };
+                    let about = About {
+                        object_id: object,
+                        candid: alert.candid.to_string(),
+                        jd,
+                        magpsf,
+                        label: None,
+                    };
                     data.push(&triplet, features, about);
                 }
                 Err(reason) => batch.rejected.push(rejected(file, Some(object), Some(alert.candid), reason)),
@@ -392,7 +402,8 @@ impl Rows {
     }
 
     fn push(&mut self, row: impl Serialize) -> Result<()> {
-        let failed = |e: csv::Error| Error::work(format!("cannot write {}", self.partial.display())).caused_by(e);
+        let failed =
+            |e: csv::Error| Error::work(format!("cannot write {}", self.partial.display())).caused_by(e);
         self.writer.serialize(row).map_err(failed)
     }
 

@@ -28,7 +28,8 @@ fn a_survey_is_simulated_learned_scored_and_judged() {
     let rows = fs::read_to_string(desk.path("arrays/candidates.csv")).unwrap().lines().count() - 1;
     assert_eq!(alerts.shape, [rows, 63, 63, 3]);
     let packets = fs::read_dir(desk.path("survey/packets")).unwrap().count();
-    let lost = fs::read_to_string(desk.path("arrays/rejected.csv")).unwrap().lines().count().saturating_sub(1);
+    let lost =
+        fs::read_to_string(desk.path("arrays/rejected.csv")).unwrap().lines().count().saturating_sub(1);
     assert_eq!(rows + lost, packets);
 
     for model in ["mm_cnn", "um_cnn", "um_nn"] {
@@ -59,7 +60,11 @@ fn a_survey_is_simulated_learned_scored_and_judged() {
     let judged = desk.json(&format!("eval --model @mm_cnn {ARRAYS} --out @e"));
     assert_eq!(judged["metrics"]["alerts"]["alerts"], rows);
     let page = fs::read_to_string(desk.path("e/report.html")).unwrap();
-    assert!(page.contains("bts_p1") && desk.path("e/metrics.json").exists() && desk.path("e/policies.json").exists());
+    assert!(
+        page.contains("bts_p1")
+            && desk.path("e/metrics.json").exists()
+            && desk.path("e/policies.json").exists()
+    );
     desk.write("times.csv", "objectId,save_jd,trigger_jd\nZTF26aaaaaaa,2461050.5,\n");
     desk.json("eval --scores @mm_cnn.csv --scanner-times @times.csv --out @e2");
     let again = desk.json("policy --scores @mm_cnn.csv --policy n=1,score=0,mag=25 --out @policies.json");
@@ -67,7 +72,8 @@ fn a_survey_is_simulated_learned_scored_and_judged() {
     let shift = desk.json("shift --a @mm_cnn.csv --b @mm_cnn.csv --out @shift");
     assert_eq!(shift["auc"]["difference"], 0.0);
     // Watched, but for nobody.
-    let watched = desk.json("watch --model @mm_cnn --packets @survey/packets --store @w.redb --once --out @w");
+    let watched =
+        desk.json("watch --model @mm_cnn --packets @survey/packets --store @w.redb --once --out @w");
     assert_eq!(watched["round"]["packets"], packets);
     let again = desk.json("watch --model @mm_cnn --packets @survey/packets --store @w.redb --once --out @w");
     assert_eq!((&again["round"]["packets"], &again["round"]["triggered"]), (&0.into(), &0.into()));
@@ -83,7 +89,10 @@ fn a_survey_is_simulated_learned_scored_and_judged() {
 fn packets_are_shown_also_those_that_no_network_would_see() {
     let desk = Desk::new(&Btsbot);
     let shown = desk.json("show --packet %packets_edge/short_63x50.avro --out @a.png");
-    assert_eq!((&shown["objectId"], shown["features"].as_object().unwrap().len()), (&"ZTF20aaelulu".into(), 25));
+    assert_eq!(
+        (&shown["objectId"], shown["features"].as_object().unwrap().len()),
+        (&"ZTF20aaelulu".into(), 25)
+    );
     assert!(fs::read(desk.path("a.png")).unwrap().starts_with(b"\x89PNG"));
     let shown = desk.json("show --packet %packets_edge/all_nan_template.avro --out @b.png");
     assert!(shown["problems"][0].as_str().unwrap().contains("template stamp has no pixel"));
@@ -132,9 +141,15 @@ fn bad_input_is_named_and_the_rest_goes_on() {
     let candidates = fs::read_to_string(desk.path("arrays/candidates.csv")).unwrap();
     let lines: Vec<&str> = candidates.lines().collect();
     desk.write("short.csv", lines[..lines.len() - 1].join("\n"));
-    desk.assert_refused("predict --model @m --triplets @arrays/triplets.npy --candidates @short.csv --out @x.csv", "rows, but");
+    desk.assert_refused(
+        "predict --model @m --triplets @arrays/triplets.npy --candidates @short.csv --out @x.csv",
+        "rows, but",
+    );
     desk.write("lacking.csv", candidates.replacen("sgscore2", "sgscoreX", 1));
-    desk.assert_refused("predict --model @m --triplets @arrays/triplets.npy --candidates @lacking.csv --out @x.csv", "no column sgscore2");
+    desk.assert_refused(
+        "predict --model @m --triplets @arrays/triplets.npy --candidates @lacking.csv --out @x.csv",
+        "no column sgscore2",
+    );
     desk.write("labels.csv", "objectId,jd,label,magpsf,score\na,1,2,18,0.5\n");
     desk.assert_refused("policy --scores @labels.csv --out @x.json", "labels are 0 or 1");
     desk.write("one.csv", "objectId,jd,label,magpsf,score\na,1,1,18,0.5\na,2,1,18,0.7\n");
@@ -144,15 +159,20 @@ fn bad_input_is_named_and_the_rest_goes_on() {
     let mut wrong = TensorFile::new();
     wrong.insert("triplets", HostTensor::float([1, 61, 61, 4], vec![0.0; 61 * 61 * 4]));
     write_npz(&desk.path("wrong.npz"), &wrong).unwrap();
-    desk.assert_refused("predict --model @m --triplets @wrong.npz --candidates @one.csv --out @x.csv", "[1, 61, 61, 4]");
+    desk.assert_refused(
+        "predict --model @m --triplets @wrong.npz --candidates @one.csv --out @x.csv",
+        "[1, 61, 61, 4]",
+    );
     assert!(!desk.path("x.csv").exists() && !desk.path("x.json").exists());
     // A row without a feature is lost alone.
     let column = lines[0].split(',').position(|name| name == "scorr").unwrap();
     let mut cells: Vec<&str> = lines[1].split(',').collect();
     cells[column] = "nan";
-    let damaged = [lines[0].to_string(), cells.join(",")].into_iter().chain(lines[2..].iter().map(ToString::to_string));
+    let damaged =
+        [lines[0].to_string(), cells.join(",")].into_iter().chain(lines[2..].iter().map(ToString::to_string));
     desk.write("nan.csv", damaged.collect::<Vec<_>>().join("\n"));
-    let found = desk.json("predict --model @m --triplets @arrays/triplets.npy --candidates @nan.csv --out @s.csv");
+    let found =
+        desk.json("predict --model @m --triplets @arrays/triplets.npy --candidates @nan.csv --out @s.csv");
     assert!(found["rejected"][0]["reason"].as_str().unwrap().contains("no scorr"));
     assert_eq!(found["scored"].as_u64().unwrap() as usize, lines.len() - 2);
 }

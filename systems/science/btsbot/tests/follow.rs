@@ -79,7 +79,8 @@ impl Night {
     }
 
     fn portal(&self, base: &str, token: &str) -> SkyPortal {
-        let target = Target { allocation: 7, observation: "IFU".into(), source_groups: vec![3], ..Target::default() };
+        let target =
+            Target { allocation: 7, observation: "IFU".into(), source_groups: vec![3], ..Target::default() };
         SkyPortal::new(base, token.into(), target, Duration::from_millis(1), &self.cx).unwrap()
     }
 }
@@ -164,7 +165,14 @@ fn a_dry_run_sends_no_byte_and_a_server_that_is_away_delays_only() {
 #[test]
 fn the_token_goes_nowhere_in_the_clear() {
     let cx = Context::for_tests("unused");
-    for base in ["http://fritz.science", "ftp://a.b", "fritz.science", "https://", "http://localhost@evil.org", "http://127.0.0.1.evil.org"] {
+    for base in [
+        "http://fritz.science",
+        "ftp://a.b",
+        "fritz.science",
+        "https://",
+        "http://localhost@evil.org",
+        "http://127.0.0.1.evil.org",
+    ] {
         let portal = SkyPortal::new(base, "t".into(), Target::default(), Duration::ZERO, &cx);
         assert!(portal.is_err(), "{base}");
     }

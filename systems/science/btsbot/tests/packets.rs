@@ -23,7 +23,10 @@ fn what_is_written_as_a_packet_is_read_back() {
     for source in sources(12, &Season::default(), "test", &cx) {
         let alert = source.with_stamps(0, &cx);
         let back = reader.read(&alert.to_avro()).remove(0).unwrap();
-        assert_eq!((&back.object_id, back.candid, back.jd, back.magpsf), (&alert.object_id, alert.candid, alert.jd, alert.magpsf));
+        assert_eq!(
+            (&back.object_id, back.candid, back.jd, back.magpsf),
+            (&alert.object_id, alert.candid, alert.jd, alert.magpsf)
+        );
         assert_eq!(back.prior.len(), alert.prior.len());
         for (name, value) in &alert.candidate {
             assert_eq!(back.number(name).map(|x| x as f32), value.as_number().map(|x| x as f32), "{name}");

@@ -40,7 +40,8 @@ pub(super) fn shift(args: &ShiftArgs, cx: &Context) -> Result<()> {
     let found = compare(&a, &b, &args.policy, &mut cx.rng("shift", 0))?;
     let out = &args.out;
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
-    let json = serde_json::to_vec_pretty(&found).map_err(|e| Error::work("cannot write JSON").caused_by(e))?;
+    let json =
+        serde_json::to_vec_pretty(&found).map_err(|e| Error::work("cannot write JSON").caused_by(e))?;
     write_atomic(&out.join("shift.json"), &json)?;
     let bins = 10;
     let counts = |sample: &Sample| {
@@ -71,9 +72,11 @@ pub(super) fn shift(args: &ShiftArgs, cx: &Context) -> Result<()> {
             let interval = interval.map_or("-".into(), |[low, high]| format!("{low:.3} to {high:.3}"));
             table.row([name.into(), shown(a), shown(b), shown(difference), interval]);
         }
-        let mut text = format!("{}\ndistance of the scores' distributions {:.3}\n", table.to_text(), found.score_ks);
+        let mut text =
+            format!("{}\ndistance of the scores' distributions {:.3}\n", table.to_text(), found.score_ks);
         for feature in found.features.iter().take(SHOWN) {
-            text += &format!("{:<16} KS {:.3}, stability index {:.3}\n", feature.name, feature.ks, feature.psi);
+            text +=
+                &format!("{:<16} KS {:.3}, stability index {:.3}\n", feature.name, feature.ks, feature.psi);
         }
         text + &format!("{}: {}\n", found.verdict, out.display())
     })

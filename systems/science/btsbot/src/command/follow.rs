@@ -96,8 +96,9 @@ impl RequestArgs {
             return Ok(Box::new(DryRun));
         };
         let payload = self.payload.as_deref().unwrap_or("{}");
-        let payload: Map<String, Value> = serde_json::from_str(payload)
-            .map_err(|e| Error::usage("--payload is no JSON object").caused_by(e).hint("such as {\"exposure_time\": 1800}"))?;
+        let payload: Map<String, Value> = serde_json::from_str(payload).map_err(|e| {
+            Error::usage("--payload is no JSON object").caused_by(e).hint("such as {\"exposure_time\": 1800}")
+        })?;
         let target = Target {
             allocation,
             target_groups: self.target_groups.clone(),
@@ -167,7 +168,9 @@ pub(super) fn watch(args: &WatchArgs, cx: &Context) -> Result<()> {
     if let Some(out) = &args.out {
         export(&store, out)?;
     }
-    cx.emit(&json!({ "mode": args.request.mode(), "policy": watch.policy, "round": round }), |_| summary(&round))
+    cx.emit(&json!({ "mode": args.request.mode(), "policy": watch.policy, "round": round }), |_| {
+        summary(&round)
+    })
 }
 
 fn summary(round: &Round) -> String {
@@ -263,7 +266,8 @@ pub(super) fn simulate(args: &SimulateArgs, cx: &Context) -> Result<()> {
     rows.iter().for_each(|row: &SourceRow| count += row.alerts);
     write_csv(&args.out.join("sources.csv"), &rows)?;
     let bright = rows.iter().filter(|row| row.label == 1).count();
-    let result = json!({ "out": args.out, "sources": rows.len(), "bright_transients": bright, "alerts": count });
+    let result =
+        json!({ "out": args.out, "sources": rows.len(), "bright_transients": bright, "alerts": count });
     cx.emit(&result, |_| {
         format!(
             "{count} alerts of {} sources, {bright} of them bright transients, in {}\n",

@@ -45,7 +45,10 @@ pub(super) fn run(args: &ForwardArgs, cx: &Context) -> Result<()> {
     if let Some(shape) = shape
         && (shape[1] != 3 || shape[2] != shape[3])
     {
-        return refused(format!("input_triplet has the shape {shape:?}"), "it must be [batch, 3, side, side]");
+        return refused(
+            format!("input_triplet has the shape {shape:?}"),
+            "it must be [batch, 3, side, side]",
+        );
     }
     if let Some([batch, width]) = meta.as_ref().map(|x| x.dims())
         && (width != FEATURES.len() || shape.is_some_and(|shape| shape[0] != batch))
@@ -75,6 +78,7 @@ fn config_of(weights: &TensorFile, mode: Mode, side: Option<usize>) -> MmCnnConf
     config.channels = [first("conv1.weight", config.channels[0]), first("conv3.weight", config.channels[1])];
     config.kernel = shape("conv1.weight").get(2).copied().unwrap_or(config.kernel);
     config.meta_hidden = [first("meta_fc1.weight", 128), first("meta_fc2.weight", 128)];
-    config.head_hidden = (0..).map_while(|at| shape(&format!("comb_fc.{at}.weight")).first().copied()).collect();
+    config.head_hidden =
+        (0..).map_while(|at| shape(&format!("comb_fc.{at}.weight")).first().copied()).collect();
     config
 }

@@ -44,7 +44,11 @@ pub(super) fn policy(args: &PolicyArgs, cx: &Context) -> Result<()> {
 }
 
 /// The sources by which policies are judged.
-fn labelled_sources<'a>(sources: &[Source<'a>], exclude: Option<&Path>, place: &Path) -> Result<Vec<Source<'a>>> {
+fn labelled_sources<'a>(
+    sources: &[Source<'a>],
+    exclude: Option<&Path>,
+    place: &Path,
+) -> Result<Vec<Source<'a>>> {
     let excluded = match exclude {
         Some(path) => fs::read_to_string(path).map_err(Error::io("read", path))?,
         None => String::new(),
@@ -71,7 +75,14 @@ fn table(results: &Map<String, Value>, sources: usize) -> Table {
     for (name, result) in results {
         let count = |key: &str| result[key].to_string();
         let figure = |key: &str| shown(result[key].as_f64());
-        table.row([name.clone(), count("tp"), count("fn"), count("fp"), figure("completeness"), figure("purity")]);
+        table.row([
+            name.clone(),
+            count("tp"),
+            count("fn"),
+            count("fp"),
+            figure("completeness"),
+            figure("purity"),
+        ]);
     }
     table
 }
@@ -115,7 +126,10 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         let names: std::collections::HashSet<&str> = text.lines().map(str::trim).collect();
         alerts.retain(|alert| names.contains(alert.object_id.as_str()));
         if alerts.is_empty() {
-            return Err(Error::input(place.display(), format!("has none of the sources in {}", path.display())));
+            return Err(Error::input(
+                place.display(),
+                format!("has none of the sources in {}", path.display()),
+            ));
         }
     }
     let metrics = AlertMetrics::of(&alerts);

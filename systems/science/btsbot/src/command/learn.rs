@@ -114,7 +114,9 @@ impl Recipe {
                 .hint("three shares between 0 and 1, such as 0.81,0.09,0.10"));
         }
         if self.crop.is_multiple_of(2) || self.crop > SIDE {
-            return Err(Error::usage(format!("--crop {}", self.crop)).hint(format!("an odd number up to {SIDE}")));
+            return Err(
+                Error::usage(format!("--crop {}", self.crop)).hint(format!("an odd number up to {SIDE}"))
+            );
         }
         Ok(())
     }
@@ -186,9 +188,14 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         let first = data.len();
         let validation = read(triplets, candidates, config.network.side, cx)?;
         let theirs = validation.labelled()?;
-        if let Some((name, _)) = validation.by_source().into_iter().find(|(name, _)| data.by_source().contains_key(name)) {
-            return Err(Error::input(candidates.display(), format!("source {name} is to train on and to validate with"))
-                .hint("split alerts by source"));
+        if let Some((name, _)) =
+            validation.by_source().into_iter().find(|(name, _)| data.by_source().contains_key(name))
+        {
+            return Err(Error::input(
+                candidates.display(),
+                format!("source {name} is to train on and to validate with"),
+            )
+            .hint("split alerts by source"));
         }
         valid = theirs.iter().map(|alert| first + alert).collect();
         data.images.extend(&validation.images);
@@ -225,9 +232,10 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
     let words = format!("--triplets {} --candidates {}", triplets.display(), candidates.display());
     let trained = run.train(model, &mut task, &training, &words, cx)?;
     let summary = run.finish(&trained, "weighted cross-entropy")?;
-    cx.emit(&json!({ "summary": summary, "parameters": parameters, "train": train.len(), "valid": valid.len() }), |_| {
-        format!("{}model in {}\n", summary.to_text("an alert"), summary.model.display())
-    })
+    cx.emit(
+        &json!({ "summary": summary, "parameters": parameters, "train": train.len(), "valid": valid.len() }),
+        |_| format!("{}model in {}\n", summary.to_text("an alert"), summary.model.display()),
+    )
 }
 
 /// The production network, or what a file says differently; --model and --crop come last.

@@ -101,7 +101,11 @@ fn write_candidates(path: &Path, alerts: &[&Ready], labels: Option<&Labels>) -> 
     }
     let mut writer = csv::Writer::from_writer(Vec::new());
     let label = labels.map(|_| "label");
-    let header = ["objectId", "candid"].into_iter().chain(label).chain(names.iter().map(|name| &**name)).chain(DERIVED);
+    let header = ["objectId", "candid"]
+        .into_iter()
+        .chain(label)
+        .chain(names.iter().map(|name| &**name))
+        .chain(DERIVED);
     writer.write_record(header).map_err(failed)?;
     for ready in alerts {
         let mut row = vec![ready.alert.object_id.clone(), ready.alert.candid.to_string()];
@@ -109,7 +113,9 @@ fn write_candidates(path: &Path, alerts: &[&Ready], labels: Option<&Labels>) -> 
             let label = labels.get(&ready.alert.object_id).map(|&label| u8::from(label).to_string());
             row.push(label.unwrap_or_default());
         }
-        row.extend(names.iter().map(|name| ready.alert.field(name).map(Field::to_string).unwrap_or_default()));
+        row.extend(
+            names.iter().map(|name| ready.alert.field(name).map(Field::to_string).unwrap_or_default()),
+        );
         row.extend(DERIVED.map(|name| derived(ready, name).to_string()));
         writer.write_record(row).map_err(failed)?;
     }
@@ -223,14 +229,17 @@ pub(super) fn show(args: &ShowArgs, cx: &Context) -> Result<()> {
     }
     let usable = triplet(&alert).map(|_| ());
     let named: Map<String, Value> = match &features {
-        Ok(features) => FEATURES.iter().zip(features).map(|(name, x)| ((*name).to_string(), json!(x))).collect(),
+        Ok(features) => {
+            FEATURES.iter().zip(features).map(|(name, x)| ((*name).to_string(), json!(x))).collect()
+        }
         Err(_) => Map::new(),
     };
     let shapes: Vec<Value> = match &stamps {
         Ok(stamps) => stamps.iter().map(|s| json!([s.height, s.width])).collect(),
         Err(_) => Vec::new(),
     };
-    let problems: Vec<&String> = [usable.as_ref().err(), features.as_ref().err()].into_iter().flatten().collect();
+    let problems: Vec<&String> =
+        [usable.as_ref().err(), features.as_ref().err()].into_iter().flatten().collect();
     let picture = stamps.is_ok().then_some(&args.out);
     let result = json!({
         "file": path,
@@ -260,7 +269,10 @@ pub(super) fn show(args: &ShowArgs, cx: &Context) -> Result<()> {
             let mut table = Table::new("", &["feature", "value", "feature", "value"]);
             let half = FEATURES.len().div_ceil(2);
             let cell = |at: usize| match FEATURES.get(at) {
-                Some(name) => [(*name).to_string(), format!("{:.6}", features[at]).trim_end_matches('0').trim_end_matches('.').into()],
+                Some(name) => [
+                    (*name).to_string(),
+                    format!("{:.6}", features[at]).trim_end_matches('0').trim_end_matches('.').into(),
+                ],
                 None => [String::new(), String::new()],
             };
             for at in 0..half {

@@ -20,7 +20,10 @@ use crate::packet::AlertReader;
 
 /// `kiln btsbot …`
 #[derive(Debug, Parser)]
-#[command(name = "btsbot", about = "Bright transients in a survey's alert stream, identified and followed up")]
+#[command(
+    name = "btsbot",
+    about = "Bright transients in a survey's alert stream, identified and followed up"
+)]
 #[command(after_help = "Examples:
   kiln btsbot extract --packets night/ --out night-arrays/
   kiln btsbot train --triplets triplets.npy --candidates candidates.csv --out m/

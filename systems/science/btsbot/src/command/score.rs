@@ -12,8 +12,8 @@ use super::{ArrayArgs, ReadArgs};
 use crate::checkpoint::open;
 use crate::dataset::{About, Dataset, Rejected};
 use crate::filter::Filter;
-use crate::server::{self, Server};
 use crate::packets::{find, ingest, rejected, visit_stamps};
+use crate::server::{self, Server};
 use crate::tables::write_csv;
 use crate::train;
 
@@ -136,7 +136,8 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
     }
     let count = rows.len();
     if count == 0 {
-        let reason = lost.first().map_or("there are none".into(), |one| format!("{}: {}", one.file, one.reason));
+        let reason =
+            lost.first().map_or("there are none".into(), |one| format!("{}: {}", one.file, one.reason));
         return Err(Error::work(format!("no alert can be scored; the first: {reason}")));
     }
     if let Some(path) = &args.embeddings {
@@ -150,7 +151,8 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         for row in rows[..count].iter().take(40) {
             let (jd, magpsf) = (row.jd.unwrap_or_default(), row.magpsf.unwrap_or_default());
             let score = row.score.unwrap_or_default();
-            text += &format!("{:<20} {:<20} {jd:<15.5} {magpsf:<7.2} {score:.3}\n", row.object_id, row.candid);
+            text +=
+                &format!("{:<20} {:<20} {jd:<15.5} {magpsf:<7.2} {score:.3}\n", row.object_id, row.candid);
         }
         if count > 40 {
             text += &format!("and {} more\n", count - 40);

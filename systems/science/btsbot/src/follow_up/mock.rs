@@ -149,7 +149,6 @@ async fn list(State(told): State<Shared>, headers: HeaderMap, RawQuery(query): R
     if let Err(refusal) = check(&told, &headers) {
         return refusal;
     }
-    let found: Vec<&Value> =
-        told.requests.iter().filter(|request| request["obj_id"] == wanted).collect();
+    let found: Vec<&Value> = told.requests.iter().filter(|request| request["obj_id"] == wanted).collect();
     reply(200, json!({ "followup_requests": found, "totalMatches": found.len() }))
 }

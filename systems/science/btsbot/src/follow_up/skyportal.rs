@@ -47,8 +47,15 @@ impl SkyPortal {
     ///
     /// # Errors
     /// When the address is none, or would send the token over the network in the clear.
-    pub fn new(base: &str, token: String, target: Target, first_wait: Duration, cx: &Context) -> Result<Self> {
-        let refused = |found: &str, hint: &str| Err(Error::usage(format!("--base {base} {found}")).hint(hint));
+    pub fn new(
+        base: &str,
+        token: String,
+        target: Target,
+        first_wait: Duration,
+        cx: &Context,
+    ) -> Result<Self> {
+        let refused =
+            |found: &str, hint: &str| Err(Error::usage(format!("--base {base} {found}")).hint(hint));
         let base_url = base.trim_end_matches('/');
         let (scheme, rest) = base_url.split_once("://").unwrap_or(("", base_url));
         let authority = rest.split('/').next().unwrap_or_default();
@@ -212,7 +219,8 @@ impl FollowUp for SkyPortal {
                 // The server's own search may find names that only begin so.
                 Some(found) => Ok(found.iter().any(|one| {
                     one["obj_id"] == request.object_id.as_str()
-                        && (one["allocation_id"] == self.target.allocation || one["allocation"]["id"] == self.target.allocation)
+                        && (one["allocation_id"] == self.target.allocation
+                            || one["allocation"]["id"] == self.target.allocation)
                 })),
                 None => Err("lists no requests".into()),
             },

@@ -93,7 +93,9 @@ impl Light {
                 period: 10f64.powf(rng.random_range(-0.5..2.0)),
                 phase: rng.random_range(0.0..std::f64::consts::TAU),
             },
-            Kind::Bogus => Self::Sporadic { chance: rng.random_range(0.05..0.25), mean: rng.random_range(17.0..20.0) },
+            Kind::Bogus => {
+                Self::Sporadic { chance: rng.random_range(0.05..0.25), mean: rng.random_range(17.0..20.0) }
+            }
         }
     }
 

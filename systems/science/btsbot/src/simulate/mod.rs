@@ -159,7 +159,11 @@ fn epochs(season: &Season, rng: &mut impl Rng) -> Vec<Epoch> {
         epochs.push(Epoch {
             jd,
             fid: 1 + (epochs.len() % 2) as i64,
-            seeing: Seeing { limit, fwhm, sky: 10f64.powf(0.4 * (20.5 - limit)) * rng.random_range(120.0..350.0) },
+            seeing: Seeing {
+                limit,
+                fwhm,
+                sky: 10f64.powf(0.4 * (20.5 - limit)) * rng.random_range(120.0..350.0),
+            },
         });
         let gap = if rng.random_bool(0.08) { rng.random_range(4.0..10.0) } else { 0.0 };
         jd += rng.random_range(1.0..1.6) + gap; // in each filter every two to three days
@@ -301,7 +305,10 @@ impl Seen<'_> {
             number("sharpnr", normal(rng, if is_star { 0.0 } else { 0.35 }, 0.25)),
             number("sky", seeing.sky),
             number("fwhm", seeing.fwhm),
-            number("classtar", if *kind == Kind::Bogus { rng.random_range(0.2..1.0) } else { rng.random_range(0.8..1.0) }),
+            number(
+                "classtar",
+                if *kind == Kind::Bogus { rng.random_range(0.2..1.0) } else { rng.random_range(0.8..1.0) },
+            ),
             (Arc::from("nneg"), Field::Int(rng.random_range(0..if *kind == Kind::Bogus { 12 } else { 4 }))),
             (Arc::from("nbad"), Field::Int(0)),
             number("rb", rb),
@@ -345,7 +352,9 @@ pub fn dataset(sources: &[Simulated], side: usize, most: usize, cx: &Context) ->
                 continue;
             }
             next += 1;
-            let failed = |reason: String| kiln_core::Error::work(format!("simulated alert {}: {reason}", alert.candid));
+            let failed = |reason: String| {
+                kiln_core::Error::work(format!("simulated alert {}: {reason}", alert.candid))
+            };
             let about = About {
                 object_id: alert.object_id.clone(),
                 candid: alert.candid.to_string(),
@@ -353,7 +362,11 @@ pub fn dataset(sources: &[Simulated], side: usize, most: usize, cx: &Context) ->
                 magpsf: alert.magpsf,
                 label: Some(source.label()),
             };
-            data.push(&triplet(&source.with_stamps(at, cx)).map_err(failed)?, features.map_err(failed)?, about);
+            data.push(
+                &triplet(&source.with_stamps(at, cx)).map_err(failed)?,
+                features.map_err(failed)?,
+                about,
+            );
         }
         Ok(data)
     };

@@ -101,9 +101,16 @@ impl Scene {
         };
         let mut stars: Vec<Star> = (0..count).map(|_| star()).collect();
         // None of them so near that it would be the source.
-        stars.iter_mut().filter(|star| star.place[0].hypot(star.place[1]) < 8.0).for_each(|star| star.place[0] += 14.0);
+        stars
+            .iter_mut()
+            .filter(|star| star.place[0].hypot(star.place[1]) < 8.0)
+            .for_each(|star| star.place[0] += 14.0);
         let far = Neighbour {
-            star_score: if rng.random_bool(0.7) { rng.random_range(0.6..1.0) } else { rng.random_range(0.0..0.5) },
+            star_score: if rng.random_bool(0.7) {
+                rng.random_range(0.6..1.0)
+            } else {
+                rng.random_range(0.0..0.5)
+            },
             is_star: true,
             distance: rng.random_range(5.0..25.0),
             magnitude: rng.random_range(17.0..22.0),
@@ -143,7 +150,9 @@ impl Scene {
                 (Some(host), None, near)
             }
             Kind::Cv | Kind::Variable => {
-                let quiet = light.underneath().unwrap_or_else(|| light.peak().unwrap_or(18.0) + rng.random_range(2.0..5.0));
+                let quiet = light
+                    .underneath()
+                    .unwrap_or_else(|| light.peak().unwrap_or(18.0) + rng.random_range(2.0..5.0));
                 stars.push(Star { magnitude: quiet, place: [0.0; 2] });
                 let near = Neighbour {
                     star_score: 1.0 - rng.random_range(0.0f64..0.7).powi(3),
@@ -161,13 +170,20 @@ impl Scene {
                         stars.push(Star { magnitude, place: [0.0; 2] });
                         Artefact::Dipole { shift: [(); 2].map(|()| rng.random_range(-0.9..0.9)) }
                     }
-                    1 => Artefact::CosmicRay { angle: rng.random_range(0.0..3.1), length: rng.random_range(2.0..12.0) },
+                    1 => Artefact::CosmicRay {
+                        angle: rng.random_range(0.0..3.1),
+                        length: rng.random_range(2.0..12.0),
+                    },
                     _ => Artefact::Ghost { radius: rng.random_range(5.0..20.0) },
                 };
                 let near = Neighbour {
                     star_score: rng.random_range(0.5..1.0),
                     is_star: true,
-                    distance: if matches!(artefact, Artefact::Dipole { .. }) { rng.random_range(0.1..1.5) } else { rng.random_range(1.0..15.0) },
+                    distance: if matches!(artefact, Artefact::Dipole { .. }) {
+                        rng.random_range(0.1..1.5)
+                    } else {
+                        rng.random_range(1.0..15.0)
+                    },
                     magnitude: rng.random_range(13.0..20.0),
                 };
                 (None, Some(artefact), near)
@@ -183,7 +199,13 @@ impl Scene {
     }
 
     /// Science, template and difference of one observation.
-    pub(super) fn stamps(&self, magnitude: f64, is_positive: bool, seeing: &Seeing, rng: &mut impl Rng) -> [FitsImage; 3] {
+    pub(super) fn stamps(
+        &self,
+        magnitude: f64,
+        is_positive: bool,
+        seeing: &Seeing,
+        rng: &mut impl Rng,
+    ) -> [FitsImage; 3] {
         let shift = match self.artefact {
             Some(Artefact::Dipole { shift }) => shift,
             _ => [(); 2].map(|()| rng.random_range(-MISALIGNED..MISALIGNED)),
