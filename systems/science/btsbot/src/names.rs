@@ -64,3 +64,30 @@ pub fn to_public(file: &mut TensorFile, mode: Mode) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    use crate::model::MmCnnConfig;
+
+    #[test]
+    fn every_network_comes_back_under_the_public_names() {
+        for mode in [Mode::MmCnn, Mode::UmCnn, Mode::UmNn] {
+            let config = MmCnnConfig {
+                head_hidden: vec![6, 4],
+                ..MmCnnConfig::new().with_channels([2, 3]).with_mode(mode)
+            };
+            let network = config.init(&Device::flex());
+            let mut file = TensorFile::from_module(&network);
+            let ours: Vec<String> = file.names().map(str::to_string).collect();
+            to_public(&mut file, mode);
+            let places = ["conv_layers.", "metadata_branch.", "combined_head.", "head.", "network."];
+            assert!(file.names().all(|name| places.iter().any(|place| name.starts_with(place))), "{mode:?}");
+            from_elsewhere(&mut file, mode);
+            assert_eq!(file.names().collect::<Vec<_>>(), ours);
+            assert!(file.into_module(network).is_ok());
+        }
+    }
+}

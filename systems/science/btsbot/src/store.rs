@@ -21,6 +21,9 @@ const REJECTED: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("rejecte
 const SENT: TableDefinition<'_, i64, u64> = TableDefinition::new("sent by night");
 const SETTINGS: TableDefinition<'_, &str, &str> = TableDefinition::new("settings");
 
+/// Bytes of the store that are in memory, however large it is.
+const CACHE: usize = 64 << 20;
+
 /// A source so far.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SourceState {
@@ -83,7 +86,7 @@ impl Store {
     /// When the file is no store, another program has it open, or it belongs to another mode.
     pub fn open(path: &Path, mode: &str) -> Result<Self> {
         let place = path.display().to_string();
-        let database = Database::create(path).map_err(|e| {
+        let database = Database::builder().set_cache_size(CACHE).create(path).map_err(|e| {
             Error::input(&place, "cannot be opened as a store")
                 .caused_by(e)
                 .hint("is another watch running on it? A damaged store must be moved away")

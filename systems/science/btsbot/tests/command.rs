@@ -57,6 +57,22 @@ fn a_survey_is_simulated_learned_scored_and_judged() {
     for ((a, x), (b, y)) in by_candid("mm_cnn.csv").iter().zip(by_candid("p.csv")) {
         assert!(*a == b && (x - y).abs() < 1e-4, "{a} {x}, {b} {y}");
     }
+    // And from an archive.
+    let file = fs::File::create(desk.path("night.tar.gz")).unwrap();
+    let mut archive = tar::Builder::new(flate2::write::GzEncoder::new(file, flate2::Compression::fast()));
+    archive.append_dir_all("night", desk.path("survey/packets")).unwrap();
+    archive.into_inner().unwrap().finish().unwrap();
+    let packed = desk
+        .json("predict --model @mm_cnn --packets @night.tar.gz --negative --out @q.csv --embeddings @e.npz");
+    assert_eq!(packed["scored"], rows);
+    for ((a, x), (b, y)) in by_candid("q.csv").iter().zip(by_candid("p.csv")) {
+        assert!(*a == b && (x - y).abs() < 1e-4, "{a} {x}, {b} {y}");
+    }
+    let embeddings = kiln_data::read_npz(&desk.path("e.npz")).unwrap();
+    assert_eq!(embeddings.get("embeddings").unwrap().shape, [rows, 8]);
+    let calibrated = desk.json(&format!("calibrate --model @mm_cnn {ARRAYS} --out @calibrated"));
+    assert!(calibrated["after"]["nll"].as_f64() <= calibrated["before"]["nll"].as_f64());
+    desk.json(&format!("predict --model @calibrated {ARRAYS} --out @r.csv"));
     let judged = desk.json(&format!("eval --model @mm_cnn {ARRAYS} --out @e"));
     assert_eq!(judged["metrics"]["alerts"]["alerts"], rows);
     let page = fs::read_to_string(desk.path("e/report.html")).unwrap();

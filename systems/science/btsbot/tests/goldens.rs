@@ -14,8 +14,9 @@ use kiln_btsbot::policy::{apply, judged};
 use kiln_btsbot::scores::{read_scores, sources};
 use kiln_btsbot::train::weighted_loss;
 use kiln_btsbot::triplet::normalise;
-use kiln_btsbot::{Alert, AlertReader, MmCnnConfig, Mode, Policy, Triplet};
+use kiln_btsbot::{Alert, AlertReader, Btsbot, MmCnnConfig, Mode, Policy, Triplet};
 use kiln_core::TensorFile;
+use kiln_core::testing::Desk;
 use kiln_data::{read_npz, shared_dir};
 use serde_json::Value;
 
@@ -233,6 +234,29 @@ fn logits_are_those_of_the_reference() {
     let logits = values(network.forward(images, meta));
     for (found, expected) in logits.iter().zip(expect(&io, "logit")) {
         assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+    }
+}
+
+#[test]
+fn forward_gives_the_logits_of_the_reference() {
+    let Some(shared) = shared_dir() else {
+        println!("skipped: no shared data");
+        return;
+    };
+    let (desk, folder) = (Desk::new(&Btsbot), shared.join("golden/btsbot"));
+    let [weights, io] = ["mm_cnn_weights.safetensors", "mm_cnn_io.safetensors"].map(|name| folder.join(name));
+    desk.json(&format!(
+        "forward --weights {} --input {} --out @l.safetensors",
+        weights.display(),
+        io.display()
+    ));
+    let (found, expected) =
+        (TensorFile::read(&desk.path("l.safetensors")).unwrap(), TensorFile::read(&io).unwrap());
+    for name in ["logit", "score"] {
+        let values = |file: &TensorFile| file.get(name).unwrap().as_floats().unwrap().to_vec();
+        for (found, expected) in values(&found).iter().zip(values(&expected)) {
+            assert!((found - expected).abs() < 1e-5, "{name}: {found}, not {expected}");
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use kiln_btsbot::features::{FeatureOptions, HistorySource};
+use kiln_btsbot::fields::Names;
 use kiln_btsbot::packets::triplet;
 use kiln_btsbot::simulate::{Season, sources};
 use kiln_btsbot::{Alert, AlertReader, FeatureHistory};
@@ -33,6 +34,29 @@ fn what_is_written_as_a_packet_is_read_back() {
         }
         assert_eq!(triplet(&back).unwrap(), triplet(&alert).unwrap());
     }
+}
+
+#[test]
+fn another_brokers_names_are_translated() {
+    let cx = Context::for_tests("unused");
+    let source = sources(1, &Season::default(), "test", &cx).remove(0);
+    let alert = source.with_stamps(source.alerts.len() - 1, &cx);
+    // Names of the same length, so that the file stays whole.
+    let mut bytes = alert.to_avro();
+    for (from, to) in [("candidate", "diaSource"), ("\"magpsf", "\"psfMag"), ("objectId", "diaObjId")] {
+        assert_eq!(from.len(), to.len());
+        while let Some(at) = bytes.windows(from.len()).position(|window| window == from.as_bytes()) {
+            bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        }
+    }
+    let fault = AlertReader::new().read(&bytes).remove(0).unwrap_err();
+    assert!(fault.reason.contains("has no objectId"), "{fault:?}");
+    let names = r#"{"object_id": "diaObjId", "candidate": "diaSource", "prior": "prv_diaSources", "fields": {"psfMag": "magpsf"}}"#;
+    let names: Names = serde_json::from_str(names).unwrap();
+    let back = AlertReader::with_names(names).read(&bytes).remove(0).unwrap();
+    assert_eq!((back.magpsf, &back.object_id), (alert.magpsf, &alert.object_id));
+    let magnitudes = |alert: &Alert| alert.prior.iter().map(|d| d.magpsf as f32).collect::<Vec<_>>();
+    assert_eq!(magnitudes(&back), magnitudes(&alert));
 }
 
 #[test]
