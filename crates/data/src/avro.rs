@@ -80,6 +80,9 @@ impl<'a> AvroValue<'a> {
     }
 }
 
+/// How many data a block holds, and their bytes.
+pub type AvroBlock<'a> = (usize, Cow<'a, [u8]>);
+
 /// A container file in memory: its schema as JSON, and what follows.
 #[derive(Debug, Clone)]
 pub struct AvroFile<'a> {
@@ -134,7 +137,7 @@ impl<'a> AvroFile<'a> {
     ///
     /// # Errors
     /// What is wrong with the block.
-    pub fn next_block(&mut self, limit: usize) -> Result<Option<(usize, Cow<'a, [u8]>)>, String> {
+    pub fn next_block(&mut self, limit: usize) -> Result<Option<AvroBlock<'a>>, String> {
         if self.rest.is_empty() {
             return Ok(None);
         }

@@ -290,7 +290,7 @@ fn report_modes(report: &mut Report, plan: &Plan, runs: &[Repetition]) -> Result
         ),
         Claim::new(
             "Alerts of bright transients are told from others",
-            "AUC 0.98 and more",
+            "told by sources, see below; no AUC is taken from it",
             both,
             "AUC over alerts",
             Threshold::AtLeast(plan.auc),
