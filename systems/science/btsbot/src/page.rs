@@ -54,7 +54,7 @@ pub fn diagnostics(
     }
     report.plots.push(scores_and_magnitudes(alerts));
     report.plots.push(by_class(
-        "Scores by class",
+        "Alerts by class",
         "score",
         alerts,
         |alert| alert.score,
@@ -63,7 +63,7 @@ pub fn diagnostics(
     ));
     let end = BRIGHTEST + BIN * BINS as f64;
     report.plots.push(by_class(
-        "Alerts by class and magnitude",
+        "Alerts by class",
         "magnitude",
         alerts,
         |alert| alert.magpsf,
