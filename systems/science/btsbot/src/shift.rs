@@ -283,7 +283,11 @@ mod tests {
                 jd: 0.0,
                 label: Some(i.is_multiple_of(2)),
                 magpsf: 18.0,
-                score: if i.is_multiple_of(2) == (i % 20 >= wrong) { 0.9 } else { 0.1 + 0.001 * (i % 7) as f64 },
+                score: if i.is_multiple_of(2) == (i % 20 >= wrong) {
+                    0.9
+                } else {
+                    0.1 + 0.001 * (i % 7) as f64
+                },
             };
             Sample { alerts: (0..200).map(alert).collect(), features: BTreeMap::new() }
         };
