@@ -237,20 +237,22 @@ mod tests {
 
     #[test]
     fn gradients_agree_with_finite_differences() {
+        // Small, so that few maxima and signs change on the way.
+        const STEP: f32 = 2e-3;
         let cx = Context::for_tests("unused");
-        let config = MmCnnConfig { kernel: 3, ..MmCnnConfig::new().with_channels([2, 2]).with_side(9) };
+        let config = MmCnnConfig { kernel: 3, ..MmCnnConfig::new().with_channels([2, 8]).with_side(9) };
         let plain = MmCnnConfig {
             conv_dropout: [0.0; 2],
             meta_dropout: 0.0,
             head_dropout: 0.0,
             meta_hidden: [4, 4],
-            head_hidden: vec![3],
+            head_hidden: vec![16],
             ..config
         };
         let model = new_model(&plain, &cx);
         let mut rng = cx.rng("input", 0);
         let mut random =
-            |count: usize| (0..count).map(|_| rng.random_range(-1.0..1.0f32)).collect::<Vec<_>>();
+            |count: usize| (0..count).map(|_| rng.random_range(-2.0..2.0f32)).collect::<Vec<_>>();
         let images = TensorData::new(random(2 * 3 * 81), [2, 3, 9, 9]);
         let meta = TensorData::new(random(50), [2, 25]);
         let labels = [true, false];
@@ -279,8 +281,8 @@ mod tests {
             loss(&moved).into_scalar::<f32>()
         };
         for (at, &expected) in gradient.iter().enumerate() {
-            let found = (with(at, 1e-2) - with(at, -1e-2)) / 2e-2;
-            assert!((found - expected).abs() < 0.03 * scale, "{at}: {found}, not {expected}");
+            let found = (with(at, STEP) - with(at, -STEP)) / (2.0 * STEP);
+            assert!((found - expected).abs() < 0.05 * scale, "{at}: {found}, not {expected}");
         }
     }
 }
