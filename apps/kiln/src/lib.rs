@@ -1,5 +1,6 @@
 //! Published neural systems on your own data: the facade over Kiln's crates, and the table of systems.
 
+pub use kiln_btsbot as btsbot;
 pub use kiln_chest_xray as chest_xray;
 pub use kiln_cluster as cluster;
 pub use kiln_compiler as compiler;
@@ -39,5 +40,6 @@ pub static SYSTEMS: &[&dyn System] = &[
     &kiln_oneflow::OneFlow,
     &kiln_connectome::Connectome,
     &kiln_eeg::Eeg,
+    &kiln_btsbot::Btsbot,
     &kiln_chest_xray::ChestXray,
 ];

@@ -112,6 +112,16 @@ fn tiny_model(desk: &Desk, slug: &str) -> (PathBuf, i64) {
             desk.json("train --data @p --window 150 --width 0.1 --batch 4 --epochs 1 --out @m");
             2
         }
+        "btsbot" => {
+            desk.write("c.json", r#"{"channels": [2, 3], "kernel": 3, "meta_hidden": [8, 8]}"#);
+            desk.json("simulate --sources 12 --out @s");
+            desk.json("extract --packets @s/packets --labels @s/sources.csv --out @a");
+            desk.json(
+                "train --triplets @a/triplets.npy --candidates @a/candidates.csv --config @c.json --crop 15 --epochs 1 \
+                 --batch 8 --n-max 2 --out @m",
+            );
+            2
+        }
         "chest-xray" => {
             desk.json("phantom --n 30 --size 32 --out @d");
             desk.json("train --images @d/images --net resnet18 --width 0.0625 --size 32 --folds 1 --epochs 1 --batch 8 --out @m");

@@ -1,8 +1,10 @@
 //! File formats, datasets and generators.
 
+pub mod avro;
 pub mod dicom;
 pub mod digits;
 pub mod edf;
+pub mod fits;
 mod images;
 mod matrix;
 mod npz;
@@ -17,7 +19,7 @@ mod windows;
 
 pub use images::{ImageOptions, Images, Picture};
 pub use matrix::Matrix;
-pub use npz::{read_npz, read_npz_as, write_npz, write_npz_as};
+pub use npz::{read_npy, read_npz, read_npz_as, write_npz, write_npz_as};
 pub use shared::shared_dir;
 pub use stopped_text::StoppedText;
 pub use table::{Cells, Column, Encoder, Table, TableOptions};

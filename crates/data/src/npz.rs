@@ -22,6 +22,17 @@ pub fn read_npz(path: &Path) -> Result<TensorFile> {
     Ok(tensors)
 }
 
+/// Reads the array of an `.npy` file; floats become f32, integers and booleans i64.
+///
+/// # Errors
+/// When the file is missing or malformed, or has a type that Kiln does not read.
+pub fn read_npy(path: &Path) -> Result<HostTensor> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    decode(&bytes).map_err(|found| {
+        Error::input(path.display(), found).hint("is it a complete file as numpy.save writes it?")
+    })
+}
+
 /// Reads every array of an `.npz` file as `decode` makes it from the bytes of a `.npy` file, or says what is wrong with
 /// them.
 ///

@@ -34,6 +34,7 @@ mod mha;
 mod norm;
 mod optim;
 mod padding;
+mod plateau;
 mod pool;
 mod rotary;
 mod schedule;
@@ -66,6 +67,7 @@ pub use loss::{next_token_loss, token_nll};
 pub use mha::{MhaCache, MhaInput, MhaOutput, MultiHeadAttention, MultiHeadAttentionConfig};
 pub use norm::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 pub use optim::{Adagrad, AdamW, Sgd};
+pub use plateau::Plateau;
 pub use pool::{
     AdaptiveAvgPool1d, AdaptiveAvgPool1dConfig, AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig, AvgPool1d,
     AvgPool1dConfig, AvgPool2d, AvgPool2dConfig, MaxPool1d, MaxPool1dConfig, MaxPool2d, MaxPool2dConfig,

@@ -23,8 +23,9 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, Position};
 use crate::init::seed_device;
+use crate::plateau::Course;
 use crate::train_log::{LogRow, TrainLog};
-use crate::{AdamW, Decay, Schedule, Sgd};
+use crate::{AdamW, Decay, Plateau, Schedule, Sgd};
 
 const LOG_FILE: &str = "train_log.csv";
 
@@ -77,6 +78,12 @@ pub struct TrainConfig {
     pub checkpoint_every: usize,
     /// Evaluations without improvement after which the run stops.
     pub patience: Option<usize>,
+    /// By what share the validation loss must fall to count as improved.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub min_improvement: f64,
+    /// How the learning rate falls besides its schedule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plateau: Option<Plateau>,
     /// What makes a step; gradient descent knows no betas, and weight decay is part of its gradient.
     #[serde(default, skip_serializing_if = "Method::is_default")]
     pub method: Method,
@@ -101,6 +108,8 @@ impl Default for TrainConfig {
             eval_every: 200,
             checkpoint_every: 200,
             patience: None,
+            min_improvement: 0.0,
+            plateau: None,
             method: Method::AdamW,
         }
     }
@@ -117,6 +126,7 @@ impl TrainConfig {
             ("clip norm", self.clip_norm),
             ("clip value", self.clip_value),
             ("minimum learning rate ratio", self.min_lr_ratio),
+            ("least improvement", self.min_improvement),
         ];
         if let Some((name, value)) = not_negative.into_iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
             return Err(Error::usage(format!("the {name} is {value}, but must be a number of at least 0")));
@@ -218,7 +228,7 @@ pub fn train<M: Module>(
         if run.position.step >= config.steps {
             break Outcome::Finished;
         }
-        if config.patience.is_some_and(|patience| run.position.stale >= patience) {
+        if config.patience.is_some_and(|patience| run.course.stale >= patience) {
             break Outcome::EarlyStopped;
         }
         if cx.interrupted() {
@@ -252,6 +262,7 @@ struct Run<'a, M> {
     optimiser: Optimiser,
     schedule: Schedule,
     position: Position,
+    course: Course,
     log: TrainLog,
     folder: Option<&'a ModelFolder>,
     settings: Map<String, Value>,
@@ -286,6 +297,7 @@ impl<'a, M: Module> Run<'a, M> {
             optimiser: Optimiser::new(config),
             schedule: schedule(config),
             position: Position::default(),
+            course: Course::default(),
             log,
             folder,
             settings,
@@ -307,7 +319,12 @@ impl<'a, M: Module> Run<'a, M> {
             // What was written after the checkpoint belongs to steps that are yet to come again.
             folder.save_weights(&TensorFile::from_module(best))?;
         }
+        let mut course = Course::default();
+        for loss in log.rows.iter().filter_map(|row| row.val_loss) {
+            course.see(loss, config.min_improvement, config.plateau.as_ref());
+        }
         Ok(Self {
+            course,
             model: Some(restored.model.train()),
             best: restored.best,
             optimiser: restored.optimiser,
@@ -337,7 +354,7 @@ impl<'a, M: Module> Run<'a, M> {
         }
         let loss_value = f64::from(loss.clone().into_scalar::<f32>());
         self.require_finite("loss", loss_value)?;
-        let lr = self.schedule.at(index);
+        let lr = self.course.reduced(self.schedule.at(index), config.plateau.as_ref());
         let gradients = loss.backward();
         let model = self.model.take().expect(IN_PLACE);
         let (model, grad_norm) = self.optimiser.step(model, gradients, lr);
@@ -349,8 +366,11 @@ impl<'a, M: Module> Run<'a, M> {
 
         let step = self.position.step;
         let is_last = step == config.steps;
-        let val_loss =
-            if is_last || is_due(step, config.eval_every) { Some(self.evaluate(task)?) } else { None };
+        let val_loss = if is_last || is_due(step, config.eval_every) {
+            Some(self.evaluate(task, config)?)
+        } else {
+            None
+        };
         self.log.push(LogRow {
             step,
             tokens: self.position.tokens,
@@ -380,7 +400,7 @@ impl<'a, M: Module> Run<'a, M> {
     }
 
     /// Measures the validation loss and keeps the weights when it is the lowest yet.
-    fn evaluate(&mut self, task: &mut impl Task<M>) -> Result<f64> {
+    fn evaluate(&mut self, task: &mut impl Task<M>, config: &TrainConfig) -> Result<f64> {
         let snapshot = self.model().valid();
         let loss = task.validate(&snapshot)?;
         if !loss.is_finite() {
@@ -389,6 +409,7 @@ impl<'a, M: Module> Run<'a, M> {
                 self.position.step
             )));
         }
+        self.course.see(loss, config.min_improvement, config.plateau.as_ref());
         if self.position.best.is_some_and(|(best, _)| loss >= best) {
             self.position.stale += 1;
             return Ok(loss);

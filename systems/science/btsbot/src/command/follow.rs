@@ -1,0 +1,278 @@
+//! `kiln btsbot watch` and `kiln btsbot simulate`
+
+use std::fs;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use kiln_core::{Context, Error, ErrorKind, Result, write_atomic};
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::ReadArgs;
+use crate::checkpoint::open;
+use crate::filter::Filter;
+use crate::follow_up::{DryRun, FollowUp, SkyPortal, Target, read_token};
+use crate::policy::Policy;
+use crate::simulate::{self, Season};
+use crate::store::Store;
+use crate::tables::write_csv;
+use crate::watch::{Round, Watch, Watcher, export, julian_date_now};
+
+#[derive(Debug, Args)]
+pub(super) struct WatchArgs {
+    /// Model folder
+    #[arg(long)]
+    model: PathBuf,
+    /// Folder of packets to follow
+    #[arg(long, value_name = "DIR")]
+    packets: PathBuf,
+    /// Which sources become targets
+    #[arg(long, default_value = "bts_p1")]
+    policy: Policy,
+    #[command(flatten)]
+    reading: ReadArgs,
+    #[command(flatten)]
+    filter: Filter,
+    /// File in which the watch remembers what it did
+    #[arg(long, default_value = "watch.redb")]
+    store: PathBuf,
+    /// Take in what is there and end
+    #[arg(long)]
+    once: bool,
+    /// Seconds between looks into the folder
+    #[arg(long, default_value_t = 5.0)]
+    interval: f64,
+    #[command(flatten)]
+    request: RequestArgs,
+    /// Folder to write at the end: scores.csv, requests.csv and rejected.csv
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// Where requests go.
+#[derive(Debug, Clone, Args)]
+struct RequestArgs {
+    /// Really send requests; without, the watch only says which it would send
+    #[arg(long, requires_all = ["base", "allocation"])]
+    live: bool,
+    /// Address of the SkyPortal server
+    #[arg(long, value_name = "URL")]
+    base: Option<String>,
+    /// Allocation of telescope time
+    #[arg(long)]
+    allocation: Option<u64>,
+    /// Groups that see requests
+    #[arg(long, value_delimiter = ',')]
+    target_groups: Vec<u64>,
+    /// Groups that see sources
+    #[arg(long, value_delimiter = ',')]
+    source_groups: Vec<u64>,
+    /// What is to be observed
+    #[arg(long, default_value = "IFU")]
+    observation_type: String,
+    /// More fields of the instrument's form, as a JSON object
+    #[arg(long, value_name = "JSON")]
+    payload: Option<String>,
+    /// File that holds the token
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Environment variable that holds it, in place of a file
+    #[arg(long, default_value = "SKYPORTAL_TOKEN", value_name = "NAME")]
+    token_env: String,
+    /// The most requests of a night; the others wait
+    #[arg(long, value_name = "N")]
+    max_requests_per_night: Option<u64>,
+    /// Seconds before a second attempt; twice as long before each that follows
+    #[arg(long, default_value_t = 1.0)]
+    first_wait: f64,
+}
+
+impl RequestArgs {
+    fn follow_up(&self, cx: &Context) -> Result<Box<dyn FollowUp>> {
+        let (true, Some(base), Some(allocation)) = (self.live, &self.base, self.allocation) else {
+            return Ok(Box::new(DryRun));
+        };
+        let payload = self.payload.as_deref().unwrap_or("{}");
+        let payload: Map<String, Value> = serde_json::from_str(payload).map_err(|e| {
+            Error::usage("--payload is no JSON object").caused_by(e).hint("such as {\"exposure_time\": 1800}")
+        })?;
+        let target = Target {
+            allocation,
+            target_groups: self.target_groups.clone(),
+            source_groups: self.source_groups.clone(),
+            observation: self.observation_type.clone(),
+            payload,
+        };
+        let token = read_token(self.token_file.as_deref(), &self.token_env)?;
+        Ok(Box::new(SkyPortal::new(base, token, target, seconds("--first-wait", self.first_wait)?, cx)?))
+    }
+
+    fn mode(&self) -> String {
+        match (&self.base, self.live) {
+            (Some(base), true) => format!("live, {base}"),
+            _ => "dry run".into(),
+        }
+    }
+}
+
+fn seconds(option: &str, value: f64) -> Result<Duration> {
+    match Duration::try_from_secs_f64(value) {
+        Ok(duration) if value <= 86_400.0 => Ok(duration),
+        _ => Err(Error::usage(format!("{option} {value}")).hint("seconds, from 0 to 86400")),
+    }
+}
+
+pub(super) fn watch(args: &WatchArgs, cx: &Context) -> Result<()> {
+    let (config, model) = open(&args.model, cx)?;
+    if !args.packets.is_dir() {
+        return Err(Error::input(args.packets.display(), "is no folder"));
+    }
+    let interval = seconds("--interval", args.interval)?;
+    let follow_up = args.request.follow_up(cx)?;
+    let watch = Watch {
+        policy: args.policy.clone(),
+        filter: args.filter.clone(),
+        features: args.reading.options(config.features),
+        most_requests: args.request.max_requests_per_night,
+        now: julian_date_now,
+    };
+    let store = Store::open(&args.store, &args.request.mode())?;
+    let reader = args.reading.reader()?;
+    let watcher = Watcher {
+        watch: &watch,
+        config: &config,
+        model: &model,
+        reader: &reader,
+        store: &store,
+        follow_up: &*follow_up,
+        cx,
+    };
+    if !follow_up.is_live() {
+        cx.note("dry run: nothing is sent");
+    }
+    let mut round = Round::default();
+    loop {
+        match watcher.round(&args.packets) {
+            Ok(next) => round = round.then(next),
+            // To be stopped is how a watch ends.
+            Err(error) if error.kind() == ErrorKind::Interrupted && !args.once => break,
+            Err(error) => return Err(error),
+        }
+        if args.once || !wait(interval, cx) {
+            break;
+        }
+    }
+    if let Some(out) = &args.out {
+        export(&store, out)?;
+    }
+    cx.emit(&json!({ "mode": args.request.mode(), "policy": watch.policy, "round": round }), |_| {
+        summary(&round)
+    })
+}
+
+fn summary(round: &Round) -> String {
+    format!(
+        "{} packets: {} alerts scored, {} rejected, {} seen before\n{} sources became targets; {} requested, {} refused, {} waiting\n",
+        round.packets,
+        round.scored,
+        round.rejected,
+        round.repeated,
+        round.triggered,
+        round.requested,
+        round.refused,
+        round.waiting
+    )
+}
+
+/// False when the user stopped.
+fn wait(interval: Duration, cx: &Context) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < interval && !cx.interrupted() {
+        thread::sleep(Duration::from_millis(20).min(interval));
+    }
+    !cx.interrupted()
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SimulateArgs {
+    /// How many sources, of six kinds
+    #[arg(long)]
+    sources: usize,
+    /// Mean limiting magnitude
+    #[arg(long, default_value_t = Season::default().limit)]
+    limit: f64,
+    /// Median width of a star's image, in pixels
+    #[arg(long, default_value_t = Season::default().fwhm)]
+    fwhm: f64,
+    /// Folder to write: packets/ and sources.csv
+    #[arg(long)]
+    out: PathBuf,
+}
+
+/// A row of sources.csv.
+#[derive(Serialize)]
+struct SourceRow {
+    #[serde(rename = "objectId")]
+    object_id: String,
+    label: u8,
+    kind: &'static str,
+    alerts: usize,
+    brightest: f64,
+}
+
+pub(super) fn simulate(args: &SimulateArgs, cx: &Context) -> Result<()> {
+    if args.sources == 0 || args.sources > 1_000_000 {
+        return Err(Error::usage(format!("--sources {}", args.sources)).hint("from 1 to 1000000"));
+    }
+    if !((15.0..25.0).contains(&args.limit) && (1.0..10.0).contains(&args.fwhm)) {
+        return Err(Error::usage("--limit must lie between 15 and 25, --fwhm between 1 and 10"));
+    }
+    let packets = args.out.join("packets");
+    if args.out.join("sources.csv").exists() {
+        return Err(Error::usage(format!("{} already holds a simulation", args.out.display())));
+    }
+    fs::create_dir_all(&packets).map_err(Error::io("create", &packets))?;
+    let season = Season { limit: args.limit, fwhm: args.fwhm };
+    let bar = cx.progress(args.sources as u64, "observing");
+    let numbers: Vec<usize> = (0..args.sources).collect();
+    let (mut rows, mut count) = (Vec::new(), 0);
+    for part in numbers.chunks(64) {
+        if cx.interrupted() {
+            return Err(Error::interrupted("stopped before all sources were observed"));
+        }
+        let observed: Vec<Option<SourceRow>> = part
+            .par_iter()
+            .map(|&number| -> Result<Option<SourceRow>> {
+                let source = simulate::source(number, &season, "survey", cx);
+                for at in 0..source.alerts.len() {
+                    let alert = source.with_stamps(at, cx);
+                    write_atomic(&packets.join(format!("{}.avro", alert.candid)), &alert.to_avro())?;
+                }
+                Ok((!source.alerts.is_empty()).then(|| SourceRow {
+                    label: u8::from(source.label()),
+                    kind: source.kind.name(),
+                    alerts: source.alerts.len(),
+                    brightest: source.alerts.iter().map(|alert| alert.magpsf).fold(f64::INFINITY, f64::min),
+                    object_id: source.object_id,
+                }))
+            })
+            .collect::<Result<_>>()?;
+        rows.extend(observed.into_iter().flatten());
+        bar.inc(part.len() as u64);
+    }
+    rows.iter().for_each(|row: &SourceRow| count += row.alerts);
+    write_csv(&args.out.join("sources.csv"), &rows)?;
+    let bright = rows.iter().filter(|row| row.label == 1).count();
+    let result =
+        json!({ "out": args.out, "sources": rows.len(), "bright_transients": bright, "alerts": count });
+    cx.emit(&result, |_| {
+        format!(
+            "{count} alerts of {} sources, {bright} of them bright transients, in {}\n",
+            rows.len(),
+            args.out.display()
+        )
+    })
+}
