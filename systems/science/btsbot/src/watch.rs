@@ -1,4 +1,4 @@
-//! From packets to requests: a folder is followed, its alerts are scored, and sources that a policy picks get a request.
+//! From packets to requests: a folder or a log is followed, its alerts are scored, and sources that a policy picks get a request.
 //!
 //! A batch of packets is kept as a whole with all that comes of it, the requests included, before anything is sent; each
 //! request is marked as sent before it is. Killed at any moment, a watch goes on where it was: what may have been sent is
@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use kiln_core::{Context, Error, Result};
+use kiln_stream::LogReader;
 use serde::Serialize;
 
 use crate::checkpoint::Config;
@@ -42,6 +43,15 @@ pub struct Watch {
     pub most_requests: Option<u64>,
     /// The time now, as a Julian date: what night it is.
     pub now: fn() -> f64,
+}
+
+/// Where packets come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Packets {
+    /// A folder into which they are put.
+    Folder(PathBuf),
+    /// A log to which they are appended, a packet a record; see [`kiln_stream`].
+    Stream(PathBuf),
 }
 
 /// What a round came to.
@@ -100,13 +110,44 @@ pub struct Watcher<'a> {
 }
 
 impl Watcher<'_> {
-    /// Takes in what is new in a folder, and sends what there is to send.
+    /// Takes in what is new, and sends what there is to send.
     ///
     /// # Errors
-    /// When the folder cannot be read, the store fails, or the user stopped; whatever was done is kept.
-    pub fn round(&self, folder: &Path) -> Result<Round> {
+    /// When the packets cannot be read, the store fails, or the user stopped; whatever was done is kept.
+    pub fn round(&self, packets: &Packets) -> Result<Round> {
         // First what an earlier run left.
-        let mut round = self.send()?;
+        let round = self.send()?;
+        match packets {
+            Packets::Folder(folder) => self.round_of_folder(folder, round),
+            Packets::Stream(log) => self.round_of_stream(log, round),
+        }
+    }
+
+    /// Records are taken in from where the store says that they were last read, so that none is lost; what was read twice,
+    /// the store knows by its candid.
+    fn round_of_stream(&self, log: &Path, mut round: Round) -> Result<Round> {
+        // A log is known by where it is, however it was called.
+        let place = log.canonicalize().map_err(Error::io("read", log))?.display().to_string();
+        let mut reader = LogReader::open(log, self.store.file_size(&place)?.unwrap_or(0))?;
+        loop {
+            let mut packets: Vec<Packet> = Vec::new();
+            while packets.len() < BATCH
+                && let Some(record) = reader.next_record()?
+            {
+                packets.push((format!("{place}, record {}", record.offset), Ok(record.payload)));
+            }
+            if packets.is_empty() {
+                return Ok(round);
+            }
+            round = round.then(self.score(packets, vec![(place.clone(), reader.offset())])?);
+            round = round.then(self.send()?);
+            if self.cx.interrupted() {
+                return Err(Error::interrupted("stopped; what was done is kept"));
+            }
+        }
+    }
+
+    fn round_of_folder(&self, folder: &Path, mut round: Round) -> Result<Round> {
         loop {
             let files = self.new_files(folder)?;
             if files.is_empty() {

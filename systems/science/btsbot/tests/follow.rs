@@ -13,9 +13,10 @@ use kiln_btsbot::follow_up::{DryRun, FollowUp, MockSkyPortal, SkyPortal, Target}
 use kiln_btsbot::model::MmCnn;
 use kiln_btsbot::simulate::{Season, sources};
 use kiln_btsbot::store::{RequestState, Store};
-use kiln_btsbot::watch::{Round, Watch, Watcher, export};
+use kiln_btsbot::watch::{Packets, Round, Watch, Watcher, export};
 use kiln_btsbot::{AlertReader, MmCnnConfig, Policy};
 use kiln_core::{Context, Result};
+use kiln_stream::{LogOptions, LogWriter};
 
 /// A folder of packets, and a network that knows nothing.
 struct Night {
@@ -58,6 +59,16 @@ impl Night {
     }
 
     fn round(&self, store: &Path, mode: &str, follow_up: &dyn FollowUp) -> Result<Round> {
+        self.round_of(&Packets::Folder(self.path("packets")), store, mode, follow_up)
+    }
+
+    fn round_of(
+        &self,
+        packets: &Packets,
+        store: &Path,
+        mode: &str,
+        follow_up: &dyn FollowUp,
+    ) -> Result<Round> {
         let watch = Watch {
             policy: self.policy.clone(),
             filter: Filter::default(),
@@ -75,7 +86,7 @@ impl Night {
             follow_up,
             cx: &self.cx,
         };
-        watcher.round(&self.path("packets"))
+        watcher.round(packets)
     }
 
     fn portal(&self, base: &str, token: &str) -> SkyPortal {
@@ -179,4 +190,37 @@ fn the_token_goes_nowhere_in_the_clear() {
     for base in ["https://fritz.science", "http://localhost:5000/", "http://127.0.0.1:1", "http://[::1]:80"] {
         assert!(SkyPortal::new(base, "t".into(), Target::default(), Duration::ZERO, &cx).is_ok(), "{base}");
     }
+}
+
+#[test]
+fn a_log_is_followed_from_where_it_was_left() {
+    let night = Night::new();
+    let log = night.path("log");
+    let mut files: Vec<_> =
+        fs::read_dir(night.path("packets")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let (packets, store) = (Packets::Stream(log.clone()), night.path("w.redb"));
+    let server = MockSkyPortal::start("secret").unwrap();
+    let portal = night.portal(&server.base, "secret");
+    let round = || night.round_of(&packets, &store, "live", &portal);
+    assert!(round().unwrap_err().to_string().contains("log"));
+    let mut writer = LogWriter::open(&log, LogOptions::default()).unwrap();
+    let mut all = Round::default();
+    // In three parts, of which the last has everything once more.
+    let (first, second) = files.split_at(files.len() / 3);
+    for part in [first, second, &files] {
+        part.iter().for_each(|file| _ = writer.append(&fs::read(file).unwrap()).unwrap());
+        let taken = round().unwrap();
+        assert_eq!(taken.packets, part.len());
+        all = all.then(taken);
+        assert_eq!(round().unwrap(), Round::default());
+    }
+    assert_eq!((all.scored + all.rejected, all.repeated), (files.len(), files.len()));
+    assert_eq!((all.triggered, all.requested), (night.targets, night.targets));
+    assert_eq!(server.requested().len(), night.targets);
+    // Another log at the same place is not taken for the one that was read.
+    drop(writer);
+    fs::remove_dir_all(&log).unwrap();
+    LogWriter::open(&log, LogOptions::default()).unwrap().append(b"no packet").unwrap();
+    assert!(round().unwrap_err().to_string().contains("ends with record 1"));
 }

@@ -1,4 +1,4 @@
-//! `kiln btsbot watch` and `kiln btsbot simulate`
+//! `kiln btsbot watch`, `feed` and `simulate`
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use kiln_core::{Context, Error, ErrorKind, Result, write_atomic};
+use kiln_stream::{LogOptions, LogWriter};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -15,11 +16,12 @@ use super::ReadArgs;
 use crate::checkpoint::open;
 use crate::filter::Filter;
 use crate::follow_up::{DryRun, FollowUp, SkyPortal, Target, read_token};
+use crate::packets::{find, visit};
 use crate::policy::Policy;
 use crate::simulate::{self, Season};
 use crate::store::Store;
 use crate::tables::write_csv;
-use crate::watch::{Round, Watch, Watcher, export, julian_date_now};
+use crate::watch::{Packets, Round, Watch, Watcher, export, julian_date_now};
 
 #[derive(Debug, Args)]
 pub(super) struct WatchArgs {
@@ -27,8 +29,11 @@ pub(super) struct WatchArgs {
     #[arg(long)]
     model: PathBuf,
     /// Folder of packets to follow
-    #[arg(long, value_name = "DIR")]
-    packets: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "stream")]
+    packets: Option<PathBuf>,
+    /// Log of packets to follow, in place of a folder: what `feed` appends to
+    #[arg(long, value_name = "DIR", conflicts_with = "packets")]
+    stream: Option<PathBuf>,
     /// Which sources become targets
     #[arg(long, default_value = "bts_p1")]
     policy: Policy,
@@ -42,7 +47,7 @@ pub(super) struct WatchArgs {
     /// Take in what is there and end
     #[arg(long)]
     once: bool,
-    /// Seconds between looks into the folder
+    /// Seconds between looks for packets
     #[arg(long, default_value_t = 5.0)]
     interval: f64,
     #[command(flatten)]
@@ -127,8 +132,13 @@ fn seconds(option: &str, value: f64) -> Result<Duration> {
 
 pub(super) fn watch(args: &WatchArgs, cx: &Context) -> Result<()> {
     let (config, model) = open(&args.model, cx)?;
-    if !args.packets.is_dir() {
-        return Err(Error::input(args.packets.display(), "is no folder"));
+    let (packets, folder) = match (&args.packets, &args.stream) {
+        (_, Some(log)) => (Packets::Stream(log.clone()), log),
+        (Some(folder), None) => (Packets::Folder(folder.clone()), folder),
+        (None, None) => return Err(Error::usage("--packets or --stream is needed")),
+    };
+    if !folder.is_dir() {
+        return Err(Error::input(folder.display(), "is no folder"));
     }
     let interval = seconds("--interval", args.interval)?;
     let follow_up = args.request.follow_up(cx)?;
@@ -155,7 +165,7 @@ pub(super) fn watch(args: &WatchArgs, cx: &Context) -> Result<()> {
     }
     let mut round = Round::default();
     loop {
-        match watcher.round(&args.packets) {
+        match watcher.round(&packets) {
             Ok(next) => round = round.then(next),
             // To be stopped is how a watch ends.
             Err(error) if error.kind() == ErrorKind::Interrupted && !args.once => break,
@@ -185,6 +195,54 @@ fn summary(round: &Round) -> String {
         round.refused,
         round.waiting
     )
+}
+
+#[derive(Debug, Args)]
+pub(super) struct FeedArgs {
+    /// Packets, archives of them, or folders of both
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    packets: Vec<PathBuf>,
+    /// Log to append to; made where there is none
+    #[arg(long, value_name = "DIR")]
+    stream: PathBuf,
+    /// Packets a second at most, as a survey would send them [default: as fast as they go]
+    #[arg(long)]
+    rate: Option<f64>,
+}
+
+/// Appends packets to a log, one a record.
+pub(super) fn feed(args: &FeedArgs, cx: &Context) -> Result<()> {
+    let pause = match args.rate {
+        Some(rate) if rate.is_finite() && rate > 0.0 => seconds("--rate", rate.recip())?,
+        Some(rate) => return Err(Error::usage(format!("--rate {rate}")).hint("packets a second, above 0")),
+        None => Duration::ZERO,
+    };
+    let paths = find(&args.packets)?;
+    // Packets are still where they came from if the machine fails, so that the disk need not confirm each.
+    let mut log = LogWriter::open(&args.stream, LogOptions { sync_every: None, ..LogOptions::default() })?;
+    if log.cut_off() > 0 {
+        cx.note(format!("{} bytes of a record that was not whole were cut off", log.cut_off()));
+    }
+    let begin = log.end();
+    let mut unreadable = 0;
+    visit(&paths, |(name, bytes)| {
+        match bytes {
+            Ok(bytes) => _ = log.append(&bytes)?,
+            Err(reason) => {
+                unreadable += 1;
+                cx.note(format!("left out: {name} {reason}"));
+            }
+        }
+        match wait(pause, cx) {
+            true => Ok(()),
+            false => Err(Error::interrupted(format!("stopped after {} packets", log.end() - begin))),
+        }
+    })?;
+    log.sync()?;
+    let count = log.end() - begin;
+    let result =
+        json!({ "stream": args.stream, "packets": count, "unreadable": unreadable, "end": log.end() });
+    cx.emit(&result, |_| format!("{count} packets appended to {}\n", args.stream.display()))
 }
 
 /// False when the user stopped.

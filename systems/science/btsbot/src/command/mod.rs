@@ -99,6 +99,12 @@ Every source gets one request, however often the watch is stopped, killed or res
 the environment variable SKYPORTAL_TOKEN or from --token-file. Priority: 3, one more below magnitude 18 and another below 17,
 one less for sources known for 30 days.")]
     Watch(follow::WatchArgs),
+    /// Append packets to a log that a watch follows
+    #[command(after_help = "Examples:
+  kiln btsbot feed --packets night.tar.gz --stream alerts/
+  kiln btsbot feed --packets archive/ --rate 50 --stream alerts/        as a survey would send them
+  kiln btsbot watch --model m/ --stream alerts/")]
+    Feed(follow::FeedArgs),
     /// Write the alerts of a simulated survey, as packets
     #[command(after_help = "Examples:
   kiln btsbot simulate --sources 120 --out survey/
@@ -126,6 +132,7 @@ impl Command {
             Verb::Calibrate(args) => check::calibrate(&args, cx),
             Verb::Serve(args) => score::serve(&args, cx),
             Verb::Watch(args) => follow::watch(&args, cx),
+            Verb::Feed(args) => follow::feed(&args, cx),
             Verb::Simulate(args) => follow::simulate(&args, cx),
             Verb::Forward(args) => forward::run(&args, cx),
         }

@@ -20,7 +20,7 @@ use crate::scores::sources;
 use crate::simulate::{self, Simulated};
 use crate::store::Store;
 use crate::train::predict;
-use crate::watch::{Watch, Watcher};
+use crate::watch::{Packets, Watch, Watcher};
 
 /// A server of which the program dies now and then: before the message goes out, or before the answer is noted.
 struct Dying<'a> {
@@ -101,7 +101,7 @@ pub(super) fn report(
             follow_up: &dying,
             cx: &quiet,
         };
-        match watcher.round(&packets) {
+        match watcher.round(&Packets::Folder(packets.clone())) {
             Ok(_) => break,
             Err(error) if error.kind() == ErrorKind::Interrupted && !cx.interrupted() => kills += 1,
             Err(error) => return Err(error),
