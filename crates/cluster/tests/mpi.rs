@@ -29,7 +29,7 @@ impl Engine for Mpi<'_> {
 }
 
 fn main() {
-    let cases: [(&str, fn(&dyn Engine)); 8] = [
+    let cases: [(&str, fn(&dyn Engine)); 9] = [
         ("reductions_match_a_serial_sum", case::reductions_match_a_serial_sum),
         ("long_buffers_are_reduced_and_gathered", case::long_buffers_are_reduced_and_gathered),
         ("everything_comes_to_its_place", case::everything_comes_to_its_place),

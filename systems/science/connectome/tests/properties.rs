@@ -281,7 +281,7 @@ fn damaged_nwb_files_are_refused_or_read_and_nothing_worse() {
                 (0..rng.random_range(1..8)).for_each(|_| bytes[rng.random_range(0..end)] = rng.random());
             }
             std::fs::write(&path, bytes).unwrap();
-            if let Err(error) = read_recordings(&[path.clone()]) {
+            if let Err(error) = read_recordings(std::slice::from_ref(&path)) {
                 refused += 1;
                 assert!(error.to_string().contains("damaged.nwb"), "{file} {case}: {error}");
             }

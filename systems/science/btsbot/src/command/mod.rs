@@ -98,7 +98,7 @@ The source's history is that of the packet.")]
 Every source gets one request, however often the watch is stopped, killed or restarted on the same --store. The token comes from
 the environment variable SKYPORTAL_TOKEN or from --token-file. Priority: 3, one more below magnitude 18 and another below 17,
 one less for sources known for 30 days.")]
-    Watch(follow::WatchArgs),
+    Watch(Box<follow::WatchArgs>),
     /// Append packets to a log that a watch follows
     #[command(after_help = "Examples:
   kiln btsbot feed --packets night.tar.gz --stream alerts/
