@@ -304,7 +304,9 @@ impl Images {
         let all: Vec<usize> = (0..self.len()).collect();
         if count < 2 || self.len() < LEAST_PER_FOLD * count {
             return Err(Error::usage(format!("{} images cannot be divided into {count} folds", self.len()))
-                .hint(format!("there must be at least two folds, of {LEAST_PER_FOLD} images each")));
+                .hint(format!(
+                    "there must be at least two folds, of {LEAST_PER_FOLD} images each; a single one is one of five"
+                )));
         }
         self.divide(&all, count, rng)
     }
