@@ -3,11 +3,13 @@
 use burn::module::Module;
 use burn::nn::attention as burn_attention;
 use burn::nn::loss as burn_loss;
-use burn::tensor::{Bool, Device, Distribution, Gradients, Int, Tensor, TensorData, Tolerance};
+use burn::tensor::{Bool, Device, Gradients, Int, Tensor, TensorData, Tolerance};
 use kiln_core::{TensorFile, random_stream};
 use kiln_nn::{
     CrossEntropyLossConfig, EmbeddingConfig, MhaCache, MhaInput, MultiHeadAttentionConfig, initialise,
 };
+
+use crate::random;
 
 /// Burn's module and Kiln's with the same parameters, by way of a file, both in training.
 fn same_parameters<B: Module, K: Module>(
@@ -20,10 +22,6 @@ fn same_parameters<B: Module, K: Module>(
     let file = TensorFile::from_module(&burn);
     assert_eq!(file.names().collect::<Vec<_>>(), TensorFile::from_module(&kiln).names().collect::<Vec<_>>());
     (burn.train(), file.into_module(kiln).expect("the layers have the same parameters").train())
-}
-
-fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
 }
 
 fn assert_same<const D: usize>(a: Tensor<D>, b: Tensor<D>) {
@@ -77,8 +75,8 @@ fn multi_head_attention_with_and_without_masks() {
                 config.with_quiet_softmax(quiet).with_key_bias(false).init(device)
             },
         );
-        let q = Tensor::from_inner(random([3, 4, 12])).require_grad();
-        let kv = Tensor::from_inner(random([3, 5, 12])).require_grad();
+        let q = Tensor::from_inner(random("q", [3, 4, 12], &Device::flex())).require_grad();
+        let kv = Tensor::from_inner(random("kv", [3, 5, 12], &Device::flex())).require_grad();
         let mut input = MhaInput::new(q.clone(), kv.clone(), kv.clone());
         let mut burn_input = burn_attention::MhaInput::new(q.clone(), kv.clone(), kv.clone());
         if with_pad {
@@ -107,7 +105,7 @@ fn dropout_drops_weights_in_training_alone() {
     let layer = initialise(&device, &mut random_stream(0, "init", 0), |device| {
         MultiHeadAttentionConfig::new(8, 2).with_dropout(0.5).init(device)
     });
-    let x = random([2, 6, 8]);
+    let x = random("x", [2, 6, 8], &Device::flex());
     let dropped = |weights: Tensor<4>| {
         let weights = weights.inner().into_data().try_to_vec::<f32>().unwrap();
         weights.iter().filter(|&&w| w == 0.0).count()
@@ -124,7 +122,7 @@ fn a_cache_gives_what_the_whole_sequence_gives() {
         MultiHeadAttentionConfig::new(12, 3).init(device)
     });
     let mask = |time, source| causal_mask(time, source).inner();
-    let x = random([3, 5, 12]);
+    let x = random("x", [3, 5, 12], &Device::flex());
     let whole = layer.forward(MhaInput::self_attn(x.clone()).mask_attn(mask(5, 5))).context;
     let mut cache = MhaCache::autoregressive();
     for time in 2..=5 {
@@ -136,7 +134,7 @@ fn a_cache_gives_what_the_whole_sequence_gives() {
         );
     }
 
-    let memory = random([3, 7, 12]);
+    let memory = random("memory", [3, 7, 12], &Device::flex());
     let across = |x: Tensor<3>| MhaInput::new(x, memory.clone(), memory.clone());
     let whole = layer.forward(across(x.clone())).context;
     let mut cache = MhaCache::autoregressive_cross_attention();
@@ -167,7 +165,7 @@ fn the_cross_entropy_loss_with_every_option() {
             .with_pad_tokens(pads)
             .with_logits(logits)
             .init(&device);
-        let x = random([6, 4]);
+        let x = random("x", [6, 4], &Device::flex());
         let x = Tensor::from_inner(if logits { x } else { burn::tensor::activation::softmax(x, 1) })
             .require_grad();
         let (loss, loss_burn) =

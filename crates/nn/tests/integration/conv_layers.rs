@@ -3,17 +3,14 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{self as theirs, PaddingConfig1d, PaddingConfig2d, PaddingConfig3d};
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Device, Tensor};
+use kiln_core::random_stream;
 use kiln_nn as ours;
 
-fn device() -> Device {
-    let device = Device::flex().autodiff();
-    device.seed(7);
-    device
-}
+use crate::random;
 
-fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Uniform(-1.0, 1.0), device)
+fn device() -> Device {
+    Device::flex().autodiff()
 }
 
 fn assert_close<const D: usize>(what: &str, found: Tensor<D>, expected: Tensor<D>) {
@@ -29,7 +26,7 @@ fn assert_close<const D: usize>(what: &str, found: Tensor<D>, expected: Tensor<D
 /// Makes sure that two results agree, and the gradients of `x` that a random upstream gradient gives.
 fn assert_same_gradients<const D: usize>(what: &str, x: &Tensor<D>, found: Tensor<D>, expected: Tensor<D>) {
     assert_close(what, found.clone(), expected.clone());
-    let upstream = random(found.dims(), &device());
+    let upstream = random("upstream", found.dims(), &device());
     let gradient = |y: Tensor<D>| x.grad(&(y * upstream.clone()).sum().backward()).unwrap();
     assert_close(what, gradient(found), gradient(expected));
 }
@@ -59,18 +56,20 @@ fn parameters(module: &impl Module) -> Vec<(String, Vec<usize>)> {
 macro_rules! assert_same_convolution {
     ($config:ident $arguments:tt $shape:expr; $($setting:ident $value:tt)*) => {{
         let device = device();
-        let expected = theirs::conv::$config::new $arguments $(.$setting $value)*.init(&device);
+        let expected = ours::initialise(&device, &mut random_stream(0, "conv", 0), |device| {
+            theirs::conv::$config::new $arguments $(.$setting $value)*.init(device)
+        });
         let mut found = ours::$config::new $arguments $(.$setting $value)*.init(&device);
         let names = parameters(&expected);
         assert_eq!(parameters(&found), names);
         found.weight = expected.weight.clone();
         found.bias = expected.bias.clone();
 
-        let x = random($shape, &device).require_grad();
+        let x = random("x", $shape, &device).require_grad();
         let (y, y_expected) = (found.forward(x.clone()), expected.forward(x.clone()));
         let what = stringify!($config $($setting $value)*);
         assert_close(what, y.clone(), y_expected.clone());
-        let upstream = random(y.dims(), &device);
+        let upstream = random("upstream", y.dims(), &device);
         let gradients = (y * upstream.clone()).sum().backward();
         let gradients_expected = (y_expected * upstream).sum().backward();
         let weight = expected.weight.val();
@@ -119,7 +118,7 @@ fn transposed_convolutions_are_burns() {
 macro_rules! assert_same_pooling {
     ($config:ident $arguments:tt $shape:expr; $($setting:ident $value:tt)*) => {{
         let device = device();
-        let x = random($shape, &device).require_grad();
+        let x = random("x", $shape, &device).require_grad();
         let found = ours::$config::new $arguments $(.$setting $value)*.init().forward(x.clone());
         let expected = theirs::pool::$config::new $arguments $(.$setting $value)*.init().forward(x.clone());
         assert_same_gradients(stringify!($config $($setting $value)*), &x, found, expected);
@@ -144,11 +143,11 @@ fn batch_norm_and_its_running_statistics_are_burns() {
     let found = ours::BatchNormConfig::new(5).with_momentum(0.3).init(&device);
     let expected = theirs::BatchNormConfig::new(5).with_momentum(0.3).init(&device);
     assert_eq!(parameters(&found), parameters(&expected));
-    for _ in 0..3 {
-        let x = random([4, 5, 3, 6], &device).require_grad();
+    for step in ["first", "second", "third"] {
+        let x = random(step, [4, 5, 3, 6], &device).require_grad();
         let (y, y_expected) = (found.forward(x.clone()), expected.forward(x.clone()));
         assert_close("output", y.clone(), y_expected.clone());
-        let upstream = random(y.dims(), &device);
+        let upstream = random("upstream", y.dims(), &device);
         let gradients = (y * upstream.clone()).sum().backward();
         let gradients_expected = (y_expected * upstream).sum().backward();
         assert_close("gradient", x.grad(&gradients).unwrap(), x.grad(&gradients_expected).unwrap());
@@ -160,7 +159,7 @@ fn batch_norm_and_its_running_statistics_are_burns() {
     assert_close("variance", found.running_var.value_sync(), expected.running_var.value_sync());
 
     let (found, expected) = (found.valid(), expected.valid());
-    let x = random([2, 5, 7], &Device::flex());
+    let x = random("x", [2, 5, 7], &Device::flex());
     assert_close("inference", found.forward(x.clone()), expected.forward(x));
 }
 
@@ -168,14 +167,14 @@ fn batch_norm_and_its_running_statistics_are_burns() {
 fn a_frozen_batch_norm_keeps_its_statistics() {
     let device = device();
     let layer = ours::BatchNormConfig::new(5).init(&device).freeze();
-    layer.forward(random([4, 5, 3], &device));
+    layer.forward(random("x", [4, 5, 3], &device));
     assert_close("mean", layer.running_mean.value_sync(), Tensor::zeros([5], &device));
 }
 
 #[test]
 fn group_and_instance_norm_are_burns() {
     let device = device();
-    let x = random([2, 6, 4, 5], &device).require_grad();
+    let x = random("x", [2, 6, 4, 5], &device).require_grad();
     for affine in [true, false] {
         let found = ours::GroupNormConfig::new(3, 6).with_affine(affine).init(&device);
         let expected = theirs::GroupNormConfig::new(3, 6).with_affine(affine).init(&device);

@@ -3,13 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Distribution, Tensor, Tolerance};
+use burn::tensor::{Device, Tensor, Tolerance};
 use kiln_nn::functional;
 use kiln_ops::Activation;
 
-fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-    let values = Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex());
-    Tensor::from_inner(values).require_grad()
+use crate::random;
+
+/// A leaf of normal values, the same in every run.
+fn leaf<const D: usize>(name: &str, shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_inner(random(name, shape, &Device::flex())).require_grad()
 }
 
 /// Compares two ways to compute `y`, and the gradients of the inputs by way of each.
@@ -34,7 +36,7 @@ fn sample<const D: usize, const E: usize>(x: &Tensor<D>, i: usize) -> Tensor<E> 
 
 #[test]
 fn linear_equals_a_loop() {
-    let (x, w, b) = (random([3, 4, 5]), random([3, 5, 2]), random([3, 2]));
+    let (x, w, b) = (leaf("x", [3, 4, 5]), leaf("w", [3, 5, 2]), leaf("b", [3, 2]));
     let looped = (0..3).map(|i| {
         kiln_ops::linear(sample::<3, 2>(&x, i), sample(&w, i), Some(sample(&b, i)), Activation::Identity)
     });
@@ -45,7 +47,7 @@ fn linear_equals_a_loop() {
 #[test]
 fn conv2d_equals_a_loop() {
     for groups in [1, 2] {
-        let (x, w, b) = (random([3, 2, 4, 6, 5]), random([3, 6, 4 / groups, 3, 2]), random([3, 6]));
+        let (x, w, b) = (leaf("x", [3, 2, 4, 6, 5]), leaf("w", [3, 6, 4 / groups, 3, 2]), leaf("b", [3, 6]));
         let options = || ConvOptions::new([2, 1], [1, 0], [1, 1], groups);
         let looped =
             (0..3).map(|i| kiln_ops::conv2d(sample(&x, i), sample(&w, i), Some(sample(&b, i)), options()));
@@ -56,7 +58,7 @@ fn conv2d_equals_a_loop() {
 
 #[test]
 fn layer_norm_equals_a_loop() {
-    let (x, w, b) = (random([3, 4, 8]), random([3, 8]), random([3, 8]));
+    let (x, w, b) = (leaf("x", [3, 4, 8]), leaf("w", [3, 8]), leaf("b", [3, 8]));
     let looped =
         (0..3).map(|i| kiln_ops::layer_norm(sample::<3, 2>(&x, i), sample(&w, i), Some(sample(&b, i)), 1e-5));
     let looped: Tensor<3> = Tensor::stack(looped.collect(), 0);
@@ -68,7 +70,8 @@ fn lstm_cell_is_burns_lstm() {
     use burn::module::Param;
     let device = Device::flex();
     let mut lstm = burn::nn::LstmConfig::new(3, 4, true).init(&device);
-    let (w_x, w_h, b) = (random([1, 3, 16]).inner(), random([1, 4, 16]).inner(), random([1, 16]).inner());
+    let (w_x, w_h, b) =
+        (leaf("w_x", [1, 3, 16]).inner(), leaf("w_h", [1, 4, 16]).inner(), leaf("b", [1, 16]).inner());
     let part = |x: &Tensor<3>, gate: usize| -> Tensor<2> { sample(&x.clone().narrow(2, gate * 4, 4), 0) };
     for (gate, layer) in
         [&mut lstm.input_gate, lstm.forget_gate.as_mut().unwrap(), &mut lstm.cell_gate, &mut lstm.output_gate]
@@ -80,7 +83,7 @@ fn lstm_cell_is_burns_lstm() {
         layer.input_transform.bias = Some(Param::from_tensor(sample(&b.clone().narrow(1, gate * 4, 4), 0)));
         layer.hidden_transform.bias = Some(Param::from_tensor(Tensor::zeros([4], &device)));
     }
-    let x = random([2, 3, 3]).inner(); // [rows, time, d_in]
+    let x = leaf("x", [2, 3, 3]).inner(); // [rows, time, d_in]
     let (expected, _) = lstm.forward(x.clone(), None);
     let zeros = Tensor::<3>::zeros([1, 2, 4], &device);
     let mut state = (zeros.clone(), zeros);

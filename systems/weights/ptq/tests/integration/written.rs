@@ -1,8 +1,6 @@
 //! Networks with their rounding written out compute what the integer kernels compute, in Kiln's graphs and as ONNX files.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod subject;
-
 use kiln_compiler::{Graph, OnnxOptions};
 use kiln_core::ModelFolder;
 use kiln_ptq::arch::Arch;
@@ -10,8 +8,9 @@ use kiln_ptq::quantise::logits;
 use kiln_ptq::quantiser::Calibrator;
 use kiln_ptq::search::Bits;
 use kiln_ptq::{Metric, Quantised, Quantiser, SearchPlan, store};
-use subject::{ALL, distance, subject};
 use tempfile::TempDir;
+
+use crate::subject::{ALL, distance, subject};
 
 fn stored(quantiser: &Quantiser, bits: &Bits) -> (TempDir, Quantised) {
     let folder = TempDir::new().unwrap();

@@ -1,12 +1,10 @@
 //! What holds whatever the network: whole numbers give what rounded floats give, sixteen bits what floats give.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod subject;
-
+use crate::subject::{ALL, distance, subject};
 use kiln_core::Context;
 use kiln_ptq::arch::Arch;
 use kiln_ptq::unit::Work;
-use subject::{ALL, distance, subject};
 
 #[test]
 fn folded_programs_compute_what_networks_compute_and_sixteen_bits_nearly_the_same() {

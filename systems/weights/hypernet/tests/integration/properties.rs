@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use burn::module::Module;
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
 use kiln_core::{TensorFile, random_stream};
 use kiln_hypernet::{
     Arch, Condition, Conditioning, HyperNet, HyperNetConfig, Init, Layer, NoiseLaw, OutputScheme, Share,
@@ -24,8 +24,11 @@ fn init(config: &HyperNetConfig, seed: u64) -> HyperNet {
     })
 }
 
+/// Normal values, the same in every run.
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
+    let mut rng = random_stream(0, "x", shape.iter().product::<usize>() as u64);
+    let values = TensorData::random::<f32, _, _>(shape, Distribution::Normal(0.0, 1.0), &mut rng);
+    Tensor::from_data(values, &Device::flex())
 }
 
 fn floats<const D: usize>(x: Tensor<D>) -> Vec<f32> {

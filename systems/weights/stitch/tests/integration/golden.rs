@@ -8,7 +8,7 @@ use kiln_stitch::space::{Direction, Pairs, SpaceConfig, StitchSpace};
 use serde_json::{Value, json};
 
 fn space_file() -> Value {
-    serde_json::from_str(include_str!("data/stitch_space.json")).unwrap()
+    serde_json::from_str(include_str!("../data/stitch_space.json")).unwrap()
 }
 
 /// An anchor of which only the number of blocks matters.

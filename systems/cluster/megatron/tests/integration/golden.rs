@@ -360,7 +360,7 @@ fn the_network_on_one_device_gives_the_reference_logits() {
 
 #[test]
 fn schedules_and_their_times_are_exact() {
-    let text = include_str!("data/schedules.json");
+    let text = include_str!("../data/schedules.json");
     let cases: Vec<Value> = serde_json::from_str(text).unwrap();
     for case in cases {
         let number = |key: &str| case[key].as_u64().unwrap() as usize;
@@ -406,7 +406,7 @@ fn no_schedule_waits_for_ever() {
 
 #[test]
 fn the_analytic_model_gives_the_reference_figures() {
-    let golden: Value = serde_json::from_str(include_str!("data/perf_model.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../data/perf_model.json")).unwrap();
     let rows = golden["rows"].as_array().unwrap();
     assert_eq!(rows.len(), table1().len());
     for (row, expected) in table1().into_iter().zip(rows) {

@@ -1,0 +1,8 @@
+//! The crate's tests from outside, in one program: every program links Burn anew, which takes longer than they do.
+
+mod command;
+mod follow;
+mod goldens;
+mod packets;
+mod resume;
+mod serve;

@@ -1,0 +1,6 @@
+//! The crate's tests from outside, in one program: every program links Burn anew, which takes longer than they do.
+
+mod command;
+mod networks;
+mod pipeline;
+mod resume;

@@ -1,0 +1,5 @@
+//! The crate's tests from outside, in one program: every program links Burn anew, which takes longer than they do.
+
+mod command;
+mod golden;
+mod properties;
