@@ -2,8 +2,10 @@
 
 use burn::config::Config;
 use burn::module::{Flag, Module, Param};
-use burn::tensor::{Distribution, Int, Tensor};
+use burn::tensor::{Device, Distribution, Int, Tensor};
 use kiln_ops::dropout;
+
+use crate::init::StepDraws;
 
 /// Configuration of a [`Dropout`].
 #[derive(Config, Debug)]
@@ -26,7 +28,8 @@ impl DropoutConfig {
 /// Sets elements to 0 at random and multiplies the others by `1 / (1 - prob)`, on autodiff devices; elsewhere
 /// the identity.
 ///
-/// The seed of every pass comes from the device's generator, so that a seeded device repeats it.
+/// In a step of [`train`](crate::train) the seed of every pass follows from that of the step, whatever other threads do;
+/// elsewhere it comes from the device's generator, so that a seeded device repeats it.
 #[derive(Module, Debug)]
 pub struct Dropout {
     /// The probability that an element is dropped.
@@ -45,11 +48,17 @@ impl Dropout {
         if !self.training.is_enabled() || !device.is_autodiff() || self.prob == 0.0 {
             return input;
         }
-        // Below 2³⁰, which every device's integers can hold.
-        let halves = Tensor::<1, Int>::random([2], Distribution::Uniform(0.0, 2f64.powi(30)), &device);
-        let halves = halves.into_data().iter::<u64>().collect::<Vec<_>>();
-        dropout(input, self.prob, halves[0] << 32 | halves[1])
+        let seed = StepDraws::next().unwrap_or_else(|| drawn_from(&device));
+        dropout(input, self.prob, seed)
     }
+}
+
+/// A seed from the device's generator.
+fn drawn_from(device: &Device) -> u64 {
+    // Below 2³⁰, which every device's integers can hold.
+    let halves = Tensor::<1, Int>::random([2], Distribution::Uniform(0.0, 2f64.powi(30)), device);
+    let halves = halves.into_data().iter::<u64>().collect::<Vec<_>>();
+    halves[0] << 32 | halves[1]
 }
 
 #[cfg(test)]
@@ -57,7 +66,6 @@ mod tests {
     use super::*;
     use burn::module::Module;
     use burn::nn;
-    use burn::tensor::Device;
 
     #[derive(Module, Debug)]
     struct Net {

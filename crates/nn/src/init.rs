@@ -1,9 +1,11 @@
 //! Repeatable initial parameters.
 
+use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Bool, Device, Int, Tensor};
+use kiln_core::random_stream;
 use rand::{Rng, RngExt};
 
 /// Held while something depends on the generator that all threads share.
@@ -30,10 +32,36 @@ pub fn initialise<M: Module>(device: &Device, rng: &mut impl Rng, init: impl FnO
     module
 }
 
-/// Seeds the generator that layers such as dropout draw from.
-pub(crate) fn seed_device(device: &Device, rng: &mut impl Rng) {
-    let _guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-    device.seed(rng.random());
+thread_local! {
+    /// The seed of this thread's training step, and how often it was drawn from.
+    static STEP: Cell<Option<(u64, u64)>> = const { Cell::new(None) };
+}
+
+/// While it lives, dropout on this thread draws from a stream of its own, whatever other threads do.
+pub(crate) struct StepDraws(());
+
+impl StepDraws {
+    /// Starts the stream, and seeds the generator that layers draw from which know nothing of it.
+    pub(crate) fn seeded(device: &Device, rng: &mut impl Rng) -> Self {
+        let seed = rng.random();
+        let _guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        device.seed(seed);
+        STEP.set(Some((seed, 0)));
+        Self(())
+    }
+
+    /// The next seed of this thread's step; `None` outside of one.
+    pub(crate) fn next() -> Option<u64> {
+        let (seed, drawn) = STEP.get()?;
+        STEP.set(Some((seed, drawn + 1)));
+        Some(random_stream(seed, "dropout", drawn).random())
+    }
+}
+
+impl Drop for StepDraws {
+    fn drop(&mut self) {
+        STEP.set(None);
+    }
 }
 
 /// Looks at every parameter, which makes Burn draw it.
@@ -63,7 +91,6 @@ pub(crate) fn test_module<M: Module>(init: impl FnOnce(&Device) -> M) -> M {
 mod tests {
     use super::*;
     use burn::nn::LinearConfig;
-    use kiln_core::random_stream;
 
     #[test]
     fn the_same_stream_gives_the_same_parameters_and_another_does_not() {
@@ -75,5 +102,23 @@ mod tests {
         };
         assert_eq!(weights(1), weights(1));
         assert_ne!(weights(1), weights(2));
+    }
+
+    #[test]
+    fn a_step_draws_what_its_seed_says_while_other_threads_draw_too() {
+        let device = Device::flex();
+        let draw = |seed| {
+            let _draws = StepDraws::seeded(&device, &mut random_stream(seed, "train", 0));
+            [StepDraws::next(), StepDraws::next()]
+        };
+        let alone = draw(1);
+        let beside = std::thread::scope(|scope| {
+            let other = scope.spawn(|| draw(2));
+            let mine = draw(1);
+            assert_ne!(other.join().unwrap(), mine);
+            mine
+        });
+        assert_eq!(beside, alone);
+        assert!(alone[0].is_some() && alone[0] != alone[1] && StepDraws::next().is_none());
     }
 }

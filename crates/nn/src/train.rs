@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, Position};
-use crate::init::seed_device;
+use crate::init::StepDraws;
 use crate::plateau::Course;
 use crate::train_log::{LogRow, TrainLog};
 use crate::{AdamW, Decay, Plateau, Schedule, Sgd};
@@ -346,8 +346,8 @@ impl<'a, M: Module> Run<'a, M> {
     /// One step, with evaluation and checkpoint where they are due; returns the loss.
     fn step(&mut self, task: &mut impl Task<M>, config: &TrainConfig, cx: &Context) -> Result<f64> {
         let index = self.position.step;
-        // Layers that draw at random, such as dropout, use the device's own generator.
-        seed_device(&cx.device, &mut cx.rng("train", index as u64));
+        // For layers that draw at random, such as dropout.
+        let _draws = StepDraws::seeded(&cx.device, &mut cx.rng("train", index as u64));
         let (loss, tokens) = task.loss(self.model(), index)?;
         if !loss.is_tracked() {
             return Err(Error::work("the loss does not depend on any trainable parameter"));
