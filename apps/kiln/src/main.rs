@@ -16,6 +16,9 @@ use kiln::core::{Context, Error, ErrorKind, OutputMode, Result};
 
 use cli::{Cli, DeviceName, Global, Verb};
 
+#[global_allocator]
+static ALLOCATOR: kiln::ops::TensorAllocator = kiln::ops::TensorAllocator;
+
 fn main() -> ExitCode {
     panic::set_hook(Box::new(report_panic));
     kiln::ops::keep_freed_memory();

@@ -17,12 +17,15 @@ use kiln_core::MemoryGauge;
 use kiln_ops::quantised::{Affine, Bytes, Ends, Panels, Product, Requantise};
 use kiln_ops::{
     Activation, AdamWStep, AttentionOptions, CrossEntropyOptions, Function, Parameter, Pooling, SgdStep,
-    activate, apply, attention, conv1d, cross_entropy, embedding_bag, flex, keep_freed_memory, layer_norm,
-    rfft, rms_norm, softmax,
+    TensorAllocator, activate, apply, attention, conv1d, cross_entropy, embedding_bag, flex,
+    keep_freed_memory, layer_norm, rfft, rms_norm, softmax,
 };
 use networks::{BertLayer, Cnn, Mlp, ParameterMut, ResNet18, Trainer, TransformerBlock};
 
 mod networks;
+
+#[global_allocator]
+static ALLOCATOR: TensorAllocator = TensorAllocator;
 
 /// Set for a process whose memory is measured: the name of its workload.
 const MEMORY_VARIABLE: &str = "KILN_BENCH_MEMORY";

@@ -213,7 +213,7 @@ impl Function<1> for Activate {
 impl Activation {
     /// `f(x)` for every element.
     pub(crate) fn of(self, x: &FlexTensor) -> FlexTensor {
-        let (output, _) = changed(&floats(x), 1, |_, values| self.forward(values));
+        let output = changed(&floats(x), 1, |_, values| self.forward(values));
         tensor(output, x.layout().shape().clone())
     }
 
@@ -229,7 +229,7 @@ impl Activation {
     /// `upstream f'(x)` for every element.
     pub(crate) fn pull_back(self, x: &FlexTensor, upstream: &FlexTensor) -> FlexTensor {
         let x = floats(x);
-        let (gradient, _) = changed(&floats(upstream), 1, |first, gradient| {
+        let gradient = changed(&floats(upstream), 1, |first, gradient| {
             self.backward(&x[first..first + gradient.len()], gradient);
         });
         tensor(gradient, upstream.layout().shape().clone())

@@ -49,16 +49,17 @@ impl Dropout {
 
     /// Multiplies every element by 0 or by the scale.
     fn scale_all(&self, values: &mut [f32]) {
-        in_place(values, 1, |first, values| self.scale_block(first / BLOCK, values));
+        in_place(values, 1, |first, values| self.scale_block(first, values));
     }
 
-    fn scale_block(&self, block: usize, values: &mut [f32]) {
-        let key = mix64(self.seed ^ mix64(block as u64));
+    /// Of elements from place `first` on, all in one block.
+    fn scale_block(&self, first: usize, values: &mut [f32]) {
+        let key = mix64(self.seed ^ mix64((first / BLOCK) as u64));
         let (low, high) = (key as u32, (key >> 32) as u32);
         simd(
             #[inline(always)]
             || {
-                for (i, x) in (0u32..).zip(values.iter_mut()) {
+                for (i, x) in ((first % BLOCK) as u32..).zip(values.iter_mut()) {
                     let factor = if mix32(i ^ low, high) < self.threshold { 0.0 } else { self.scale };
                     // A product, so that NaN stays.
                     *x *= factor;
@@ -68,7 +69,7 @@ impl Dropout {
     }
 
     fn of(&self, x: &FlexTensor) -> FlexTensor {
-        let (values, _) = changed(&floats(x), 1, |first, values| self.scale_block(first / BLOCK, values));
+        let values = changed(&floats(x), 1, |first, values| self.scale_block(first, values));
         tensor(values, x.layout().shape().clone())
     }
 }

@@ -29,7 +29,7 @@ impl Function<2> for Gated {
 
     fn forward(&self, inputs: [FlexTensor; 2]) -> (FlexTensor, [FlexTensor; 2]) {
         let [gate, value] = inputs.each_ref().map(floats);
-        let (output, _) = changed(&gate, 1, |first, output| {
+        let output = changed(&gate, 1, |first, output| {
             self.0.forward(output);
             multiply(output, &value[first..]);
         });
@@ -45,11 +45,11 @@ impl Function<2> for Gated {
     ) -> [Option<FlexTensor>; 2] {
         let [gate, value] = inputs.each_ref().map(floats);
         let d_output = floats(&upstream);
-        let (d_gate, _) = changed(&d_output, 1, |first, d_gate| {
+        let d_gate = changed(&d_output, 1, |first, d_gate| {
             multiply(d_gate, &value[first..]);
             self.0.backward(&gate[first..first + d_gate.len()], d_gate);
         });
-        let (d_value, _) = changed(&gate, 1, |first, d_value| {
+        let d_value = changed(&gate, 1, |first, d_value| {
             self.0.forward(d_value);
             multiply(d_value, &d_output[first..]);
         });

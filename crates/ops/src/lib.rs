@@ -55,7 +55,7 @@ pub use gated::gated;
 pub use gemm::{Mat, gemm};
 pub use linear::linear;
 pub use matmul::matmul;
-pub use memory::{keep_freed_memory, release_freed_memory};
+pub use memory::{TensorAllocator, keep_freed_memory, release_freed_memory};
 pub use norm::{layer_norm, rms_norm};
 pub use optimiser::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
 pub use pool::{adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d};

@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 
-use crate::blocks::changed;
+use crate::blocks::{changed, changed_with};
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
 use crate::simd;
@@ -81,7 +81,7 @@ impl Function<3> for Norm {
             "the weight of a norm must have as many elements as the input's last axis"
         );
         let (scales, shifts) = (floats(&weight), floats(&bias));
-        let (output, _) = changed(&floats(&x), width, |_, rows| self.normalise_rows(rows, &scales, &shifts));
+        let output = changed(&floats(&x), width, |_, rows| self.normalise_rows(rows, &scales, &shifts));
         let bias = !shifts.is_empty();
         drop((scales, shifts));
         (tensor(output, shape), Saved { x, weight, bias })
@@ -98,18 +98,17 @@ impl Function<3> for Norm {
     ) -> [Option<FlexTensor>; 3] {
         let width = weight.layout().num_elements();
         let (values, scales) = (floats(&x), floats(&weight));
-        // The gradients of weight and bias, block by block.
-        let (d_x, partial) = changed(&floats(&upstream), width, |first, rows| {
-            let mut sums = [vec![0.0; width], vec![0.0; width]];
+        // The gradients of weight and bias, task by task.
+        let sums = || [vec![0.0; width], vec![0.0; width]];
+        let (d_x, partial) = changed_with(&floats(&upstream), width, sums, |sums, first, rows| {
             simd(
                 #[inline(always)]
                 || {
                     for (d, x) in rows.chunks_exact_mut(width).zip(values[first..].chunks_exact(width)) {
-                        self.pull_back(d, x, &scales, &mut sums);
+                        self.pull_back(d, x, &scales, sums);
                     }
                 },
             );
-            sums
         });
         let [mut d_weight, mut d_bias] = [vec![0.0; width], vec![0.0; width]];
         simd(

@@ -75,7 +75,7 @@ impl Function<1> for Softmax {
 
     fn forward(&self, [x]: [FlexTensor; 1]) -> (FlexTensor, FlexTensor) {
         let width = last_axis(&x);
-        let (output, _) = changed(&floats(&x), width, |_, rows| self.0.forward(rows, width));
+        let output = changed(&floats(&x), width, |_, rows| self.0.forward(rows, width));
         let output = tensor(output, x.layout().shape().clone());
         (output.clone(), output)
     }
@@ -156,7 +156,7 @@ pub(crate) fn overwrite_rows(
         in_place(values, width, |first, rows| work(first / width, rows));
         return x;
     }
-    let (values, _) = changed(&floats(&x), width, |first, rows| work(first / width, rows));
+    let values = changed(&floats(&x), width, |first, rows| work(first / width, rows));
     tensor(values, x.layout().shape().clone())
 }
 
