@@ -1,13 +1,14 @@
 //! DICOM files of one grey image, as radiography writes them.
 //!
 //! Read are files of part 10 of the standard with little-endian values, implicit or explicit, whose pixels are bare or a JPEG
-//! baseline image; other transfer syntaxes are named in the error. Nothing is allocated by what a file claims: values are
-//! parts of the bytes that are there.
+//! image, baseline or lossless; other transfer syntaxes are named in the error. Nothing is allocated by what a file claims:
+//! values are parts of the bytes that are there.
 
 use std::io::Cursor;
 use std::path::Path;
 
 use image::{ImageFormat, ImageReader, Limits};
+use jpeg_decoder::PixelFormat;
 use kiln_core::{Error, Result};
 
 /// Where "DICM" stands.
@@ -152,6 +153,7 @@ enum Syntax {
     Implicit,
     Explicit,
     JpegBaseline,
+    JpegLossless,
 }
 
 fn parse(bytes: &[u8]) -> Result<Dicom, Refusal> {
@@ -172,10 +174,11 @@ fn parse(bytes: &[u8]) -> Result<Dicom, Refusal> {
         Some("1.2.840.10008.1.2") => Syntax::Implicit,
         Some("1.2.840.10008.1.2.1") => Syntax::Explicit,
         Some("1.2.840.10008.1.2.4.50") => Syntax::JpegBaseline,
+        Some("1.2.840.10008.1.2.4.57" | "1.2.840.10008.1.2.4.70") => Syntax::JpegLossless,
         Some(uid) => {
             return refuse(
                 format!("is written in the transfer syntax {uid}{}", name_of(uid)),
-                "Kiln reads bare little-endian pixels and JPEG baseline; convert it, for example with dcmdjpeg or gdcmconv --raw",
+                "Kiln reads bare little-endian pixels, JPEG baseline and JPEG lossless; convert it, for example with dcmdjpeg or gdcmconv --raw",
             );
         }
         None => return malformed("names no transfer syntax"),
@@ -193,7 +196,6 @@ fn name_of(uid: &str) -> &'static str {
         "1.2.840.10008.1.2.1.99" => " (deflated)",
         "1.2.840.10008.1.2.2" => " (big endian)",
         "1.2.840.10008.1.2.4.51" => " (JPEG extended)",
-        "1.2.840.10008.1.2.4.57" | "1.2.840.10008.1.2.4.70" => " (JPEG lossless)",
         "1.2.840.10008.1.2.4.80" | "1.2.840.10008.1.2.4.81" => " (JPEG-LS)",
         "1.2.840.10008.1.2.4.90" | "1.2.840.10008.1.2.4.91" => " (JPEG 2000)",
         "1.2.840.10008.1.2.5" => " (RLE)",
@@ -267,7 +269,10 @@ fn decode(header: &Header, pixels: Stored, syntax: Syntax) -> Result<Dicom, Refu
     let stored = match (pixels, syntax) {
         (Stored::Bare(bytes), Syntax::Implicit | Syntax::Explicit) => bare(header, bytes, count)?,
         (Stored::Fragments(fragments), Syntax::JpegBaseline) => jpeg(&fragments, rows, columns)?,
-        (Stored::Bare(_), Syntax::JpegBaseline) => {
+        (Stored::Fragments(fragments), Syntax::JpegLossless) => {
+            bare(header, &lossless(header, &fragments, rows, columns)?, count)?
+        }
+        (Stored::Bare(_), Syntax::JpegBaseline | Syntax::JpegLossless) => {
             return malformed("has bare pixels in place of a JPEG image");
         }
         (Stored::Fragments(_), _) => return malformed("has fragments in place of bare pixels"),
@@ -340,6 +345,41 @@ fn jpeg(fragments: &[&[u8]], rows: usize, columns: usize) -> Result<Vec<f32>, Re
         ));
     }
     Ok(picture.into_raw().into_iter().map(f32::from).collect())
+}
+
+/// The pixels of a lossless JPEG image (process 14 of ITU T.81), as they would stand bare in the file.
+fn lossless(header: &Header, fragments: &[&[u8]], rows: usize, columns: usize) -> Result<Vec<u8>, Refusal> {
+    let whole = fragments.concat();
+    let mut decoder = jpeg_decoder::Decoder::new(&whole[..]);
+    decoder.set_max_decoding_buffer_size(2 * rows * columns);
+    let broken = |e: jpeg_decoder::Error| malformed(format!("holds no whole JPEG image: {e}"));
+    if let Err(e) = decoder.read_info() {
+        return broken(e);
+    }
+    let Some(info) = decoder.info() else { return malformed("holds a JPEG image without a size") };
+    let allocated = match info.pixel_format {
+        PixelFormat::L8 => 8,
+        PixelFormat::L16 => 16,
+        _ => return malformed("holds a JPEG image in colour"),
+    };
+    let size = (usize::from(info.height), usize::from(info.width));
+    if size != (rows, columns) || header.allocated != Some(allocated) {
+        return malformed(format!(
+            "claims {rows} x {columns} pixels of {} bits, and its JPEG image has {} x {} of {allocated}",
+            header.allocated.unwrap_or(0),
+            size.0,
+            size.1,
+        ));
+    }
+    match decoder.decode() {
+        Ok(bytes) if allocated == 8 => Ok(bytes),
+        // The decoder writes numbers as this machine does.
+        Ok(bytes) => {
+            let pairs = bytes.as_chunks().0.iter();
+            Ok(pairs.flat_map(|&pair| u16::from_ne_bytes(pair).to_le_bytes()).collect())
+        }
+        Err(e) => broken(e),
+    }
 }
 
 /// Text without the spaces and zeros that fill it up.
@@ -596,20 +636,41 @@ mod tests {
         assert!(read(&deep).unwrap_err().to_string().contains("deep"));
     }
 
+    /// Puts a compressed image into a file without pixels, in three fragments of which the first is empty.
+    fn with_fragments(mut file: Vec<u8>, jpeg: &[u8]) -> Vec<u8> {
+        file.extend([0xE0, 0x7F, 0x10, 0, b'O', b'B', 0, 0, 255, 255, 255, 255]);
+        for part in [&[][..], &jpeg[..20], &jpeg[20..]] {
+            file.extend([0xFE, 0xFF, 0, 0xE0]);
+            file.extend((part.len() as u32).to_le_bytes());
+            file.extend(part);
+        }
+        file.extend([0xFE, 0xFF, 0xDD, 0xE0, 0, 0, 0, 0]);
+        file
+    }
+
+    #[test]
+    fn a_lossless_jpeg_image_is_unpacked_bit_for_bit() {
+        // Twelve bits a pixel, as liblj92 writes them.
+        let jpeg = b"\xff\xd8\xff\xc4\x00\x17\x00\x01\x01\x01\x01\0\0\0\0\0\0\0\0\0\0\0\0\x0b\x0c\x03\x0a\xff\xc3\x00\
+              \x0b\x0c\x00\x02\x00\x03\x01\x00\x11\x00\xff\xda\x00\x08\x01\x00\x00\x06\x00\x00\x9f\xfe\x80\x07\xff\x00\xdc\xf9\
+              \x39\xc4\xff\xd9";
+        let bytes = with_fragments(file("1.2.840.10008.1.2.4.70", true, &[], &[]), jpeg);
+        assert_eq!(read(&bytes).unwrap().values, [0.0, 2048.0, 4095.0, 7.0, 1000.0, 3000.0]);
+        assert_broken_files_are_refused(&bytes, 4);
+        let short = with_fragments(
+            file("1.2.840.10008.1.2.4.70", true, &[(ALLOCATED, b"US", vec![8, 0])], &[]),
+            jpeg,
+        );
+        assert!(read(&short).unwrap_err().to_string().contains("2 x 3 pixels of 8 bits"));
+    }
+
     #[test]
     fn a_jpeg_image_is_unpacked() {
         let mut jpeg = Vec::new();
         image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 100)
             .encode(&[10, 20, 30, 40, 50, 60], 3, 2, image::ExtendedColorType::L8)
             .unwrap();
-        let mut bytes = file("1.2.840.10008.1.2.4.50", true, &[], &[]);
-        bytes.extend([0xE0, 0x7F, 0x10, 0, b'O', b'B', 0, 0, 255, 255, 255, 255]);
-        for part in [&[][..], &jpeg[..20], &jpeg[20..]] {
-            bytes.extend([0xFE, 0xFF, 0, 0xE0]);
-            bytes.extend((part.len() as u32).to_le_bytes());
-            bytes.extend(part);
-        }
-        bytes.extend([0xFE, 0xFF, 0xDD, 0xE0, 0, 0, 0, 0]);
+        let bytes = with_fragments(file("1.2.840.10008.1.2.4.50", true, &[], &[]), &jpeg);
         let image = read(&bytes).unwrap();
         assert!(
             image.values.iter().zip([10.0, 20.0, 30.0, 40.0, 50.0, 60.0]).all(|(a, b)| (a - b).abs() < 4.0)
@@ -620,7 +681,7 @@ mod tests {
     #[test]
     fn what_is_no_single_grey_image_is_refused() {
         let cases: [(Vec<u8>, &str); 8] = [
-            (file("1.2.840.10008.1.2.4.70", true, &[], &pixels()), "(JPEG lossless)"),
+            (file("1.2.840.10008.1.2.4.80", true, &[], &pixels()), "(JPEG-LS)"),
             (file("1.2.840.10008.1.2.2", true, &[], &pixels()), "(big endian)"),
             (file(EXPLICIT, true, &[], &[]), "no pixel data"),
             (file(EXPLICIT, true, &[(FRAMES, b"IS", b"12".to_vec())], &pixels()), "12 frames"),
