@@ -66,18 +66,18 @@ fn section(html: &mut String, report: &Report, level: usize) -> Result<()> {
     let _ = write!(
         html,
         "<section id=\"{}\">\n<h{level}>{}</h{level}>\n<p class=\"lead\">{}</p>\n\
-         <dl>\n<dt>Paper</dt><dd>{}, {}</dd>\n<dt>Claim</dt><dd>{}</dd>\n\
-         <dt>Run</dt><dd>{} scale, seed {}, {} s</dd>\n</dl>\n",
+         <dl>\n<dt>Paper</dt><dd>{}, {}</dd>\n<dt>Claim</dt><dd>{}</dd>\n",
         escape(card.slug),
         escape(card.title),
         escape(card.purpose),
         escape(card.paper),
         card.year,
         escape(card.claim),
-        report.scale.name(),
-        report.seed,
-        figure(report.seconds),
     );
+    if let Some(run) = report.run() {
+        let _ = writeln!(html, "<dt>Run</dt><dd>{run}</dd>");
+    }
+    html.push_str("</dl>\n");
     if !report.claims.is_empty() {
         claims(html, &report.claims, below);
     }

@@ -131,6 +131,12 @@ impl Plot {
         self
     }
 
+    /// A vertical axis whose values grow downwards, as astronomers draw magnitudes.
+    pub fn reversed_y(mut self) -> Self {
+        self.y.reversed = true;
+        self
+    }
+
     /// Adds a series of (x, y). Points that are not finite, or not positive on a logarithmic axis,
     /// are left out of the picture.
     pub fn series(mut self, name: impl Into<String>, points: Vec<(f64, f64)>) -> Self {

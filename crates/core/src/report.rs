@@ -90,13 +90,13 @@ impl Table {
     }
 }
 
-/// The outcome of a reference experiment.
+/// The outcome of a reference experiment, or what a command found in data of one's own.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     /// The system.
     pub system: Card,
-    /// At which scale it ran.
-    pub scale: Scale,
+    /// At which scale the experiment ran; `None` for data of one's own.
+    pub scale: Option<Scale>,
     /// The seed that repeats it.
     pub seed: u64,
     /// Wall-clock seconds.
@@ -112,12 +112,17 @@ pub struct Report {
 }
 
 impl Report {
-    /// An empty report.
+    /// An empty report of a reference experiment.
     pub fn new(system: Card, scale: Scale, seed: u64) -> Self {
+        Self { scale: Some(scale), seed, ..Self::on_data(system) }
+    }
+
+    /// An empty report on data of one's own.
+    pub fn on_data(system: Card) -> Self {
         Self {
             system,
-            scale,
-            seed,
+            scale: None,
+            seed: 0,
             seconds: 0.0,
             claims: Vec::new(),
             tables: Vec::new(),

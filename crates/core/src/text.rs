@@ -75,19 +75,20 @@ impl Table {
 }
 
 impl Report {
+    /// How an experiment was run, as `quick scale, seed 0, 12 s`.
+    pub(crate) fn run(&self) -> Option<String> {
+        let scale = self.scale?.name();
+        Some(format!("{scale} scale, seed {}, {} s", self.seed, figure(self.seconds)))
+    }
+
     /// Claims first, then tables and notes, in plain text.
     pub fn to_text(&self) -> String {
         let mut text = format!("{}\n{}\n", self.system.title, self.system.paper);
         let plural = if self.claims.len() == 1 { "" } else { "s" };
         let held = self.claims.iter().filter(|claim| claim.held()).count();
-        let _ = writeln!(
-            text,
-            "{} scale, seed {}, {} s, {held} of {} claim{plural} held\n",
-            self.scale.name(),
-            self.seed,
-            figure(self.seconds),
-            self.claims.len()
-        );
+        if let Some(run) = self.run() {
+            let _ = writeln!(text, "{run}, {held} of {} claim{plural} held\n", self.claims.len());
+        }
         text += &self.claims_text();
         for table in &self.tables {
             let _ = write!(text, "\n{}\n{}", table.title, table.to_text());

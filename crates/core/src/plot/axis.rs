@@ -10,6 +10,8 @@ const LARGEST: f64 = 1e300;
 pub(super) struct Axis {
     pub label: String,
     pub log: bool,
+    /// Whether the values grow from right to left or from top to bottom.
+    pub reversed: bool,
 }
 
 /// An axis with its extent: from data to 0 (left or bottom) … 1 (right or top).
@@ -18,6 +20,7 @@ pub(super) struct Span {
     low: f64,
     high: f64,
     log: bool,
+    reversed: bool,
 }
 
 /// A position on an axis and what is written there.
@@ -29,7 +32,7 @@ pub(super) struct Tick {
 
 impl Axis {
     pub fn new(label: impl Into<String>) -> Self {
-        Self { label: label.into(), log: false }
+        Self { label: label.into(), log: false, reversed: false }
     }
 
     /// Whether a value has a place on this axis.
@@ -56,7 +59,7 @@ impl Axis {
             true => (low.abs() * 0.1, low.abs() * 0.1),
             false => (extent * margin.0, extent * margin.1),
         };
-        Some(Span { low: low - below, high: high + above, log: self.log })
+        Some(Span { low: low - below, high: high + above, log: self.log, reversed: self.reversed })
     }
 }
 
@@ -64,7 +67,8 @@ impl Span {
     /// Where a value lies, from 0 to 1.
     pub fn place(&self, value: f64) -> f64 {
         let value = if self.log { value.log10() } else { value };
-        (value - self.low) / (self.high - self.low)
+        let place = (value - self.low) / (self.high - self.low);
+        if self.reversed { 1.0 - place } else { place }
     }
 
     /// About `count` round positions inside the extent.
@@ -87,7 +91,7 @@ impl Span {
         let decades = self.high - self.low;
         if decades < 1.0 {
             let (low, high) = (10f64.powf(self.low), 10f64.powf(self.high));
-            return Span { low, high, log: false }.linear_ticks(count);
+            return Span { low, high, log: false, reversed: false }.linear_ticks(count);
         }
         let stride = (decades / count as f64).ceil() as i32;
         let factors: &[f64] = match decades {
@@ -164,7 +168,7 @@ mod tests {
     use super::*;
 
     fn labels(values: &[f64], log: bool) -> Vec<String> {
-        let axis = Axis { label: String::new(), log };
+        let axis = Axis { log, ..Axis::new("") };
         let span = axis.span(values.iter().copied(), (0.0, 0.0)).unwrap();
         span.ticks(6).into_iter().map(|tick| tick.label).collect()
     }
@@ -186,12 +190,15 @@ mod tests {
 
     #[test]
     fn place_maps_the_extent_onto_zero_to_one() {
-        let axis = Axis { label: String::new(), log: true };
+        let axis = Axis { log: true, ..Axis::new("") };
         let span = axis.span([1.0, 100.0].into_iter(), (0.0, 0.0)).unwrap();
         assert!((span.place(10.0) - 0.5).abs() < 1e-12);
         let axis = Axis::new("");
         let span = axis.span([-1e300, 1e300].into_iter(), (0.1, 0.1)).unwrap();
         assert!((span.place(0.0) - 0.5).abs() < 1e-12);
+        let reversed = Axis { reversed: true, ..Axis::new("") };
+        let span = reversed.span([10.0, 20.0].into_iter(), (0.0, 0.0)).unwrap();
+        assert_eq!([10.0, 12.0, 20.0].map(|value| span.place(value)), [1.0, 0.8, 0.0]);
         assert!(axis.span([f64::NAN].into_iter(), (0.1, 0.1)).is_none());
     }
 }
