@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use kiln_core::Result;
+use kiln_data::roc_auc;
 use serde::Serialize;
 
 use crate::policy::{Policy, apply, share};
@@ -64,7 +65,7 @@ impl AlertMetrics {
         }
         let [[tn, fp], [missed, tp]] = counts;
         let (bts_acc, notbts_acc) = (share(tp, tp + missed), share(tn, tn + fp));
-        let auc = auc(&labelled);
+        let auc = roc_auc(labelled.iter().copied());
         Self {
             alerts: labelled.len(),
             auc,
@@ -87,41 +88,6 @@ impl AlertMetrics {
 /// Label and score of the alerts that have a label.
 pub fn labelled(alerts: &[Scored]) -> Vec<(bool, f64)> {
     alerts.iter().filter_map(|alert| Some((alert.label?, alert.score))).collect()
-}
-
-/// The area under the ROC curve: how often a positive scores above a negative, ties counting a half.
-pub fn auc(labelled: &[(bool, f64)]) -> Option<f64> {
-    let positives = labelled.iter().filter(|(label, _)| *label).count();
-    let negatives = labelled.len() - positives;
-    if positives == 0 || negatives == 0 {
-        return None;
-    }
-    let mut sorted = labelled.to_vec();
-    sorted.sort_by(|a, b| a.1.total_cmp(&b.1));
-    let (mut wins, mut below) = (0.0, 0);
-    for tied in sorted.chunk_by(|a, b| a.1 == b.1) {
-        let positive = tied.iter().filter(|(label, _)| *label).count();
-        let negative = tied.len() - positive;
-        wins += positive as f64 * (below as f64 + 0.5 * negative as f64);
-        below += negative;
-    }
-    Some(wins / (positives as f64 * negatives as f64))
-}
-
-/// The ROC curve: shares of negatives and of positives above every score.
-pub fn roc(labelled: &[(bool, f64)]) -> Vec<(f64, f64)> {
-    let positives = labelled.iter().filter(|(label, _)| *label).count().max(1) as f64;
-    let negatives = labelled.iter().filter(|(label, _)| !*label).count().max(1) as f64;
-    let mut sorted = labelled.to_vec();
-    sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let mut curve = vec![(0.0, 0.0)];
-    let (mut right, mut wrong) = (0.0, 0.0);
-    for tied in sorted.chunk_by(|a, b| a.1 == b.1) {
-        right += tied.iter().filter(|(label, _)| *label).count() as f64;
-        wrong += tied.iter().filter(|(label, _)| !*label).count() as f64;
-        curve.push((wrong / negatives, right / positives));
-    }
-    curve
 }
 
 /// Completeness and purity of sources with a peak in one bin.
@@ -213,11 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_area_counts_ties_by_half_and_needs_both_classes() {
-        let alerts = [(true, 0.5), (false, 0.5), (true, 0.9), (false, 0.1)];
-        assert_eq!(auc(&alerts), Some(0.875));
-        assert_eq!(roc(&alerts), [(0.0, 0.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0)]);
-        assert_eq!(auc(&alerts[2..3]), None);
+    fn alerts_of_one_class_have_no_area_and_say_why() {
         let one = Scored {
             object_id: "a".into(),
             candid: String::new(),

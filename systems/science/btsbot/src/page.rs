@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use kiln_core::{Plot, Report, Result, Scale, System, Table};
+use kiln_core::{Plot, Report, Result, System, Table};
+use kiln_data::roc_curve;
 
 use crate::Btsbot;
-use crate::metrics::{AlertMetrics, PeakBin, ScannerTimes, by_peak, delay, labelled, roc};
+use crate::metrics::{AlertMetrics, PeakBin, ScannerTimes, by_peak, delay, labelled};
 use crate::policy::{Policy, apply};
 use crate::scores::{Scored, Source};
 use crate::shift::{Compared, Sample, Shift};
@@ -31,7 +32,7 @@ pub fn diagnostics(
     times: Option<&ScannerTimes>,
     log: Option<&Path>,
 ) -> Result<Report> {
-    let mut report = Report::new(Btsbot.card(), Scale::Full, 0);
+    let mut report = Report::on_data(Btsbot.card());
     let metrics = AlertMetrics::of(alerts);
     report.tables.push(figures(&metrics));
     report.tables.push(confusion(&metrics));
@@ -48,7 +49,10 @@ pub fn diagnostics(
                 "share of other alerts above the score",
                 "share of bright transients' above it",
             )
-            .series(format!("network, AUC {:.4}", metrics.auc.unwrap_or_default()), roc(&labelled(alerts)))
+            .series(
+                format!("network, AUC {:.4}", metrics.auc.unwrap_or_default()),
+                roc_curve(labelled(alerts)),
+            )
             .series("chance", chance),
         );
     }
@@ -234,7 +238,7 @@ const SHOWN: usize = 10;
 
 /// In what alerts of today differ from those of before.
 pub fn shift(before: &Sample, today: &Sample, found: &Shift) -> Report {
-    let mut report = Report::new(Btsbot.card(), Scale::Full, 0);
+    let mut report = Report::on_data(Btsbot.card());
     let title = format!(
         "{} alerts of before, {} of today: {}",
         before.alerts.len(),

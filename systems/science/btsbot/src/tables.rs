@@ -5,8 +5,7 @@ use std::io::BufReader;
 use std::path::Path;
 
 use csv::StringRecord;
-use kiln_core::{Error, Result, write_atomic};
-use serde::Serialize;
+use kiln_core::{Error, Result};
 
 /// Numbers as surveys' tools write that there is none.
 const NOTHING: [&str; 6] = ["", "nan", "NaN", "NA", "null", "None"];
@@ -112,20 +111,4 @@ impl<'a> CsvTable<'a> {
     fn error(&self, column: usize, found: &str) -> Error {
         Error::input(self.place(), format!("column {} {found}", &self.header[column]))
     }
-}
-
-/// Writes rows as a CSV file.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn write_csv<R: Serialize>(path: &Path, rows: impl IntoIterator<Item = R>) -> Result<()> {
-    let failed = |e: csv::Error| Error::work(format!("cannot write {}", path.display())).caused_by(e);
-    let mut writer = csv::Writer::from_writer(Vec::new());
-    for row in rows {
-        writer.serialize(row).map_err(failed)?;
-    }
-    let text = writer.into_inner();
-    let text =
-        text.map_err(|e| Error::work(format!("cannot write {}", path.display())).caused_by(e.into_error()))?;
-    write_atomic(path, &text)
 }

@@ -3,6 +3,7 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_core::{Context, Result};
+use kiln_data::roc_auc;
 use kiln_nn::{Confusion, Task, likeliest, token_nll};
 use rand::seq::SliceRandom;
 use serde::Serialize;
@@ -158,28 +159,11 @@ impl Scores {
             accuracy: confusion.accuracy(),
             majority: confusion.majority(),
             macro_f1: confusion.macro_f1(),
-            auc: (classes == 2).then(|| auc(&pairs)).flatten(),
+            auc: (classes == 2)
+                .then(|| roc_auc(pairs.iter().map(|(p, label)| (*label == 1, f64::from(p[1])))))
+                .flatten(),
         }
     }
-}
-
-/// The share of pairs of a positive and a negative in the right order, ties counting half; `None` without such pairs.
-fn auc(pairs: &[(&Vec<f32>, usize)]) -> Option<f64> {
-    let mut scored: Vec<(f32, bool)> = pairs.iter().map(|(p, label)| (p[1], *label == 1)).collect();
-    scored.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let positives = scored.iter().filter(|(_, positive)| *positive).count() as f64;
-    let negatives = scored.len() as f64 - positives;
-    if positives == 0.0 || negatives == 0.0 {
-        return None;
-    }
-    let (mut below, mut ordered) = (0.0, 0.0);
-    for tied in scored.chunk_by(|a, b| a.0 == b.0) {
-        let here = tied.iter().filter(|(_, positive)| *positive).count() as f64;
-        let negatives_here = tied.len() as f64 - here;
-        ordered += here * (below + 0.5 * negatives_here);
-        below += negatives_here;
-    }
-    Some(ordered / (positives * negatives))
 }
 
 /// Splits off a share of the sequences for validation, at random.

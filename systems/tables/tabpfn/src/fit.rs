@@ -9,7 +9,8 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use kiln_core::{Context, Error, OutputMode, Result, write_atomic};
+use kiln_core::{Context, Error, OutputMode, Result};
+use kiln_data::write_csv;
 use kiln_nn::Task;
 use kiln_ops::{CrossEntropyOptions, cross_entropy};
 use rand::RngExt;
@@ -250,12 +251,7 @@ impl RealTables {
             let Scores { accuracy, roc_auc, .. } = outcomes[0].mean;
             self.lines.push(WatchLine { step, table: table.name.clone(), accuracy, roc_auc });
         }
-        let failed =
-            |e: csv::Error| Error::work(format!("cannot write {}", self.path.display())).caused_by(e);
-        let mut writer = csv::Writer::from_writer(Vec::new());
-        self.lines.iter().try_for_each(|line| writer.serialize(line)).map_err(failed)?;
-        let bytes = writer.into_inner().map_err(|e| failed(e.into_error().into()))?;
-        write_atomic(&self.path, &bytes)
+        write_csv(&self.path, &self.lines)
     }
 }
 

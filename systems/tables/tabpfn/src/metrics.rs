@@ -43,33 +43,16 @@ pub fn roc_auc(probabilities: &Matrix, labels: &[usize]) -> f64 {
             if rows_of[a].is_empty() || rows_of[b].is_empty() {
                 continue;
             }
-            let scores = |rows: &[usize], class: usize| -> Vec<f64> {
-                rows.iter().map(|&row| probabilities.at(row, class)).collect()
-            };
             let towards = |class: usize, other: usize| {
-                area_under_curve(&scores(&rows_of[class], class), &scores(&rows_of[other], class))
+                let rows = [class, other].into_iter().flat_map(|of| &rows_of[of]);
+                let scores = rows.map(|&row| (labels[row] == class, probabilities.at(row, class)));
+                kiln_data::roc_auc(scores).unwrap_or(f64::NAN)
             };
             sum += 0.5 * (towards(a, b) + towards(b, a));
             pairs += 1.0;
         }
     }
     sum / pairs
-}
-
-/// The probability that a positive score is above a negative one, ties counting half: the sum of ranks.
-fn area_under_curve(positive: &[f64], negative: &[f64]) -> f64 {
-    let mut scores: Vec<(f64, bool)> = positive.iter().map(|&score| (score, true)).collect();
-    scores.extend(negative.iter().map(|&score| (score, false)));
-    scores.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut ranks = 0.0;
-    let mut begin = 0;
-    for tied in scores.chunk_by(|a, b| a.0 == b.0) {
-        let mean_rank = begin as f64 + 0.5 * (tied.len() as f64 + 1.0);
-        ranks += mean_rank * tied.iter().filter(|(_, is_positive)| *is_positive).count() as f64;
-        begin += tied.len();
-    }
-    let (p, n) = (positive.len() as f64, negative.len() as f64);
-    (ranks - 0.5 * p * (p + 1.0)) / (p * n)
 }
 
 /// The rows whose largest probability lies in one tenth of the scale.

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use burn::module::ModuleDisplay;
 use burn::tensor::{Tensor, activation};
-use kiln_core::{Context, Error, Plot, Result, Table, write_atomic};
-use kiln_data::Images;
+use kiln_core::{Context, Error, Plot, Result, Table};
+use kiln_data::{Images, write_csv};
 use kiln_nn::likeliest;
 use serde::{Deserialize, Serialize};
 
@@ -155,15 +155,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 /// # Errors
 /// When the file cannot be written.
 pub fn write_scores(path: &Path, scores: &[Score]) -> Result<()> {
-    let mut writer = csv::Writer::from_writer(Vec::new());
-    let failed = |e: csv::Error| Error::work(format!("cannot write {}", path.display())).caused_by(e);
-    for score in scores {
-        writer.serialize(score).map_err(failed)?;
-    }
-    let text = writer
-        .into_inner()
-        .map_err(|e| Error::work(format!("cannot write {}", path.display())).caused_by(e.into_error()))?;
-    write_atomic(path, &text)
+    write_csv(path, scores)
 }
 
 /// Reads scores of the networks of a space.

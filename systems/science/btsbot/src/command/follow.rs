@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use kiln_core::{Context, Error, ErrorKind, Result, write_atomic};
+use kiln_data::write_csv;
 use kiln_stream::{LogOptions, LogWriter};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -20,7 +21,6 @@ use crate::packets::{find, visit};
 use crate::policy::Policy;
 use crate::simulate::{self, Season};
 use crate::store::Store;
-use crate::tables::write_csv;
 use crate::watch::{Packets, Round, Watch, Watcher, export, julian_date_now};
 
 #[derive(Debug, Args)]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use kiln_core::{Context, Error, Result, Table, write_atomic};
+use kiln_data::write_csv;
 use serde_json::{Map, Value, json};
 
 use super::ReadArgs;
@@ -16,7 +17,7 @@ use crate::filter::Filter;
 use crate::packet::{Alert, Field};
 use crate::packets::{Ready, find, ingest, rejected, triplet, visit_stamps};
 use crate::picture;
-use crate::tables::{CsvTable, write_csv};
+use crate::tables::CsvTable;
 use crate::triplet::{SIDE, STAMPS, Triplet};
 
 #[derive(Debug, Args)]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kiln_core::{Context, Error, HostTensor, Result, TensorFile, write_atomic};
-use kiln_data::write_tensors;
+use kiln_data::{write_csv, write_tensors};
 use serde::Serialize;
 use serde_json::json;
 
@@ -14,7 +14,6 @@ use crate::dataset::{About, Dataset, Rejected};
 use crate::filter::Filter;
 use crate::packets::{find, ingest, rejected, visit_stamps};
 use crate::server::{self, Server};
-use crate::tables::write_csv;
 use crate::train;
 
 /// Alerts whose stamps are in memory at once.

@@ -7,14 +7,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use kiln_core::{Card, Claim, Context, Error, Plot, Report, Result, Scale, Table, Threshold};
-use kiln_data::shared_dir;
+use kiln_data::{roc_curve, shared_dir};
 use kiln_nn::{TrainConfig, train as run_training};
 use rand::RngExt;
 
 use crate::checkpoint::{Config, new_model};
 use crate::dataset::Dataset;
 use crate::features::{FEATURES, FeatureOptions};
-use crate::metrics::{AlertMetrics, ScannerTimes, delay, labelled, roc};
+use crate::metrics::{AlertMetrics, ScannerTimes, delay, labelled};
 use crate::model::{MmCnn, MmCnnConfig, Mode};
 use crate::page::{completeness, completeness_table};
 use crate::policy::{Policy, PolicyResult, apply, judged};
@@ -241,14 +241,14 @@ fn report_survey(report: &mut Report, run: &Repetition) {
         ]);
     }
     report.tables.push(table);
-    let mut plot = Plot::points("Light curves, one of each kind", "days", "22 - magnitude");
+    let mut plot = Plot::points("Light curves, one of each kind", "days", "magnitude").reversed_y();
     for kind in Kind::ALL {
         let longest =
             run.tested.iter().filter(|source| source.kind == kind).max_by_key(|source| source.alerts.len());
         if let Some(source) = longest {
             let from =
                 run.tested.iter().flat_map(|s| s.alerts.first()).map(|a| a.jd).fold(f64::INFINITY, f64::min);
-            let curve = source.alerts.iter().map(|alert| (alert.jd - from, 22.0 - alert.magpsf)).collect();
+            let curve = source.alerts.iter().map(|alert| (alert.jd - from, alert.magpsf)).collect();
             plot = plot.series(kind.name(), curve);
         }
     }
@@ -276,7 +276,7 @@ fn report_modes(report: &mut Report, plan: &Plan, runs: &[Repetition]) -> Result
     let mut plot =
         Plot::lines("ROC over alerts", "share of other alerts", "share of alerts of bright transients");
     for (name, alerts) in &runs[0].scored {
-        plot = plot.series(*name, roc(&labelled(alerts)));
+        plot = plot.series(*name, roc_curve(labelled(alerts)));
     }
     report.plots.push(plot);
     let [both, images, metadata] = MODES.map(|mode| mean(&auc_of(mode.name())));

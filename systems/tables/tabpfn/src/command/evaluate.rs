@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kiln_core::{Card, Context, Error, Report, Result, Scale, Table as Listing, html, write_atomic};
+use kiln_core::{Card, Context, Error, Report, Result, Table as Listing, html, write_atomic};
 use kiln_data::{Column, Table};
 use serde_json::json;
 
@@ -168,11 +168,9 @@ pub(super) fn bench(args: &BenchArgs, card: Card, cx: &Context) -> Result<()> {
     }
     csv_of(&results)?.write(&args.out)?;
     let page = args.out.with_extension("html");
-    let mut report = Report::new(card, Scale::Full, cx.seed);
+    let mut report = Report::on_data(card);
     report.tables = vec![summary_listing(&results), areas_listing(&results)];
     report.notes = skipped_notes;
-    report.seconds =
-        results.iter().flat_map(|r| &r.outcomes).map(|o| o.seconds * o.splits.len() as f64).sum();
     write_atomic(&page, html::page("TabPFN beside other classifiers", &[report])?.as_bytes())?;
     let summaries = summaries(&results);
     let result = json!({

@@ -7,7 +7,7 @@
 
 use burn::tensor::Tensor;
 use kiln_core::{Context, Plot, Result, Table};
-use kiln_data::{ImageOptions, Images, digits, shared_dir};
+use kiln_data::{ImageOptions, Images, digits, roc_auc, shared_dir};
 
 use crate::apps::continual::entropy;
 use crate::apps::{Findings, Parts, Spread};
@@ -83,27 +83,6 @@ pub fn calibration_error(probabilities: &[f32], classes: &[usize], bins: usize) 
         bin.1 += f64::from(u8::from(best == class));
     }
     sums.iter().map(|(confidence, right)| (confidence - right).abs()).sum::<f64>() / classes.len() as f64
-}
-
-/// The share of pairs in which the second kind scores higher; ties count half.
-pub fn area_under_roc(low: &[f64], high: &[f64]) -> f64 {
-    let wins: f64 = high
-        .iter()
-        .map(|h| {
-            low.iter()
-                .map(|l| {
-                    if h > l {
-                        1.0
-                    } else if h == l {
-                        0.5
-                    } else {
-                        0.0
-                    }
-                })
-                .sum::<f64>()
-        })
-        .sum();
-    wins / (low.len() * high.len()) as f64
 }
 
 /// Rows of known classes, and rows of which a network should not be sure.
@@ -239,7 +218,12 @@ fn judge(name: &'static str, images: &Known, found: Predictions) -> Judged {
         nll: mean_nll(known, y),
         ece: calibration_error(known, y, 15),
     };
-    let areas = entropies[1..].iter().map(|strange| area_under_roc(&entropies[0], strange)).collect();
+    // How often a strange row has a higher entropy than a known one.
+    let area = |strange: &Vec<f64>| {
+        let scores = entropies[0].iter().map(|&e| (false, e)).chain(strange.iter().map(|&e| (true, e)));
+        roc_auc(scores).unwrap_or(f64::NAN)
+    };
+    let areas = entropies[1..].iter().map(area).collect();
     Judged { name, quality, entropies, areas }
 }
 
@@ -345,7 +329,6 @@ mod tests {
         assert!((mean_nll(&p, &[0, 0]) - (-(0.8f64.ln()) - 0.4f64.ln()) / 2.0).abs() < 1e-6);
         // One right with confidence 0.8, one wrong with 0.6, in bins of their own.
         assert!((calibration_error(&p, &[0, 0], 15) - (0.2 + 0.6) / 2.0).abs() < 1e-6);
-        assert_eq!(area_under_roc(&[1.0, 2.0], &[2.0, 3.0]), 3.5 / 4.0);
         assert_eq!(mean_of_sets(&p, 2), [0.6, 0.4]);
     }
 

@@ -2,11 +2,10 @@
 
 use std::io::BufReader;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use burn::module::Module;
 use clap::{Args, ValueEnum};
-use kiln_core::{Context, Error, ModelFolder, Report, Result, Scale, System, html, write_atomic};
+use kiln_core::{Context, Error, ModelFolder, Report, Result, System, html, write_atomic};
 use kiln_data::{ImageOptions, Images};
 use kiln_nn::{TrainConfig, likeliest, train};
 use serde_json::json;
@@ -90,7 +89,6 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
-    let begun = Instant::now();
     let (config, net) = checkpoint::open(&args.model, cx)?;
     let images = args.data.read_for(&config.interface, config.image(), false)?;
     let scaling = &config.interface.scaling;
@@ -114,7 +112,7 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
     plot.save(&out.with_extension("png"))?;
     let front: Vec<usize> =
         evaluate::pareto(&found, Measure::MegaFlops)?.front().iter().map(|point| point.id).collect();
-    let mut report = Report::new(System::card(&Stitch), Scale::Full, cx.seed);
+    let mut report = Report::on_data(System::card(&Stitch));
     report.plots.push(plot);
     if args.latency {
         let title = "Accuracy over time";
@@ -127,7 +125,6 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         images.len(),
         args.data.data.display()
     ));
-    report.seconds = begun.elapsed().as_secs_f64();
     let page = html::page("Networks of a stitched model", &[report])?;
     write_atomic(&out.with_extension("html"), page.as_bytes())?;
     let result = json!({
