@@ -15,7 +15,7 @@ use crate::masks::{Mask, MaskMetrics};
 use crate::metrics::{DECISION, Metrics, Scored, roc};
 use crate::networks::{Classifier, ClassifierConfig, Net, Segmenter, UNet, UNetConfig};
 use crate::phantom::{draw, draw_marker};
-use crate::train::{Augment, ClassifyTask, SegmentTask, find_lungs, judge, probability, training};
+use crate::train::{Augment, ClassifyTask, Fall, SegmentTask, find_lungs, judge, probability, training};
 
 /// How often the marker is right in training, and at test, where it tells nothing.
 const SHORTCUT: f64 = 0.9;
@@ -198,7 +198,7 @@ fn report_lungs(report: &mut Report, plan: &Plan, test: &Cohort, cx: &Context) -
         let steps = plan.unet_epochs * task.steps_per_epoch();
         let config = UNetConfig { width: plan.unet_width, net };
         let model = initialise(&cx.device, &mut cx.rng("init", 0), |device| config.init(device));
-        let trained = train(model, &mut task, &training(steps, 4e-3, true), None, false, cx)?;
+        let trained = train(model, &mut task, &training(steps, 4e-3, Fall::Cosine), None, false, cx)?;
         if trained.outcome == Outcome::Interrupted {
             return Err(Error::interrupted("stopped before the U-Nets were trained"));
         }
@@ -276,7 +276,7 @@ fn fit(
     let mut task = ClassifyTask::new(images, [chosen, &chosen[..2]], BATCH, Augment::None, false, cx);
     let steps = plan.epochs * task.steps_per_epoch();
     // Networks without batch norm die when they are pushed at once.
-    let recipe = TrainConfig { warmup: steps / 8, ..training(steps, plan.lr, true) };
+    let recipe = TrainConfig { warmup: steps / 8, ..training(steps, plan.lr, Fall::Cosine) };
     let trained = train(model, &mut task, &recipe, None, false, cx)?;
     match trained.outcome {
         Outcome::Interrupted => Err(Error::interrupted("stopped before the classifiers were trained")),

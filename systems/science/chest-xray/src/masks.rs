@@ -9,6 +9,16 @@ const PARTS: usize = 2;
 /// Margin around the lungs when an image is cut to them, as a share of their extent.
 const MARGIN: f64 = 0.05;
 
+/// Share of pixels between black and white above which a picture is hardly a mask. Compressed and shrunk ones have some at
+/// their outlines.
+pub const MOST_GREY: f64 = 0.1;
+
+/// Share of pixels that are neither nearly black nor nearly white.
+pub fn grey_share(pixels: &[f32]) -> f64 {
+    let grey = pixels.iter().filter(|pixel| (0.1..0.9).contains(*pixel)).count();
+    grey as f64 / pixels.len().max(1) as f64
+}
+
 /// Which pixels are lung.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mask {
@@ -166,6 +176,14 @@ impl MaskMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn masks_are_told_from_radiographs() {
+        let ramp: Vec<f32> = (0..100).map(|i| i as f32 / 99.0).collect();
+        assert!((grey_share(&ramp) - 0.8).abs() < 0.02);
+        assert_eq!(grey_share(&[0.0, 1.0, 0.95, 0.02]), 0.0);
+        assert_eq!(grey_share(&[]), 0.0);
+    }
 
     fn mask(rows: &[&str]) -> Mask {
         let lung = rows.iter().flat_map(|row| row.bytes().map(|byte| byte == b'#')).collect();

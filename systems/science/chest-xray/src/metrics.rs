@@ -1,5 +1,6 @@
 //! How good decisions about images are.
 
+use kiln_data::{roc_auc, roc_curve};
 use rand::{Rng, RngExt};
 use serde::Serialize;
 
@@ -131,36 +132,14 @@ impl Metrics {
     }
 }
 
-/// Area under the ROC curve by ranks; ties count half.
+/// Area under the ROC curve.
 pub fn auc(scores: &[Scored]) -> Option<f64> {
-    let mut sorted: Vec<&Scored> = scores.iter().collect();
-    sorted.sort_by(|a, b| a.p_tb.total_cmp(&b.p_tb));
-    let (mut rank_sum, mut seen) = (0.0, 0);
-    for ties in sorted.chunk_by(|a, b| a.p_tb == b.p_tb) {
-        let rank = seen as f64 + (ties.len() as f64 + 1.0) / 2.0;
-        rank_sum += rank * ties.iter().filter(|s| s.is_tb).count() as f64;
-        seen += ties.len();
-    }
-    let tb = scores.iter().filter(|s| s.is_tb).count() as f64;
-    let normal = scores.len() as f64 - tb;
-    (tb > 0.0 && normal > 0.0).then(|| (rank_sum - tb * (tb + 1.0) / 2.0) / (tb * normal))
+    roc_auc(scores.iter().map(|s| (s.is_tb, s.p_tb)))
 }
 
 /// Points (1 - specificity, sensitivity) from the strictest threshold to the laxest.
 pub fn roc(scores: &[Scored]) -> Vec<(f64, f64)> {
-    let tb = scores.iter().filter(|s| s.is_tb).count().max(1) as f64;
-    let normal = scores.iter().filter(|s| !s.is_tb).count().max(1) as f64;
-    let mut sorted: Vec<&Scored> = scores.iter().collect();
-    sorted.sort_by(|a, b| b.p_tb.total_cmp(&a.p_tb));
-    let mut points = vec![(0.0, 0.0)];
-    let (mut found, mut alarms) = (0.0, 0.0);
-    for ties in sorted.chunk_by(|a, b| a.p_tb == b.p_tb) {
-        for s in ties {
-            if s.is_tb { found += 1.0 } else { alarms += 1.0 }
-        }
-        points.push((alarms / normal, found / tb));
-    }
-    points
+    roc_curve(scores.iter().map(|s| (s.is_tb, s.p_tb)))
 }
 
 /// 95 % intervals by drawing images anew with replacement.

@@ -3,7 +3,7 @@
 use burn::tensor::{Int, Tensor, TensorData};
 use clap::ValueEnum;
 use kiln_core::{Context, Error, Result};
-use kiln_nn::{CrossEntropyLoss, CrossEntropyLossConfig, Decay, Task, TrainConfig};
+use kiln_nn::{CrossEntropyLoss, CrossEntropyLossConfig, Decay, Plateau, Task, TrainConfig};
 use kiln_ops::{Activation, activate};
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -78,13 +78,29 @@ fn step_of<T: Copy>(
     order[from..order.len().min(from + batch)].to_vec()
 }
 
-/// Adam with a learning rate that stays, or falls as half a cosine to a hundredth.
-pub fn training(steps: usize, lr: f64, falls: bool) -> TrainConfig {
+/// How the learning rate falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fall {
+    /// Not at all.
+    None,
+    /// As half a cosine, to a hundredth.
+    Cosine,
+    /// To a tenth whenever so many validations have not found a lower loss, at most three times.
+    OnPlateaus(usize),
+}
+
+/// Adam with a learning rate that falls so.
+pub fn training(steps: usize, lr: f64, fall: Fall) -> TrainConfig {
+    let plateau = match fall {
+        Fall::OnPlateaus(patience) => Some(Plateau { factor: 0.1, patience, least: 1e-3 * lr }),
+        Fall::None | Fall::Cosine => None,
+    };
     TrainConfig {
         steps,
         lr,
         warmup: 0,
-        min_lr_ratio: if falls { 0.01 } else { 1.0 },
+        min_lr_ratio: if fall == Fall::Cosine { 0.01 } else { 1.0 },
+        plateau,
         decay: Decay::Cosine,
         weight_decay: 0.0,
         clip_norm: 0.0,

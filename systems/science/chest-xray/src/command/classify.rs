@@ -6,20 +6,20 @@ use std::time::Instant;
 use burn::module::Module;
 use clap::Args;
 use kiln_core::{Context, Error, Plot, Result};
-use kiln_data::read_tensors;
+use kiln_data::{read_tensors, write_csv};
 use kiln_nn::{TrainRun, initialise};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::judge::{apply_lungs, describe};
-use super::{ImagesArgs, write_csv, write_json};
+use super::{ImagesArgs, write_json};
 use crate::NOTICE;
 use crate::checkpoint::{ClassifyConfig, Config, KIND, fold_name};
 use crate::dataset::Images;
 use crate::image::{Cxr, Fit, Norm};
 use crate::metrics::{DECISION, Metrics, Scored, intervals, operating_point, roc};
 use crate::networks::{Classifier, ClassifierConfig, Freeze, Net};
-use crate::train::{Augment, ClassifyTask, judge, probability, training};
+use crate::train::{Augment, ClassifyTask, Fall, judge, probability, training};
 
 /// The command whose runs a model folder keeps.
 const TRAIN: &str = "chest-xray train";
@@ -166,7 +166,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         if !run.resumed {
             run.steps = recipe.epochs * per_epoch;
         }
-        let mut plan = training(run.steps, recipe.lr, false);
+        let mut plan = training(run.steps, recipe.lr, Fall::None);
         (plan.eval_every, plan.checkpoint_every) = (per_epoch, per_epoch);
         plan.patience = Some(recipe.patience);
         plan.check()?;
@@ -233,12 +233,6 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
 fn begin_with(config: &ClassifyConfig, args: &TrainArgs, cx: &Context, tells: bool) -> Result<Classifier> {
     let drawn = initialise(&cx.device, &mut cx.rng("init", 0), |device| config.network.init(device));
     let Some(path) = &args.weights else { return Ok(drawn) };
-    if path.extension().is_some_and(|ending| ending == "pth" || ending == "pt") {
-        return Err(Error::input(path.display(), "is a pickle of PyTorch").hint(
-            "convert it: python -c \"import torch, safetensors.torch as s; w = torch.load('F.pth', weights_only=True); \
-             s.save_file({k: v.contiguous() for k, v in w.get('state_dict', w).items()}, 'F.safetensors')\"",
-        ));
-    }
     let (model, transfer) = config.network.transfer(drawn, read_tensors(path)?)?;
     if tells {
         cx.note(format!(

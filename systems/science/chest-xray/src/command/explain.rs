@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Tensor;
 use clap::{Args, ValueEnum};
 use kiln_core::{Context, Error, Plot, Result, write_atomic};
+use kiln_data::write_csv;
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use serde_json::json;
 
 use super::judge::{Ensemble, ModelArgs, picture};
-use super::{ImagesArgs, escape, make_folder, page, picture_path, shown, write_csv};
+use super::{ImagesArgs, escape, make_folder, page, picture_path, shown};
 use crate::NOTICE;
 use crate::cam::{Faithfulness, Layer, grad_cam, score_cam};
 use crate::masks::Mask;

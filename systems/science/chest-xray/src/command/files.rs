@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use kiln_core::{Context, Error, Result};
-use kiln_data::Picture;
+use kiln_data::{Picture, write_csv};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{ImagesArgs, make_folder, write_csv};
+use super::{ImagesArgs, make_folder};
 use crate::NOTICE;
 use crate::bilinear::resize_plane;
 use crate::image::Radiograph;

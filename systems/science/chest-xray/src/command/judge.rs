@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use clap::Args;
 use kiln_core::{Context, Error, ModelFolder, Plot, Result, TensorFile, write_atomic};
+use kiln_data::write_csv;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::lungs::lung_warning;
-use super::{ImagesArgs, escape, make_folder, page, picture_path, shown, write_csv, write_json};
+use super::{ImagesArgs, escape, make_folder, page, picture_path, shown, write_json};
 use crate::NOTICE;
 use crate::cam::{Layer, Map, score_cam};
 use crate::checkpoint::{

@@ -6,22 +6,22 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use clap::Args;
 use kiln_core::{Context, Error, Result};
-use kiln_data::Picture;
+use kiln_data::{Picture, write_csv};
 use kiln_nn::{TrainRun, initialise};
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{ImagesArgs, picture_path, shown, write_csv, write_json};
+use super::{ImagesArgs, picture_path, shown, write_json};
 use crate::NOTICE;
 use crate::checkpoint::{Config, KIND, SegmentConfig, fold_name, open_segmenter};
 use crate::dataset::{Entry, Images, Labels, list};
 use crate::image::{Cxr, Fit, Norm, Radiograph, find, segmented};
-use crate::masks::{LEAST_LUNG, Mask, MaskMetrics};
+use crate::masks::{LEAST_LUNG, MOST_GREY, Mask, MaskMetrics, grey_share};
 use crate::networks::{Segmenter, UNetConfig};
 use crate::overlay::overlay;
-use crate::train::{SegmentTask, find_lungs, training};
+use crate::train::{Fall, SegmentTask, find_lungs, training};
 
 /// The command whose runs a model folder keeps.
 const TRAIN: &str = "chest-xray train-seg";
@@ -65,7 +65,7 @@ struct Recipe {
     /// Images of a step
     #[arg(long, default_value_t = 16, conflicts_with = "resume")]
     batch: usize,
-    /// Learning rate at the beginning; it falls as half a cosine
+    /// Learning rate at the beginning; it falls to a tenth when the validation loss has not fallen for half the patience
     #[arg(long, default_value_t = 1e-3, conflicts_with = "resume")]
     lr: f64,
     /// Epochs without a lower validation loss after which a run stops
@@ -192,7 +192,7 @@ pub(super) fn train(args: TrainSegArgs, cx: &Context) -> Result<()> {
         if !run.resumed {
             run.steps = recipe.epochs * per_epoch;
         }
-        let mut plan = training(run.steps, recipe.lr, true);
+        let mut plan = training(run.steps, recipe.lr, Fall::OnPlateaus(recipe.patience / 2));
         (plan.eval_every, plan.checkpoint_every) = (per_epoch, per_epoch);
         plan.patience = Some(recipe.patience);
         plan.check()?;
@@ -335,6 +335,14 @@ pub(super) fn eval(args: &MaskEvalArgs, cx: &Context) -> Result<()> {
     let judge = |(pred, truth): &(PathBuf, PathBuf)| {
         let read = |path: &Path| {
             let image = Radiograph::read(path)?;
+            let grey = grey_share(&image.pixels);
+            if grey > MOST_GREY {
+                cx.note(format!(
+                    "{}: {:.0} % of its pixels are neither black nor white; is it a mask?",
+                    path.display(),
+                    100.0 * grey
+                ));
+            }
             Ok::<_, Error>(Mask::of(&image.pixels, [image.height, image.width]))
         };
         let (found, expected) = (read(pred)?, read(truth)?);

@@ -149,19 +149,6 @@ impl ImagesArgs {
     }
 }
 
-/// Writes rows as a CSV file.
-fn write_csv<R: Serialize>(path: &Path, rows: impl IntoIterator<Item = R>) -> Result<()> {
-    let failed = |e: csv::Error| Error::work(format!("cannot write {}", path.display())).caused_by(e);
-    let mut writer = csv::Writer::from_writer(Vec::new());
-    for row in rows {
-        writer.serialize(row).map_err(failed)?;
-    }
-    let text = writer
-        .into_inner()
-        .map_err(|e| Error::work(format!("cannot write {}", path.display())).caused_by(e.into_error()))?;
-    write_atomic(path, &text)
-}
-
 /// Writes a value as JSON.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let json = serde_json::to_vec_pretty(value)

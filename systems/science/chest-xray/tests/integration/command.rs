@@ -197,7 +197,9 @@ fn weights_of_torchvision_are_loaded_to_the_last_name() {
     assert!(config.contains("\"imagenet\""), "{config}");
 
     desk.assert_refused(&format!("{line} --weights @none.safetensors --out @x"), "none.safetensors");
-    desk.assert_refused(&format!("{line} --weights @w.pth --out @x"), "safetensors.torch");
+    let pickled = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../crates/data/tests/data/checkpoint.pth");
+    fs::copy(pickled, desk.path("other.pth")).unwrap();
+    desk.assert_refused(&format!("{line} --weights @other.pth --out @x"), "\"conv.bias\" has no place");
     file.rename("module.features.norm0.weight", "module.features.norm9.weight");
     file.write(&desk.path("bad.safetensors")).unwrap();
     desk.assert_refused(&format!("{line} --weights @bad.safetensors --out @x"), "features.norm9.weight");
