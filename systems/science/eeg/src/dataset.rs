@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kiln_core::{Error, HostTensor, Result, TensorFile, write_atomic};
+use kiln_data::write_csv;
 use rand::Rng;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -245,17 +246,11 @@ impl Dataset {
         pipeline: &Pipeline,
         recordings: &[(About, usize)],
     ) -> Result<()> {
-        let failed = |e: csv::Error| Error::work("cannot write index.csv").caused_by(e);
-        let mut writer = csv::Writer::from_writer(Vec::new());
-        for (about, samples) in recordings {
+        let row = |(about, samples): &(About, usize)| {
             let About { id, label, subject, age, sex, split } = about.clone();
-            let row = Row { id, label: label.map(u8::from), subject, age, sex, split, samples: *samples };
-            writer.serialize(row).map_err(failed)?;
-        }
-        let text = writer
-            .into_inner()
-            .map_err(|e| Error::work("cannot write index.csv").caused_by(e.into_error()))?;
-        write_atomic(&folder.join("index.csv"), &text)?;
+            Row { id, label: label.map(u8::from), subject, age, sex, split, samples: *samples }
+        };
+        write_csv(&folder.join("index.csv"), recordings.iter().map(row))?;
         let preparation = Preparation { channels: channels.to_vec(), pipeline: pipeline.clone() };
         let json = serde_json::to_vec_pretty(&preparation)
             .map_err(|e| Error::work("cannot write prepare.json").caused_by(e))?;

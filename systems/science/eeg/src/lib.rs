@@ -21,6 +21,7 @@
 //! # assert_eq!(logits.dims(), [1, 2, 1]);
 //! ```
 
+pub mod asr;
 pub mod augment;
 pub mod calibrate;
 pub mod channels;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use kiln_data::{roc_auc, roc_curve};
 use rand::{Rng, RngExt};
 use serde::Serialize;
 
@@ -124,51 +125,14 @@ impl Metrics {
             balanced_accuracy: sensitivity.zip(specificity).map(|(a, b)| (a + b) / 2.0),
             f1: ratio(2 * tp, 2 * tp + fp + missed),
             mcc: (product > 0.0).then(|| covariance / product.sqrt()),
-            auc: area(&labelled),
+            auc: roc_auc(labelled),
         }
     }
 }
 
-/// The area under the ROC curve, by the ranks of the probabilities; equal ones share a rank.
-fn area(labelled: &[(bool, f64)]) -> Option<f64> {
-    let positives = labelled.iter().filter(|(label, _)| *label).count();
-    let negatives = labelled.len() - positives;
-    if positives == 0 || negatives == 0 {
-        return None;
-    }
-    let mut sorted = labelled.to_vec();
-    sorted.sort_by(|a, b| a.1.total_cmp(&b.1));
-    let (mut ranks, mut at) = (0.0, 0);
-    while at < sorted.len() {
-        let ties = sorted[at..].iter().take_while(|(_, p)| *p == sorted[at].1).count();
-        let rank = at as f64 + (ties as f64 + 1.0) / 2.0;
-        ranks += rank * sorted[at..at + ties].iter().filter(|(label, _)| *label).count() as f64;
-        at += ties;
-    }
-    let least = (positives * (positives + 1)) as f64 / 2.0;
-    Some((ranks - least) / (positives * negatives) as f64)
-}
-
-/// The ROC curve: (1 - specificity, sensitivity) at every threshold.
+/// The ROC curve of the labelled: (1 - specificity, sensitivity) at every threshold.
 pub fn roc(outcomes: &[Outcome]) -> Vec<(f64, f64)> {
-    let mut labelled: Vec<(bool, f64)> =
-        outcomes.iter().filter_map(|o| Some((o.label?, o.p_pathological))).collect();
-    labelled.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let positives = labelled.iter().filter(|(label, _)| *label).count();
-    let negatives = labelled.len() - positives;
-    let mut points = vec![(0.0, 0.0)];
-    let (mut found, mut wrong) = (0, 0);
-    for (at, (label, p)) in labelled.iter().enumerate() {
-        if *label {
-            found += 1
-        } else {
-            wrong += 1
-        }
-        if labelled.get(at + 1).is_none_or(|(_, next)| next != p) {
-            points.push((wrong as f64 / negatives.max(1) as f64, found as f64 / positives.max(1) as f64));
-        }
-    }
-    points
+    roc_curve(outcomes.iter().filter_map(|o| Some((o.label?, o.p_pathological))))
 }
 
 /// A 95 % interval of a figure over recordings drawn anew, as many of each class as there are. Absent where the figure is.

@@ -1,7 +1,7 @@
 //! From a recording as it comes to what networks see, the same for every site.
 //!
-//! In this order: crop; pick channels; microvolts; band-pass; average reference; clip; resample; normalise. Only crop,
-//! clip, resample and normalise are on by default, as in the paper. The first minute of a clinical recording is dirty,
+//! In this order: crop; pick channels; microvolts; band-pass; average reference; clip; resample; artefact-subspace
+//! reconstruction; normalise. Only crop, clip, resample and normalise are on by default, as in the paper. The first minute of a clinical recording is dirty,
 //! and is left out.
 
 use std::path::Path;
@@ -12,6 +12,7 @@ use kiln_data::edf::{EdfReader, Stretch};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::asr::reconstruct;
 use crate::channels::Channels;
 use crate::filter::BandPass;
 use crate::resample::Resampler;
@@ -56,6 +57,9 @@ pub struct Pipeline {
     pub band: Option<[f64; 2]>,
     /// Subtract the mean of all channels.
     pub average_reference: bool,
+    /// Deviations from which artefacts are reconstructed, see [`reconstruct`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asr: Option<f64>,
 }
 
 impl Default for Pipeline {
@@ -70,6 +74,7 @@ impl Default for Pipeline {
             channels: Channels::default(),
             band: None,
             average_reference: false,
+            asr: None,
         }
     }
 }
@@ -112,6 +117,13 @@ impl Pipeline {
             && !(low > 0.0 && high > low && high.is_finite())
         {
             return refused(format!("the band from {low} to {high} Hz is empty"));
+        }
+        if let Some(cutoff) = self.asr
+            && !(cutoff >= 1.0 && cutoff.is_finite())
+        {
+            return refused(format!(
+                "--asr {cutoff} would take the recording itself for an artefact; 5 to 20 are usual"
+            ));
         }
         Ok(())
     }
@@ -201,9 +213,14 @@ impl Pipeline {
             *signal = resampler.apply(signal);
         });
         let length = signals.iter().map(Vec::len).min().unwrap_or(0);
+        signals.iter_mut().for_each(|signal| signal.truncate(length));
+        if let Some(cutoff) = self.asr
+            && reconstruct(&mut signals, self.rate, cutoff).is_none()
+        {
+            warnings.push("has too few quiet windows to tell artefacts; nothing is reconstructed".into());
+        }
         let mut eeg = Vec::with_capacity(length * signals.len());
         for (signal, name) in signals.iter_mut().zip(&channels) {
-            signal.truncate(length);
             let flat = match self.normalise {
                 Normalise::None => false,
                 Normalise::Zclip2 => zclip(signal, CLIP_DEVIATIONS),

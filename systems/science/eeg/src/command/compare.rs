@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use clap::Args;
 use kiln_core::{Context, Error, ModelFolder, Plot, Result, Table, TensorFile, write_atomic};
+use kiln_data::write_csv;
 use serde::Serialize;
 use serde_json::json;
 
 use super::judge::judge;
 use super::learn::{ShapeArgs, chosen};
-use super::{DataArgs, shown, write_csv};
+use super::{DataArgs, shown};
 use crate::checkpoint::{Config, KIND, open, stride};
 use crate::cka::{alignments, representations};
 use crate::dataset::Dataset;

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use kiln_core::{Context, Error, Result};
 use kiln_data::edf::{EdfFormat, EdfHeader, EdfKind, EdfReader, EdfSignal, write_edf};
-use kiln_data::write_npz_as;
+use kiln_data::{write_csv, write_npz_as};
 use rand::RngExt;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{PipelineArgs, write_csv};
+use super::PipelineArgs;
 use crate::channels::{Channels, TUAB};
 use crate::dataset::{Dataset, check_subjects};
 use crate::layout::{self, Layout, drop_contradictory, unique_subjects};

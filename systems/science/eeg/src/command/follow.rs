@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use kiln_core::{Context, Error, Plot, Result};
 use kiln_data::edf::EdfReader;
+use kiln_data::write_csv;
 use serde::Serialize;
 use serde_json::json;
 
 use super::judge::{check_batch, judge, read_one};
-use super::write_csv;
 use crate::checkpoint::open;
 use crate::metrics::by_recording;
 

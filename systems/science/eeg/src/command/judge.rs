@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use clap::Args;
 use kiln_core::{Context, Error, Plot, Result, write_atomic};
-use kiln_data::{Table, TableOptions};
+use kiln_data::{Table, TableOptions, write_csv};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{DataArgs, PipelineArgs, shown, write_csv};
+use super::{DataArgs, PipelineArgs, shown};
 use crate::checkpoint::{Config, open, stride};
 use crate::dataset::{About, Dataset, Recording};
 use crate::layout::{files_below, id_of};
@@ -297,6 +297,7 @@ impl EvalArgs {
             channels: (!is_prepared).then(|| trained.channels.clone()),
             band: trained.band.filter(|_| !is_prepared).map(Vec::from),
             average_reference: !is_prepared && trained.average_reference,
+            asr: trained.asr.filter(|_| !is_prepared),
         };
         let args = DataArgs {
             data: path.into(),

@@ -8,11 +8,10 @@ mod forward;
 mod judge;
 mod learn;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use kiln_core::{Context, Error, Result, write_atomic};
-use serde::Serialize;
+use kiln_core::{Context, Error, Result};
 
 use crate::channels::Channels;
 use crate::dataset::Dataset;
@@ -163,6 +162,10 @@ struct PipelineArgs {
     /// Subtract the mean of all channels
     #[arg(long)]
     average_reference: bool,
+    /// Fill in directions of the channels that are louder than so many deviations, from the others (artefact-subspace
+    /// reconstruction); 5 to 20 are usual
+    #[arg(long, value_name = "DEVIATIONS")]
+    asr: Option<f64>,
 }
 
 impl PipelineArgs {
@@ -178,6 +181,7 @@ impl PipelineArgs {
             channels: self.channels.clone().unwrap_or(default.channels),
             band: self.band.as_ref().map(|band| [band[0], band[1]]),
             average_reference: self.average_reference,
+            asr: self.asr,
         };
         pipeline.check()?;
         Ok(pipeline)
@@ -185,8 +189,8 @@ impl PipelineArgs {
 
     /// Whether nothing is said.
     fn is_silent(&self) -> bool {
-        let Self { tmin, tmax, rate, clip, normalise, channels, band, average_reference } = self;
-        let numbers = [tmin, tmax, rate, clip];
+        let Self { tmin, tmax, rate, clip, normalise, channels, band, average_reference, asr } = self;
+        let numbers = [tmin, tmax, rate, clip, asr];
         numbers.iter().all(|number| number.is_none())
             && normalise.is_none()
             && channels.is_none()
@@ -275,19 +279,6 @@ impl DataArgs {
     fn words(&self) -> String {
         format!("--data {}", self.data.display())
     }
-}
-
-/// Writes rows as a CSV file.
-fn write_csv<R: Serialize>(path: &Path, rows: impl IntoIterator<Item = R>) -> Result<()> {
-    let failed = |e: csv::Error| Error::work(format!("cannot write {}", path.display())).caused_by(e);
-    let mut writer = csv::Writer::from_writer(Vec::new());
-    for row in rows {
-        writer.serialize(row).map_err(failed)?;
-    }
-    let text = writer
-        .into_inner()
-        .map_err(|e| Error::work(format!("cannot write {}", path.display())).caused_by(e.into_error()))?;
-    write_atomic(path, &text)
 }
 
 /// A figure with three decimals, or a dash where there is none.

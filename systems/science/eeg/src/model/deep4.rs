@@ -8,7 +8,8 @@ use kiln_ops::max_pool1d;
 use serde::{Deserialize, Serialize};
 
 use super::time_spat::{ConvTimeSpat, FinalLayer, conv, over_time};
-use super::{FinalConv, receptive_of, scale, steps_of};
+use super::timeline::Timeline;
+use super::{FinalConv, scale};
 
 /// Steps of a pooling window, and between windows.
 const POOL: usize = 3;
@@ -102,28 +103,26 @@ impl Deep4Config {
         std::array::from_fn(|at| if at % 2 == 0 { (self.filter_time_length, conv) } else { (POOL, pool) })
     }
 
-    fn final_steps(&self) -> usize {
-        self.final_conv_length.steps(steps_of(self.n_times, self.features()).max(1))
-    }
-
-    fn layers(&self) -> impl Iterator<Item = (usize, usize)> {
-        self.features().into_iter().chain([(self.final_steps(), 1)])
+    fn timeline(&self) -> Timeline {
+        Timeline::new(&self.features(), self.final_conv_length, self.n_times, self.dense)
     }
 
     pub(super) fn receptive(&self) -> usize {
-        receptive_of(self.layers())
+        self.timeline().receptive()
     }
 
     pub(super) fn predictions(&self, samples: usize) -> usize {
-        match self.dense {
-            true => (samples + 1).saturating_sub(self.receptive()),
-            false => steps_of(samples, self.layers()),
-        }
+        self.timeline().predictions(samples)
     }
 
     pub(super) fn widths(&self) -> Vec<usize> {
         let filters = [self.n_filters_2, self.n_filters_3, self.n_filters_4];
-        let first = [self.n_filters_time, self.n_filters_spat, self.filter_time_length, self.final_steps()];
+        let first = [
+            self.n_filters_time,
+            self.n_filters_spat,
+            self.filter_time_length,
+            self.timeline().final_steps(),
+        ];
         first.into_iter().chain(filters).collect()
     }
 
@@ -153,7 +152,7 @@ impl Deep4Config {
             final_layer: FinalLayer {
                 conv_classifier: conv(
                     [self.n_filters_4, self.n_outputs],
-                    [self.final_steps(), 1],
+                    [self.timeline().final_steps(), 1],
                     true,
                     device,
                 ),

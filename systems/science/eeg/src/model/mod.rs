@@ -11,6 +11,7 @@ mod shallow;
 mod state;
 mod tcn;
 mod time_spat;
+mod timeline;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};

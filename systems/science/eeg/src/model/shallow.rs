@@ -8,7 +8,8 @@ use kiln_ops::avg_pool1d;
 use serde::{Deserialize, Serialize};
 
 use super::time_spat::{ConvTimeSpat, FinalLayer, conv, over_time};
-use super::{FinalConv, receptive_of, scale, steps_of};
+use super::timeline::Timeline;
+use super::{FinalConv, scale, steps_of};
 
 /// Power below which the logarithm is not taken.
 const LEAST_POWER: f64 = 1e-6;
@@ -90,23 +91,16 @@ impl ShallowNetConfig {
         [(self.filter_time_length, 1), (self.pool_time_length, self.pool_time_stride)]
     }
 
-    fn final_steps(&self) -> usize {
-        self.final_conv_length.steps(steps_of(self.n_times, self.features()).max(1))
-    }
-
-    fn layers(&self) -> impl Iterator<Item = (usize, usize)> {
-        self.features().into_iter().chain([(self.final_steps(), 1)])
+    fn timeline(&self) -> Timeline {
+        Timeline::new(&self.features(), self.final_conv_length, self.n_times, self.dense)
     }
 
     pub(super) fn receptive(&self) -> usize {
-        receptive_of(self.layers())
+        self.timeline().receptive()
     }
 
     pub(super) fn predictions(&self, samples: usize) -> usize {
-        match self.dense {
-            true => (samples + 1).saturating_sub(self.receptive()),
-            false => steps_of(samples, self.layers()),
-        }
+        self.timeline().predictions(samples)
     }
 
     pub(super) fn widths(&self) -> Vec<usize> {
@@ -116,7 +110,7 @@ impl ShallowNetConfig {
             self.filter_time_length,
             self.pool_time_length,
             self.pool_time_stride,
-            self.final_steps(),
+            self.timeline().final_steps(),
         ]
     }
 
@@ -134,7 +128,7 @@ impl ShallowNetConfig {
             final_layer: FinalLayer {
                 conv_classifier: conv(
                     [self.n_filters_spat, self.n_outputs],
-                    [self.final_steps(), 1],
+                    [self.timeline().final_steps(), 1],
                     true,
                     device,
                 ),
