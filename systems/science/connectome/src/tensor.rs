@@ -103,6 +103,12 @@ impl<E: Element> AffinityTensor<E> {
         (0..self.pairs).filter(|&p| (0..self.animals).all(|w| !self.has(w, p))).count()
     }
 
+    /// Number of entries that were observed.
+    pub fn observed(&self) -> usize {
+        let of_animal = |w: usize| (0..self.pairs).filter(|&p| self.has(w, p)).count();
+        self.frames * (0..self.animals).map(of_animal).sum::<usize>()
+    }
+
     /// Σ x².
     pub fn squared_norm(&self) -> f64 {
         let row = |row: &[E]| row.iter().map(|v| v.widen() * v.widen()).sum::<f64>();

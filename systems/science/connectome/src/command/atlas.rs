@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use kiln_core::{Context, Error, Result, Table, write_atomic};
+use kiln_core::{Context, Error, Result, Table};
+use kiln_data::write_csv;
 use serde_json::json;
 
 use crate::atlas::Atlas;
@@ -71,16 +72,12 @@ pub struct SilenceArgs {
 pub fn silence(args: &SilenceArgs, cx: &Context) -> Result<()> {
     let found = silence::silence(&Atlas::load(&args.model)?, &args.neuron)?;
     if let Some(out) = &args.out {
-        let failed = |e: csv::Error| Error::work(format!("cannot lay out {}", out.display())).caused_by(e);
-        let mut writer = csv::Writer::from_writer(Vec::new());
-        writer.write_record(["rank", "neuron", "effect", "motif"]).map_err(failed)?;
-        for (rank, affected) in found.neurons.iter().enumerate() {
+        let header = ["rank", "neuron", "effect", "motif"].map(String::from);
+        let rows = found.neurons.iter().enumerate().map(|(rank, affected)| {
             let motif = affected.motif.map_or(String::new(), |motif| motif.to_string());
-            let row =
-                [(rank + 1).to_string(), affected.neuron.clone(), format!("{:.6}", affected.effect), motif];
-            writer.write_record(&row).map_err(failed)?;
-        }
-        write_atomic(out, &writer.into_inner().map_err(|e| Error::work(e.to_string()))?)?;
+            [(rank + 1).to_string(), affected.neuron.clone(), format!("{:.6}", affected.effect), motif]
+        });
+        write_csv(out, std::iter::once(header).chain(rows))?;
     }
     cx.emit(&found, |found| {
         let shares = found

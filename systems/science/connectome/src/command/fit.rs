@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::affinity::{Affinity, AffinityConfig};
 use crate::atlas::{Atlas, AtlasConfig};
 use crate::blockmodel::{BlockModelConfig, Correction};
-use crate::ntf::{Factors, NtfConfig, Solver};
+use crate::ntf::{Factors, Loss, NtfConfig, Solver};
 use crate::tensor::AffinityTensor;
 use crate::traces::{AlignConfig, Events, Traces, align, read_recordings};
 
@@ -119,6 +119,12 @@ pub struct FitArgs {
     /// How the tensor is factorised
     #[arg(long, value_enum, default_value = "hals")]
     solver: Solver,
+    /// What it minimises
+    #[arg(long, value_enum, default_value = "squared")]
+    loss: Loss,
+    /// Make a pair's factor the product of those of its neurons (with --solver direct)
+    #[arg(long)]
+    tied: bool,
     /// Random starts of a factorisation
     #[arg(long, default_value_t = 10)]
     inits: usize,
@@ -152,6 +158,8 @@ pub fn fit(args: FitArgs, cx: &Context) -> Result<()> {
         affinity: args.traces.config(),
         ntf: NtfConfig {
             solver: args.solver,
+            loss: args.loss,
+            tied: args.tied,
             ..NtfConfig::new(args.rank.0.unwrap_or(args.ranks.0))
                 .with_inits(args.inits)
                 .with_sweeps(args.sweeps)
@@ -227,6 +235,12 @@ pub struct NtfArgs {
     /// How
     #[arg(long, value_enum, default_value = "hals")]
     solver: Solver,
+    /// What is minimised
+    #[arg(long, value_enum, default_value = "squared")]
+    loss: Loss,
+    /// Make a pair's factor the product of those of its neurons (with --solver direct)
+    #[arg(long)]
+    tied: bool,
     /// Random starts
     #[arg(long, default_value_t = 10)]
     inits: usize,
@@ -254,6 +268,8 @@ pub fn ntf(args: &NtfArgs, cx: &Context) -> Result<()> {
     let rank = start.as_ref().map(Factors::rank).or(args.rank).unwrap_or(1);
     let config = NtfConfig {
         solver: args.solver,
+        loss: args.loss,
+        tied: args.tied,
         tolerance: args.tolerance,
         ..NtfConfig::new(rank).with_inits(args.inits).with_sweeps(args.sweeps)
     };
@@ -268,6 +284,7 @@ pub fn ntf(args: &NtfArgs, cx: &Context) -> Result<()> {
     fit.factors.to_file().write(&args.out.join("factors.safetensors"))?;
     let result = json!({
         "relative_error": fit.relative_error,
+        "loss": args.loss,
         "sweeps": fit.errors.len(),
         "converged": fit.converged,
         "errors": fit.errors,

@@ -1,5 +1,9 @@
-//! Non-negative tensor factorisation: `x[t,w,p] ≈ Σ_r λ_r a[t,r] b[w,r] c[p,r]`, all factors ≥ 0, by masked least squares.
+//! Non-negative tensor factorisation: `x[t,w,p] ≈ Σ_r λ_r a[t,r] b[w,r] c[p,r]`, all factors ≥ 0, by masked least squares or
+//! another loss.
 
+mod direct;
+mod divergence;
+mod loss;
 pub mod missing;
 pub mod mttkrp;
 pub mod rank;
@@ -12,7 +16,9 @@ use rand::RngExt;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::tensor::{AffinityTensor, Element};
+pub use loss::Loss;
+
+use crate::tensor::{AffinityTensor, Element, neuron_count};
 
 /// How the factors are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
@@ -21,8 +27,19 @@ pub enum Solver {
     /// Hierarchical alternating least squares: one column after another
     #[default]
     Hals,
-    /// Multiplicative updates
+    /// Multiplicative updates; of the squared error or, as the Poisson loss, the Kullback–Leibler divergence
     Mu,
+    /// All factors at once, by projected L-BFGS, for every loss
+    Direct,
+}
+
+/// A factorisation in progress.
+trait Descent {
+    /// One more sweep. The relative error afterwards where that is what is minimised, otherwise the mean loss of an entry.
+    fn sweep(&mut self) -> f64;
+
+    /// The factors so far.
+    fn factors(&self) -> Factors;
 }
 
 /// Factors with columns of norm 1 and their weights, or before that factors as the sweeps left them.
@@ -45,7 +62,7 @@ pub struct Fit {
     pub factors: Factors,
     /// ‖x − x̂‖ / ‖x‖ over observed entries.
     pub relative_error: f64,
-    /// The relative error after every sweep.
+    /// After every sweep the relative error, or for losses other than the squared one the mean loss of an observed entry.
     pub errors: Vec<f64>,
     /// Whether the error changed by less than the tolerance at last.
     pub converged: bool,
@@ -58,6 +75,12 @@ pub struct NtfConfig {
     pub rank: usize,
     /// How.
     pub solver: Solver,
+    /// What is minimised.
+    #[serde(default)]
+    pub loss: Loss,
+    /// Whether a pair's factor is the product of those of its neurons, `c[(i,j),r] = d[i,r] d[j,r]`.
+    #[serde(default)]
+    pub tied: bool,
     /// Most sweeps.
     pub sweeps: usize,
     /// Stop when the error changes by less than this part of itself.
@@ -69,7 +92,15 @@ pub struct NtfConfig {
 impl NtfConfig {
     /// HALS with at most 500 sweeps, a tolerance of 1e-6 and ten starts.
     pub fn new(rank: usize) -> Self {
-        Self { rank, solver: Solver::Hals, sweeps: 500, tolerance: 1e-6, inits: 10 }
+        Self {
+            rank,
+            solver: Solver::Hals,
+            loss: Loss::Squared,
+            tied: false,
+            sweeps: 500,
+            tolerance: 1e-6,
+            inits: 10,
+        }
     }
 
     /// With another number of random starts.
@@ -90,6 +121,12 @@ impl NtfConfig {
         self
     }
 
+    /// With another loss.
+    pub fn with_loss(mut self, loss: Loss) -> Self {
+        self.loss = loss;
+        self
+    }
+
     /// The best of the random starts.
     ///
     /// # Errors
@@ -97,7 +134,7 @@ impl NtfConfig {
     pub fn fit<E: Element>(&self, tensor: &AffinityTensor<E>, cx: &Context) -> Result<Fit> {
         self.check(tensor)?;
         let starts = self.fit_all(tensor, cx)?;
-        let best = starts.into_iter().min_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+        let best = starts.into_iter().min_by(|a, b| a.last().total_cmp(&b.last()));
         best.ok_or_else(|| Error::usage("--inits 0 starts nothing").hint("ten starts are the default"))
     }
 
@@ -130,25 +167,42 @@ impl NtfConfig {
     ) -> Result<Fit> {
         self.check(tensor)?;
         start.check(tensor, self.rank)?;
-        let mut sweeper = sweep::Sweeper::new(tensor, start, self.solver);
+        let mut descent = self.descent(tensor, start);
         let mut errors: Vec<f64> = Vec::new();
         let mut converged = false;
         while errors.len() < self.sweeps && !converged {
             if cx.interrupted() {
                 return Err(Error::interrupted("the factorisation was stopped"));
             }
-            let error = sweeper.sweep();
+            let error = descent.sweep();
             swept(error);
-            converged = errors.last().is_some_and(|last| (last - error).abs() <= self.tolerance * last);
+            converged = errors.last().is_some_and(|last| (last - error).abs() <= self.tolerance * last.abs());
             errors.push(error);
         }
-        let factors = sweeper.into_factors();
-        Ok(Fit {
-            relative_error: errors.last().copied().unwrap_or(f64::NAN),
-            factors: factors.normalised(),
-            errors,
-            converged,
-        })
+        let factors = descent.factors().normalised();
+        let relative_error = match (self.loss, errors.last()) {
+            (Loss::Squared, Some(&error)) => error,
+            _ => factors.relative_error(tensor),
+        };
+        Ok(Fit { relative_error, factors, errors, converged })
+    }
+
+    fn descent<'a, E: Element>(
+        &self,
+        tensor: &'a AffinityTensor<E>,
+        start: Factors,
+    ) -> Box<dyn Descent + 'a> {
+        match (self.solver, self.loss) {
+            (Solver::Hals, _) => Box::new(sweep::Sweeper::new(tensor, start, sweep::hals)),
+            (Solver::Mu, Loss::Squared) => {
+                Box::new(sweep::Sweeper::new(tensor, start, sweep::multiplicative))
+            }
+            (Solver::Mu, _) => Box::new(divergence::Divergence::new(tensor, start)),
+            (Solver::Direct, loss) => {
+                let tied = self.tied.then(|| neuron_count(tensor.pairs)).flatten();
+                Box::new(direct::Direct::new(tensor, start, loss, tied))
+            }
+        }
     }
 
     /// Factors drawn evenly from 0 to 1.
@@ -174,11 +228,41 @@ impl NtfConfig {
             return Err(Error::usage(format!("{} starts of {} sweeps fit nothing", self.inits, self.sweeps))
                 .hint("give --inits and --sweeps of at least 1"));
         }
+        let is_known = match self.solver {
+            Solver::Hals => self.loss == Loss::Squared,
+            Solver::Mu => self.loss != Loss::Gamma,
+            Solver::Direct => true,
+        };
+        if !is_known {
+            return Err(Error::usage(format!(
+                "--solver {} does not minimise this loss",
+                if self.solver == Solver::Hals { "hals" } else { "mu" }
+            ))
+            .hint("hals knows --loss squared, mu squared and poisson, direct all"));
+        }
+        if self.tied && self.solver != Solver::Direct {
+            return Err(Error::usage("--tied needs --solver direct"));
+        }
+        if self.tied && neuron_count(tensor.pairs).is_none() {
+            return Err(Error::work(format!(
+                "{} pairs are not those of any number of neurons",
+                tensor.pairs
+            ))
+            .hint("tied factors need all pairs"));
+        }
+        self.loss.check(tensor)?;
         if tensor.squared_norm() == 0.0 {
             return Err(Error::work("the tensor is zero everywhere: there is nothing to factorise")
                 .hint("no two neurons change together; check the traces and --sigma"));
         }
         Ok(())
+    }
+}
+
+impl Fit {
+    /// The error or loss after the last sweep, by which starts are compared.
+    pub fn last(&self) -> f64 {
+        self.errors.last().copied().unwrap_or(f64::INFINITY)
     }
 }
 

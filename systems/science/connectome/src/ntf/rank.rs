@@ -44,7 +44,7 @@ pub fn choose<E: Element>(
     for rank in ranks {
         let fits = NtfConfig { rank, ..config.clone() }.fit_all(tensor, cx)?;
         let stability = stability(&fits);
-        let Some(best) = fits.into_iter().min_by(|a, b| a.relative_error.total_cmp(&b.relative_error)) else {
+        let Some(best) = fits.into_iter().min_by(|a, b| a.last().total_cmp(&b.last())) else {
             continue;
         };
         cx.note(format!("rank {rank}: relative error {:.4}, stability {stability:.3}", best.relative_error));

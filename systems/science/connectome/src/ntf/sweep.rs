@@ -4,37 +4,53 @@ use kiln_data::Matrix;
 
 use super::missing::{Missing, cross_gram, gram_of_rows};
 use super::mttkrp::{contract_pairs, contract_rows};
-use super::{Factors, Solver};
+use super::{Descent, Factors};
 use crate::tensor::{AffinityTensor, Element};
 
 /// Keeps the division by `G[r,r]` finite for a component that has vanished.
 const DAMPING: f64 = 1e-12;
+
+/// How a factor follows from the products M of the tensor with the others, and their Gram matrices G.
+pub type Update = fn(&mut Matrix, &Matrix, &[f64]);
 
 /// A factorisation in progress.
 pub struct Sweeper<'a, E> {
     tensor: &'a AffinityTensor<E>,
     missing: Option<Missing>,
     factors: Factors,
-    update: fn(&mut Matrix, &Matrix, &[f64]),
+    update: Update,
     squared_norm: f64,
 }
 
 impl<'a, E: Element> Sweeper<'a, E> {
-    pub fn new(tensor: &'a AffinityTensor<E>, start: Factors, solver: Solver) -> Self {
-        let update = match solver {
-            Solver::Mu => multiplicative,
-            Solver::Hals => hals,
-        };
+    pub fn new(tensor: &'a AffinityTensor<E>, start: Factors, update: Update) -> Self {
         let squared_norm = tensor.squared_norm();
         Self { tensor, missing: Missing::of(tensor), factors: start.absorbed(), update, squared_norm }
     }
 
-    pub fn into_factors(self) -> Factors {
-        self.factors
+    /// `‖x − x̂‖ / ‖x‖` over observed entries, from `⟨x, x̂⟩ = Σ m[p,r] c[p,r]` and the norms.
+    fn error(&self, observed: &Matrix) -> f64 {
+        let Factors { time: a, animals: b, pairs: c, .. } = &self.factors;
+        let inner: f64 = observed.values.iter().zip(&c.values).map(|(m, c)| m * c).sum();
+        let aa = gram(a);
+        let mut model: f64 = hadamard(&hadamard(&aa, &gram(b)), &gram(c)).iter().sum();
+        if let Some(missing) = &self.missing {
+            for (b, gram) in b.values.chunks(b.columns).zip(missing.grams(c)) {
+                let entries = gram.iter().zip(&aa).enumerate();
+                model -= entries.map(|(qr, (s, a))| s * a * b[qr / b.len()] * b[qr % b.len()]).sum::<f64>();
+            }
+        }
+        ((self.squared_norm - 2.0 * inner + model).max(0.0) / self.squared_norm).sqrt()
+    }
+}
+
+impl<E: Element> Descent for Sweeper<'_, E> {
+    fn factors(&self) -> Factors {
+        self.factors.clone()
     }
 
     /// Updates the three factors in turn; the relative error afterwards.
-    pub fn sweep(&mut self) -> f64 {
+    fn sweep(&mut self) -> f64 {
         let rank = self.factors.rank();
         let animals = self.tensor.animals;
         let old = self.missing.as_ref().map(|_| self.factors.clone());
@@ -93,25 +109,10 @@ impl<'a, E: Element> Sweeper<'a, E> {
         (self.update)(c, &m, &hadamard(&gram(a), &gram(b)));
         self.error(&observed)
     }
-
-    /// `‖x − x̂‖ / ‖x‖` over observed entries, from `⟨x, x̂⟩ = Σ m[p,r] c[p,r]` and the norms.
-    fn error(&self, observed: &Matrix) -> f64 {
-        let Factors { time: a, animals: b, pairs: c, .. } = &self.factors;
-        let inner: f64 = observed.values.iter().zip(&c.values).map(|(m, c)| m * c).sum();
-        let aa = gram(a);
-        let mut model: f64 = hadamard(&hadamard(&aa, &gram(b)), &gram(c)).iter().sum();
-        if let Some(missing) = &self.missing {
-            for (b, gram) in b.values.chunks(b.columns).zip(missing.grams(c)) {
-                let entries = gram.iter().zip(&aa).enumerate();
-                model -= entries.map(|(qr, (s, a))| s * a * b[qr / b.len()] * b[qr % b.len()]).sum::<f64>();
-            }
-        }
-        ((self.squared_norm - 2.0 * inner + model).max(0.0) / self.squared_norm).sqrt()
-    }
 }
 
 /// `F[:,r] ← max(0, F[:,r] + (M[:,r] − F G[:,r]) / G[r,r])`, columns in order, each seeing those before it.
-fn hals(factor: &mut Matrix, m: &Matrix, g: &[f64]) {
+pub fn hals(factor: &mut Matrix, m: &Matrix, g: &[f64]) {
     let rank = factor.columns;
     for (row, m) in factor.values.chunks_mut(rank).zip(m.values.chunks(rank)) {
         for r in 0..rank {
@@ -122,7 +123,7 @@ fn hals(factor: &mut Matrix, m: &Matrix, g: &[f64]) {
 }
 
 /// `F ← F ∘ M / (F G)`
-fn multiplicative(factor: &mut Matrix, m: &Matrix, g: &[f64]) {
+pub fn multiplicative(factor: &mut Matrix, m: &Matrix, g: &[f64]) {
     let rank = factor.columns;
     for (row, m) in factor.values.chunks_mut(rank).zip(m.values.chunks(rank)) {
         let product = |r: usize| row.iter().zip(&g[r * rank..]).map(|(f, g)| f * g).sum::<f64>();

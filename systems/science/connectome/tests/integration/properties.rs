@@ -5,7 +5,7 @@ use kiln_connectome::affinity::AffinityConfig;
 use kiln_connectome::blockmodel::{BlockModelConfig, State, description_length, sample};
 use kiln_connectome::generate::SimulateConfig;
 use kiln_connectome::graph::Graph;
-use kiln_connectome::ntf::{Factors, NtfConfig, Solver, rank::factor_match};
+use kiln_connectome::ntf::{Factors, Loss, NtfConfig, Solver, rank::factor_match};
 use kiln_connectome::tensor::{AffinityTensor, pair_index};
 use kiln_connectome::traces::{AlignConfig, Events, Traces, align, read_recordings};
 use kiln_core::{Context, random_stream};
@@ -91,12 +91,57 @@ fn permuted_neurons_have_the_permuted_tensor() {
 #[test]
 fn the_error_never_grows_from_sweep_to_sweep() {
     let tensor = AffinityConfig::new().compute(&simulated(10)).unwrap();
-    for solver in [Solver::Hals, Solver::Mu] {
-        let config = NtfConfig::new(4).with_inits(1).with_sweeps(60).with_solver(solver);
+    for (solver, loss) in [
+        (Solver::Hals, Loss::Squared),
+        (Solver::Mu, Loss::Squared),
+        (Solver::Mu, Loss::Poisson),
+        (Solver::Direct, Loss::Squared),
+        (Solver::Direct, Loss::Poisson),
+    ] {
+        let config = NtfConfig::new(4).with_inits(1).with_sweeps(60).with_solver(solver).with_loss(loss);
         let fit = config.fit(&tensor, &Context::for_tests("")).unwrap();
-        assert!(fit.errors.windows(2).all(|pair| pair[1] <= pair[0] + 1e-9), "{:?}", fit.errors);
+        assert!(fit.errors.windows(2).all(|pair| pair[1] <= pair[0] + 1e-9), "{solver:?}: {:?}", fit.errors);
         let exact = fit.factors.relative_error(&tensor);
         assert!((exact - fit.relative_error).abs() < 1e-9, "{exact} {}", fit.relative_error);
+    }
+}
+
+#[test]
+fn tied_factors_recover_neurons_that_act_in_pairs() {
+    let (frames, animals, neurons, rank) = (30, 4, 9, 2);
+    let mut rng = random_stream(7, "tied", 0);
+    let mut matrix = |rows: usize| {
+        let values = (0..rows * rank).map(|_| if rng.random_bool(0.6) { rng.random::<f64>() } else { 0.0 });
+        Matrix::new(rows, rank, values.collect())
+    };
+    let (time, of_animals, of_neurons) = (matrix(frames), matrix(animals), matrix(neurons));
+    let places = (0..neurons).flat_map(|i| (i + 1..neurons).map(move |j| (i, j)));
+    let product = |(i, j)| of_neurons.row(i).iter().zip(of_neurons.row(j)).map(|(a, b)| a * b);
+    let pairs = Matrix::new(36, rank, places.flat_map(product).collect());
+    let truth = Factors { time, animals: of_animals, pairs, weights: vec![1.0; rank] };
+    let entry = |at: usize| truth.at(at / (animals * 36), at / 36 % animals, at % 36);
+    let values = (0..frames * animals * 36).map(entry).collect();
+    let tensor = AffinityTensor { frames, animals, pairs: 36, values, mask: None };
+    let config = NtfConfig {
+        solver: Solver::Direct,
+        tied: true,
+        tolerance: 1e-9,
+        ..NtfConfig::new(rank).with_inits(4).with_sweeps(2000)
+    };
+    let fit = config.fit(&tensor, &Context::for_tests("")).unwrap();
+    let likeness = factor_match(&fit.factors, &truth);
+    assert!(likeness > 0.999, "{likeness}, error {}", fit.relative_error);
+    let loose = NtfConfig { solver: Solver::Hals, ..config };
+    assert!(loose.fit(&tensor, &Context::for_tests("")).unwrap_err().to_string().contains("--solver direct"));
+}
+
+#[test]
+fn a_solver_that_does_not_know_a_loss_says_which_does() {
+    let (tensor, _) = exact([20, 4, 28], 2);
+    for (solver, loss) in [(Solver::Hals, Loss::Poisson), (Solver::Mu, Loss::Gamma)] {
+        let config = NtfConfig::new(2).with_solver(solver).with_loss(loss);
+        let error = config.fit(&tensor, &Context::for_tests("")).unwrap_err();
+        assert!(error.hint_text().unwrap().contains("direct all"), "{error}");
     }
 }
 
@@ -120,26 +165,34 @@ fn missing_pairs_do_not_hinder_the_recovery_of_an_exact_tensor() {
         }
     }
     tensor.mask = Some(mask);
-    let config = NtfConfig { tolerance: 1e-9, ..NtfConfig::new(3).with_inits(6).with_sweeps(3000) };
-    let fit = config.fit(&tensor, &Context::for_tests("")).unwrap();
-    let likeness = factor_match(&fit.factors, &factors);
-    assert!(likeness > 0.99, "{likeness}, error {}", fit.relative_error);
+    for solver in [Solver::Hals, Solver::Direct] {
+        let config =
+            NtfConfig { solver, tolerance: 1e-9, ..NtfConfig::new(3).with_inits(6).with_sweeps(3000) };
+        let fit = config.fit(&tensor, &Context::for_tests("")).unwrap();
+        let likeness = factor_match(&fit.factors, &factors);
+        assert!(likeness > 0.99, "{solver:?}: {likeness}, error {}", fit.relative_error);
+    }
 }
 
 #[test]
-fn both_solvers_come_to_the_same_error() {
+fn all_solvers_come_to_the_same_error() {
     let (mut tensor, _) = exact([20, 4, 28], 2);
     let mut rng = random_stream(6, "noise", 0);
     tensor.values.iter_mut().for_each(|x| *x += 0.1 * rng.random::<f64>());
-    let error = |solver| {
+    let last = |solver, loss| {
         let config = NtfConfig {
             tolerance: 1e-8,
-            ..NtfConfig::new(2).with_inits(4).with_sweeps(4000).with_solver(solver)
+            ..NtfConfig::new(2).with_inits(4).with_sweeps(4000).with_solver(solver).with_loss(loss)
         };
-        config.fit(&tensor, &Context::for_tests("")).unwrap().relative_error
+        config.fit(&tensor, &Context::for_tests("")).unwrap().last()
     };
-    let (hals, mu) = (error(Solver::Hals), error(Solver::Mu));
-    assert!((hals - mu).abs() < 0.01 * hals, "{hals} {mu}");
+    let hals = last(Solver::Hals, Loss::Squared);
+    for solver in [Solver::Mu, Solver::Direct] {
+        let other = last(solver, Loss::Squared);
+        assert!((hals - other).abs() < 0.01 * hals, "{solver:?}: {hals} {other}");
+    }
+    let [mu, direct] = [Solver::Mu, Solver::Direct].map(|solver| last(solver, Loss::Poisson));
+    assert!((mu - direct).abs() < 1e-3 * mu.abs(), "{mu} {direct}");
 }
 
 #[test]
