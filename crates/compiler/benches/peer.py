@@ -31,6 +31,8 @@ NETWORKS = {
     "bert block 8x128x256": ("block", (8, 128, 256)),
     "llama layers 1x256": ("llama", (1, 256, 256)),
     "llama layers 8x256": ("llama", (8, 256, 256)),
+    "gla layers 1x256": ("gla", (1, 256, 256)),
+    "gla layers 8x256": ("gla", (8, 256, 256)),
 }
 
 
@@ -125,6 +127,55 @@ def network(kind):
             normed = self.norm2(x)
             return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
 
+    class GatedAttention(nn.Module):
+        """Gated linear attention by chunks of 64 steps, with blocks of 16 on the diagonal."""
+
+        def __init__(self, width, heads):
+            super().__init__()
+            self.heads = heads
+            self.q, self.k = nn.Linear(width, width // 2), nn.Linear(width, width // 2)
+            self.v, self.gate, self.out = (nn.Linear(width, width) for _ in range(3))
+            self.gates = nn.Sequential(nn.Linear(width, 16), nn.Linear(16, width // 2))
+            self.norm = nn.RMSNorm(width // heads, eps=1e-6)
+            future = torch.full((16, 16), float("-inf")).triu(1).unsqueeze(-1)
+            self.register_buffer("future", future)
+
+        def forward(self, x):
+            def split(y):
+                return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+            g = split(F.logsigmoid(self.gates(x)) / 16.0)
+            mixed = self.by_chunks(split(self.q(x)), split(self.k(x)), split(self.v(x)), g)
+            return self.out(self.norm(mixed).transpose(1, 2).flatten(2) * F.silu(self.gate(x)))
+
+        def by_chunks(self, q, k, v, g):
+            batch, heads, time, key = q.shape
+            q, k, v, g = (y.reshape(batch * heads, time // 64, 64, -1) for y in (q * key**-0.5, k, v, g))
+            b = g.cumsum(2)
+            total = b[:, :, -1:]
+            written, decay = (k * (total - b).exp()).transpose(-1, -2) @ v, total.exp().transpose(-1, -2)
+            state, before = torch.zeros_like(written[:, 0]), []
+            for chunk in range(time // 64):
+                before.append(state)
+                state = decay[:, chunk] * state + written[:, chunk]
+            carried = (q * b.exp()) @ torch.stack(before, 1)
+
+            qd, kd, bd, vd = (y.unflatten(2, (4, 16)) for y in (q, k, b, v))
+            exponent = bd.unsqueeze(4) - bd.unsqueeze(3) + self.future
+            inside = ((qd.unsqueeze(4) * exponent.exp() * kd.unsqueeze(3)).sum(-1) @ vd).flatten(2, 3)
+            parts = [inside[:, :, :16]]
+            for start in (16, 32, 48):
+                block, reference = slice(start, start + 16), b[:, :, start : start + 1]
+                queries = q[:, :, block] * (b[:, :, block] - reference).exp()
+                keys = k[:, :, :start] * (reference - b[:, :, :start]).exp()
+                parts.append(inside[:, :, block] + (queries @ keys.transpose(-1, -2)) @ v[:, :, :start])
+            return (carried + torch.cat(parts, 2)).reshape(batch, heads, time, -1)
+
+    class GlaLayer(LlamaLayer):
+        def __init__(self, width, heads):
+            super().__init__(width, heads)
+            self.attention = GatedAttention(width, heads)
+
     torch.manual_seed(0)
     made = {
         "resnet18": resnet18,
@@ -132,6 +183,7 @@ def network(kind):
         "bert": lambda: nn.Sequential(*(BertLayer(768, 12) for _ in range(12))),
         "block": lambda: BertLayer(256, 4),
         "llama": lambda: nn.Sequential(*(LlamaLayer(256, 4) for _ in range(4))),
+        "gla": lambda: nn.Sequential(*(GlaLayer(256, 4) for _ in range(4))),
     }[kind]()
     return made.eval()
 

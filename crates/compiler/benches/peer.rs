@@ -23,6 +23,7 @@ const MEMORY_VARIABLE: &str = "KILN_BENCH_MEMORY";
 const BERT: Example = Example::Bert { layers: 12, heads: 12 };
 const BLOCK: Example = Example::Bert { layers: 1, heads: 4 };
 const LLAMA: Example = Example::Llama { layers: 4, heads: 4 };
+const GLA: Example = Example::Gla { layers: 4, heads: 4 };
 
 const WORKLOADS: &[(&str, Example, &[usize])] = &[
     ("resnet18 1x3x224x224", Example::ResNet18, &[1, 3, 224, 224]),
@@ -34,6 +35,8 @@ const WORKLOADS: &[(&str, Example, &[usize])] = &[
     ("bert block 8x128x256", BLOCK, &[8, 128, 256]),
     ("llama layers 1x256", LLAMA, &[1, 256, 256]),
     ("llama layers 8x256", LLAMA, &[8, 256, 256]),
+    ("gla layers 1x256", GLA, &[1, 256, 256]),
+    ("gla layers 8x256", GLA, &[8, 256, 256]),
 ];
 
 fn graph_of(example: Example, shape: &[usize]) -> Graph {

@@ -22,6 +22,8 @@ pub enum Example {
     Bert { layers: usize, heads: usize },
     /// Touvron et al., arXiv 2302.13971: a stack of layers with RMS norm and SwiGLU.
     Llama { layers: usize, heads: usize },
+    /// Yang et al., arXiv 2312.06635: a stack of layers with gated linear attention by chunks of 64 steps, and SwiGLU.
+    Gla { layers: usize, heads: usize },
 }
 
 /// A network for inputs of one shape.
@@ -42,7 +44,7 @@ impl Network for Frozen {
     fn outputs(&self) -> Vec<Port> {
         let shape = match self.example {
             Example::ResNet18 | Example::MobileNetV2 => vec![self.input[0], 1000],
-            Example::Bert { .. } | Example::Llama { .. } => self.input.clone(),
+            Example::Bert { .. } | Example::Llama { .. } | Example::Gla { .. } => self.input.clone(),
         };
         vec![Port { name: "y".into(), kind: PortKind::Float, shape }]
     }
@@ -60,6 +62,9 @@ impl Network for Frozen {
                 .into_dispatch(),
             Example::Llama { layers, heads, .. } => (0..layers)
                 .fold(Tensor::from_dispatch(x), |x, _| llama_layer(x, heads, &mut weights))
+                .into_dispatch(),
+            Example::Gla { layers, heads, .. } => (0..layers)
+                .fold(Tensor::from_dispatch(x), |x, _| gla_layer(x, heads, &mut weights))
                 .into_dispatch(),
         }]
     }
@@ -118,8 +123,8 @@ impl Weights {
         layer_norm(x, weight, Some(bias), 1e-12)
     }
 
-    fn rms_norm(&mut self, x: Tensor<3>) -> Tensor<3> {
-        let (device, width) = (x.device(), x.dims()[2]);
+    fn rms_norm<const D: usize>(&mut self, x: Tensor<D>) -> Tensor<D> {
+        let (device, width) = (x.device(), x.dims()[D - 1]);
         let weight = self.normal([width], 1.0, 0.1, &device);
         rms_norm(x, weight, 1e-6)
     }
@@ -203,8 +208,83 @@ fn llama_layer(x: Tensor<3>, heads: usize, weights: &mut Weights) -> Tensor<3> {
     let width = x.dims()[2];
     let normed = weights.rms_norm(x.clone());
     let x = x + self_attention(normed, heads, true, weights);
+    swiglu(x, 2 * width, weights)
+}
+
+fn swiglu(x: Tensor<3>, hidden: usize, weights: &mut Weights) -> Tensor<3> {
+    let width = x.dims()[2];
     let normed = weights.rms_norm(x.clone());
-    let gate = activate(weights.linear(normed.clone(), 2 * width), Activation::Silu);
-    let up = weights.linear(normed, 2 * width);
+    let gate = activate(weights.linear(normed.clone(), hidden), Activation::Silu);
+    let up = weights.linear(normed, hidden);
     x + weights.linear(gate * up, width)
+}
+
+/// Steps of a chunk,
+const CHUNK: usize = 64;
+/// and of the blocks on its diagonal.
+const BLOCK: usize = 16;
+/// Width between the two maps that gates are made of,
+const GATE_RANK: usize = 16;
+/// and what their logarithms are divided by.
+const GATE_TEMPERATURE: f64 = 16.0;
+
+fn gla_layer(x: Tensor<3>, heads: usize, weights: &mut Weights) -> Tensor<3> {
+    let [batch, time, width] = x.dims();
+    let normed = weights.rms_norm(x.clone());
+    let [q, k] = [0, 1].map(|_| heads_of(weights.linear(normed.clone(), width / 2), heads));
+    let v = heads_of(weights.linear(normed.clone(), width), heads);
+    let narrow = weights.linear(normed.clone(), GATE_RANK);
+    let gates = activate(weights.linear(narrow, width / 2), Activation::LogSigmoid) / GATE_TEMPERATURE;
+    let mixed = gated_attention([q, k, v, heads_of(gates, heads)]);
+    let mixed = weights.rms_norm(mixed).swap_dims(1, 2).reshape([batch, time, width]);
+    let gate = activate(weights.linear(normed, width), Activation::Silu);
+    let x = x + weights.linear(mixed * gate, width);
+    swiglu(x, 2 * width, weights)
+}
+
+/// `S_t = e^g_t S_{t-1} + k_t v_tᵀ`, `o_t = q_t S_t / √K` for q, k, g `[batch, heads, time, K]` and v `[.., V]`, by whole chunks:
+/// what comes from before a chunk through its state, what lies in it as attention.
+fn gated_attention([q, k, v, g]: [Tensor<4>; 4]) -> Tensor<4> {
+    let ([batch, heads, time, key], value) = (q.dims(), v.dims()[3]);
+    let (sequences, chunks) = (batch * heads, time / CHUNK);
+    let count = sequences * chunks;
+    let q = (q / (key as f64).sqrt()).reshape([count, CHUNK, key]);
+    let [k, v, g] = [(k, key), (v, value), (g, key)].map(|(x, width)| x.reshape([count, CHUNK, width]));
+    let b = g.cumsum(1);
+    let total = b.clone().narrow(1, CHUNK - 1, 1); // [count, 1, K]
+
+    // From chunk to chunk: the state before each.
+    let written = (k.clone() * (total.clone() - b.clone()).exp()).swap_dims(1, 2).matmul(v.clone());
+    let written = written.reshape([sequences, chunks, key, value]);
+    let decay = total.exp().reshape([sequences, chunks, key, 1]);
+    let mut state = Tensor::<4>::zeros([sequences, 1, key, value], &q.device());
+    let mut before = Vec::new();
+    for chunk in 0..chunks {
+        before.push(state.clone());
+        state = decay.clone().narrow(1, chunk, 1) * state + written.clone().narrow(1, chunk, 1);
+    }
+    let before = Tensor::cat(before, 1).reshape([count, key, value]);
+    let carried = (q.clone() * b.clone().exp()).matmul(before);
+
+    // On the diagonal, element by element: [count · blocks, row, column, K]
+    let blocks = count * CHUNK / BLOCK;
+    let rows = |x: &Tensor<3>| x.clone().reshape([blocks, BLOCK, 1, key]);
+    let columns = |x: &Tensor<3>| x.clone().reshape([blocks, 1, BLOCK, key]);
+    let future = (0..BLOCK * BLOCK).map(|at| if at % BLOCK > at / BLOCK { f32::NEG_INFINITY } else { 0.0 });
+    let future = TensorData::new(future.collect::<Vec<f32>>(), [1, BLOCK, BLOCK, 1]);
+    let exponent = rows(&b) - columns(&b) + Tensor::from_data(future, &q.device());
+    let scores = (rows(&q) * exponent.exp() * columns(&k)).sum_dim(3).reshape([blocks, BLOCK, BLOCK]);
+    let inside = scores.matmul(v.clone().reshape([blocks, BLOCK, value])).reshape([count, CHUNK, value]);
+
+    // Below it as products, around the first row of each block: no exponent is above 0.
+    let mut parts = vec![inside.clone().narrow(1, 0, BLOCK)];
+    for start in (BLOCK..CHUNK).step_by(BLOCK) {
+        let reference = b.clone().narrow(1, start, 1);
+        let queries =
+            q.clone().narrow(1, start, BLOCK) * (b.clone().narrow(1, start, BLOCK) - reference.clone()).exp();
+        let keys = k.clone().narrow(1, 0, start) * (reference - b.clone().narrow(1, 0, start)).exp();
+        let below = queries.matmul(keys.swap_dims(1, 2)).matmul(v.clone().narrow(1, 0, start));
+        parts.push(inside.clone().narrow(1, start, BLOCK) + below);
+    }
+    (carried + Tensor::cat(parts, 1)).reshape([batch, heads, time, value])
 }

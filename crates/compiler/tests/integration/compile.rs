@@ -80,12 +80,14 @@ fn networks_of_every_family_are_loop_programs_too() {
 fn networks_of_every_family_agree_with_the_reference() {
     let bert = Example::Bert { layers: 2, heads: 3 };
     let llama = Example::Llama { layers: 2, heads: 3 };
+    let gla = Example::Gla { layers: 1, heads: 2 };
     for (example, shape) in [
         (Example::ResNet18, vec![2, 3, 33, 40]),
         (Example::MobileNetV2, vec![1, 3, 32, 32]),
         (bert, vec![3, 7, 24]),
         (bert, vec![1, 1, 24]),
         (llama, vec![2, 70, 24]),
+        (gla, vec![2, 128, 16]),
     ] {
         let graph = capture(Box::new(Frozen { example, input: shape.clone() })).unwrap();
         agrees(&graph, &[numbers(&shape)], &format!("{example:?} {shape:?}"));
