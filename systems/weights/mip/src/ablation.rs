@@ -9,6 +9,7 @@ use crate::arch::{Arch, ClassifierConfig};
 use crate::arms::{Arm, Course, Optimiser, median};
 use crate::classify::{ClassifyTask, Control, Sampling};
 use crate::convert::{MipConfig, Parametrisation};
+use crate::encoding::Encoding;
 use crate::hypernet::Nonlinearity;
 
 /// Training has come far enough at this share of the first loss.
@@ -27,6 +28,8 @@ pub enum Axis {
     Arch,
     /// What makes a step of a gradient
     Optim,
+    /// How the condition enters, where it does not as it is; a layer norm leaves something only of several components
+    Encoding,
 }
 
 /// How long, how often and how fast.
@@ -55,6 +58,7 @@ impl Axis {
             Self::Dim => "dim",
             Self::Arch => "arch",
             Self::Optim => "optim",
+            Self::Encoding => "encoding",
         }
     }
 
@@ -87,6 +91,21 @@ impl Axis {
                     setting(&name, Box::new(move |arm| arm.mip.hypernet.hidden = hidden.clone()))
                 })
                 .into(),
+            Self::Encoding => [
+                ("cos_sin", Encoding::CosSin, 1),
+                ("one_minus", Encoding::OneMinus, 1),
+                ("layer_norm", Encoding::LayerNorm, 4),
+            ]
+            .map(|(name, encoding, k)| {
+                let change = move |arm: &mut Arm| {
+                    arm.mip.hypernet.gamma_dim = k;
+                    if arm.mip.hypernet.encoding != Encoding::None {
+                        arm.mip.hypernet.encoding = encoding;
+                    }
+                };
+                setting(name, Box::new(change))
+            })
+            .into(),
             Self::Optim => vec![
                 setting("adam", Box::new(|_| {})),
                 setting(
@@ -121,6 +140,10 @@ pub struct Summary {
     /// Median over seeds of the steps until the smoothed loss is 0.35 of the first; a run that never is counts with all its
     /// steps.
     pub steps: f64,
+    /// The fewest of any seed.
+    pub steps_least: f64,
+    /// And the most.
+    pub steps_most: f64,
     /// The default's steps over these.
     pub convergence_ratio: f64,
     /// Median of the last smoothed loss.
@@ -200,7 +223,8 @@ fn summarise(
     default_steps: &mut f64,
 ) -> Line {
     let steps = |course: &Course| course.steps_to(TARGET * course.losses[0]).unwrap_or(grid.steps) as f64;
-    let steps = median(&courses.iter().map(steps).collect::<Vec<_>>());
+    let each: Vec<f64> = courses.iter().map(steps).collect();
+    let steps = median(&each);
     if parametrisation == Parametrisation::Default {
         *default_steps = steps;
     }
@@ -214,6 +238,8 @@ fn summarise(
             setting: setting.name.clone(),
             arm,
             steps,
+            steps_least: each.iter().copied().fold(f64::INFINITY, f64::min),
+            steps_most: each.iter().copied().fold(0.0, f64::max),
             convergence_ratio: *default_steps / steps,
             final_loss: median(&last),
             diverged: courses.iter().filter(|course| course.diverged).count(),

@@ -62,23 +62,24 @@ impl Arm {
         let mut rng = cx.rng("arm", 0);
         let net = initialise(&cx.device, &mut rng, |device| self.network.init(device));
         let model = self.mip.draw(net, &mut rng, &cx.device)?;
-        follow(model, task, (self.optimiser, self.lr), self.steps, cx)
+        follow(model, task, (self.optimiser, self.lr, 0.0), self.steps, cx)
     }
 }
 
-/// Trains a model with an optimiser and its learning rate, and keeps what happened on the way.
+/// Trains a model with an optimiser, its learning rate and, for Adam, the largest norm of a gradient (0 leaves them), and
+/// keeps what happened on the way.
 ///
 /// # Errors
 /// When the task fails.
 pub fn follow<M: Module + ModuleDisplay>(
     model: MipHyper<M>,
     task: &mut impl Task<MipHyper<M>>,
-    (optimiser, lr): (Optimiser, f64),
+    (optimiser, lr, clip): (Optimiser, f64, f64),
     steps: usize,
     cx: &Context,
 ) -> Result<Course<M>> {
     let mut model = model.train();
-    let (mut adam, mut sgd) = (AdamW::new(0.0, 0.0), Sgd::new(0.9));
+    let (mut adam, mut sgd) = (AdamW::new(0.0, clip), Sgd::new(0.9));
     let (mut losses, mut gradient_norms, mut diverged) = (Vec::<f64>::new(), Vec::new(), false);
     for step in 0..steps {
         let (loss, _) = task.loss(&model, step)?;

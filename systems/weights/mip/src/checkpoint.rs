@@ -107,6 +107,7 @@ impl RegisterConfig {
     /// # Errors
     /// When the settings do not fit.
     pub fn draw(&self, cx: &Context) -> Result<MipHyper<UNet>> {
+        self.network.check()?;
         let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| self.network.init(device));
         self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
     }
@@ -144,6 +145,7 @@ impl ScaleConfig {
     /// # Errors
     /// When the settings do not fit.
     pub fn draw(&self, cx: &Context) -> Result<MipHyper<UNet>> {
+        self.network.check()?;
         let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| self.network.init(device));
         self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
     }
@@ -194,16 +196,42 @@ pub fn open(path: &Path, cx: &Context) -> Result<(Config, MipHyper<Classifier>)>
     Ok((config, model))
 }
 
-/// A network for one condition, from images to logits, for capture.
-pub(crate) struct Plain {
-    config: PlainConfig,
-    net: Classifier,
+/// What `config.json` holds of a U-Net for one condition.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlainUNetConfig {
+    /// [`TaskKind::Register`] or [`TaskKind::Scale`]
+    pub task: TaskKind,
+    /// The network.
+    pub network: UNetConfig,
+    /// The condition, between 0 and 1.
+    pub gamma: Vec<f32>,
+    /// Height and width of the images.
+    pub image: [usize; 2],
+}
+
+impl PlainUNetConfig {
+    /// What the network makes of images: displacements in pixels, or logits at the factor of its condition.
+    fn forward(&self, net: &UNet, x: Tensor<4>) -> Tensor<4> {
+        match (self.task, self.gamma.first()) {
+            (TaskKind::Scale, Some(&factor)) => net.forward_at(x, factor.into()),
+            _ => net.forward(x),
+        }
+    }
+}
+
+/// A network for one condition, for capture.
+pub(crate) enum Plain {
+    /// From images to logits of classes.
+    Classifier(PlainConfig, Classifier),
+    /// From images to a value or two for each pixel.
+    UNet(PlainUNetConfig, UNet),
 }
 
 impl Plain {
     pub fn open(path: &Path, cx: &Context) -> Result<Self> {
         let folder = ModelFolder::new(path);
-        if folder.config_value()?.get("gamma").is_none() {
+        let value = folder.config_value()?;
+        if value.get("gamma").is_none() {
             return Err(Error::input(
                 path.display(),
                 "holds a hypernetwork, whose weights depend on a condition",
@@ -212,10 +240,16 @@ impl Plain {
                 "write the network for one condition first: kiln mip export --model DIR --gamma 0.5 --to DIR",
             ));
         }
+        if value.get("task").is_some() {
+            let config: PlainUNetConfig = folder.config(KIND)?;
+            config.network.check()?;
+            let net = folder.weights()?.into_module(config.network.init(&cx.device))?;
+            return Ok(Self::UNet(config, net));
+        }
         let config: PlainConfig = folder.config(KIND)?;
         config.network.check()?;
         let net = folder.weights()?.into_module(config.network.init(&cx.device))?;
-        Ok(Self { config, net })
+        Ok(Self::Classifier(config, net))
     }
 }
 
@@ -225,23 +259,36 @@ impl Network for Plain {
     }
 
     fn inputs(&self) -> Vec<Port> {
-        let [channels, height, width] = self.config.network.image;
+        let [channels, height, width] = match self {
+            Self::Classifier(config, _) => config.network.image,
+            Self::UNet(config, _) => [config.network.inputs, config.image[0], config.image[1]],
+        };
         vec![Port { name: "images".into(), kind: PortKind::Float, shape: vec![1, channels, height, width] }]
     }
 
     fn outputs(&self) -> Vec<Port> {
-        vec![Port {
-            name: "logits".into(),
-            kind: PortKind::Float,
-            shape: vec![1, self.config.network.classes],
-        }]
+        let port = |name: &str, shape| vec![Port { name: name.into(), kind: PortKind::Float, shape }];
+        match self {
+            Self::Classifier(config, _) => port("logits", vec![1, config.network.classes]),
+            Self::UNet(config, _) => {
+                let name = if config.task == TaskKind::Register { "displacements" } else { "logits" };
+                port(name, vec![1, config.network.outputs, config.image[0], config.image[1]])
+            }
+        }
     }
 
     fn move_to(&mut self, device: &Device) {
-        self.net = self.net.clone().to_device(device);
+        match self {
+            Self::Classifier(_, net) => *net = net.clone().to_device(device),
+            Self::UNet(_, net) => *net = net.clone().to_device(device),
+        }
     }
 
     fn forward(&self, inputs: Vec<DispatchTensor>) -> Vec<DispatchTensor> {
-        inputs.into_iter().map(|x| self.net.forward(Tensor::from_dispatch(x)).into_dispatch()).collect()
+        let run = |x| match self {
+            Self::Classifier(_, net) => net.forward(Tensor::from_dispatch(x)).into_dispatch(),
+            Self::UNet(config, net) => config.forward(net, Tensor::from_dispatch(x)).into_dispatch(),
+        };
+        inputs.into_iter().map(run).collect()
     }
 }

@@ -48,7 +48,8 @@ impl Nonlinearity {
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum OutputInit {
-    /// `gain / √(elements of the tensor)` for each block: small beside the weights that it is added to
+    /// `gain / √(elements of the tensor)` for each block, as the paper has it: for layers of many channels about as large as
+    /// the weights that it is added to, for a few channels several times as large
     FanOut,
     /// `gain / √(hidden width)` throughout
     FanIn,

@@ -228,29 +228,43 @@ fn objective(logits: Tensor<4>, mask: Tensor<4>) -> Tensor<1> {
     entropy.mean() + 1.0 - both / (soft.sum() + mask.sum() + 1.0)
 }
 
+impl ScaleTask<'_> {
+    /// The factor and the images of a step.
+    fn draw(&self, step: usize) -> (f32, Scans) {
+        let mut rng = self.cx.rng("step", step as u64);
+        let gamma = self.sampling.draw(1, &mut rng)[0];
+        let chosen: Vec<usize> = (0..self.batch).map(|_| rng.random_range(0..self.train.len())).collect();
+        (gamma, self.train.select(&chosen))
+    }
+
+    /// The loss of a network on images that shrink to a factor.
+    fn loss_at(&self, net: &UNet, scans: &Scans, gamma: f32) -> Tensor<1> {
+        let logits = net.forward_at(tensor(&scans.images, &self.cx.device), gamma.into());
+        objective(logits, scans.mask_tensor(&self.cx.device))
+    }
+
+    /// The mean loss of the images held out.
+    fn held_out(&self, net: &UNet, gamma: f32) -> f64 {
+        let all: Vec<usize> = (0..self.valid.len()).collect();
+        let of = |chunk: &[usize]| {
+            let loss = self.loss_at(net, &self.valid.select(chunk), gamma).into_scalar::<f32>();
+            f64::from(loss) * chunk.len() as f64 / all.len() as f64
+        };
+        all.chunks(AT_ONCE).map(of).sum()
+    }
+}
+
 impl Task<MipHyper<UNet>> for ScaleTask<'_> {
     fn loss(&mut self, model: &MipHyper<UNet>, step: usize) -> Result<(Tensor<1>, usize)> {
-        let mut rng = self.cx.rng("step", step as u64);
-        let gamma = self.sampling.draw(1, &mut rng);
-        let chosen: Vec<usize> = (0..self.batch).map(|_| rng.random_range(0..self.train.len())).collect();
-        let scans = self.train.select(&chosen);
-        let net = model.instantiate(Tensor::<1>::from_floats(gamma.as_slice(), &self.cx.device))?;
-        let logits = net.forward_at(tensor(&scans.images, &self.cx.device), gamma[0].into());
-        Ok((objective(logits, scans.mask_tensor(&self.cx.device)), self.batch))
+        let (gamma, scans) = self.draw(step);
+        let net = model.instantiate(Tensor::<1>::from_floats([gamma], &self.cx.device))?;
+        Ok((self.loss_at(&net, &scans, gamma), self.batch))
     }
 
     fn validate(&mut self, model: &MipHyper<UNet>) -> Result<f64> {
         let losses = CONDITIONS.iter().map(|&gamma| {
             let net = model.instantiate(Tensor::<1>::from_floats([gamma], &self.cx.device))?;
-            let mut sum = 0.0;
-            let all: Vec<usize> = (0..self.valid.len()).collect();
-            for chunk in all.chunks(AT_ONCE) {
-                let scans = self.valid.select(chunk);
-                let logits = net.forward_at(tensor(&scans.images, &self.cx.device), gamma.into());
-                let loss = objective(logits, scans.mask_tensor(&self.cx.device)).into_scalar::<f32>();
-                sum += f64::from(loss) * chunk.len() as f64 / all.len() as f64;
-            }
-            Ok(sum)
+            Ok(self.held_out(&net, gamma))
         });
         Ok(losses.collect::<Result<Vec<f64>>>()?.iter().sum::<f64>() / CONDITIONS.len() as f64)
     }
@@ -258,6 +272,31 @@ impl Task<MipHyper<UNet>> for ScaleTask<'_> {
     fn settings(&self) -> Map<String, Value> {
         let settings = json!({ "batch": self.batch, "images": self.train.len(), "sampling": self.sampling });
         settings.as_object().cloned().unwrap_or_default()
+    }
+}
+
+/// The same training without a hypernetwork, what a conditioned network is compared with.
+pub struct PlainScaleTask<'a> {
+    /// Images, and how those of a step are drawn; the factors too.
+    pub images: ScaleTask<'a>,
+    /// The factor of every step, where it is always the same.
+    pub factor: Option<f32>,
+}
+
+impl Task<UNet> for PlainScaleTask<'_> {
+    fn loss(&mut self, net: &UNet, step: usize) -> Result<(Tensor<1>, usize)> {
+        let (drawn, scans) = self.images.draw(step);
+        Ok((self.images.loss_at(net, &scans, self.factor.unwrap_or(drawn)), self.images.batch))
+    }
+
+    fn validate(&mut self, net: &UNet) -> Result<f64> {
+        let factors = self.factor.map_or(CONDITIONS.to_vec(), |factor| vec![factor]);
+        let losses: f64 = factors.iter().map(|&gamma| self.images.held_out(net, gamma)).sum();
+        Ok(losses / factors.len() as f64)
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        Task::<MipHyper<UNet>>::settings(&self.images)
     }
 }
 
@@ -278,13 +317,18 @@ pub struct Quality {
 /// As [`MipHyper::instantiate`].
 pub fn segment(model: &MipHyper<UNet>, images: &Images, gamma: f32, cx: &Context) -> Result<Vec<bool>> {
     let net = model.instantiate(Tensor::<1>::from_floats([gamma], &cx.device))?;
+    Ok(segment_plainly(&net, images, gamma, cx))
+}
+
+/// Masks of images by a network without a hypernetwork.
+fn segment_plainly(net: &UNet, images: &Images, gamma: f32, cx: &Context) -> Vec<bool> {
     let all: Vec<usize> = (0..images.len()).collect();
     let mut masks = Vec::new();
     for chunk in all.chunks(AT_ONCE) {
         let logits = net.forward_at(tensor(&images.select(chunk), &cx.device), gamma.into());
         masks.extend(logits.into_data().iter::<f32>().map(|x| x > 0.0));
     }
-    Ok(masks)
+    masks
 }
 
 /// Segments images with masks at one factor, and measures how well.
@@ -292,10 +336,16 @@ pub fn segment(model: &MipHyper<UNet>, images: &Images, gamma: f32, cx: &Context
 /// # Errors
 /// As [`segment`].
 pub fn quality(model: &MipHyper<UNet>, scans: &Scans, gamma: f32, cx: &Context) -> Result<Quality> {
-    let found = segment(model, &scans.images, gamma, cx)?;
+    let net = model.instantiate(Tensor::<1>::from_floats([gamma], &cx.device))?;
+    Ok(quality_plainly(&net, scans, gamma, cx))
+}
+
+/// The same of a network without a hypernetwork.
+pub fn quality_plainly(net: &UNet, scans: &Scans, gamma: f32, cx: &Context) -> Quality {
+    let found = segment_plainly(net, &scans.images, gamma, cx);
     let [_, height, width] = scans.images.shape;
     let (dice, iou) = overlap(&found, &scans.masks);
-    Ok(Quality { dice, iou, operations: model.base.operations([height, width], gamma.into()) })
+    Quality { dice, iou, operations: net.operations([height, width], gamma.into()) }
 }
 
 /// Dice and intersection over union of two masks; 1 where both are empty.

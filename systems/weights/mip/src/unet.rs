@@ -4,15 +4,24 @@ use burn::module::Module;
 use burn::nn::PaddingConfig2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor, TensorData};
+use kiln_core::{Error, Result};
 use kiln_nn::{Conv2d, Conv2dConfig};
 use kiln_ops::{matmul, max_pool2d};
 use serde::{Deserialize, Serialize};
 
-use crate::hypernet::Nonlinearity;
+use crate::hypernet::{Nonlinearity, OutputInit};
 
 /// The parameters that depend on the condition by default. Blocks of the output layer are drawn with a deviation of
 /// `gain / √elements`: for a bias of a few numbers that is far above what the network has of its own, and what it sees.
 pub const WEIGHTS: &str = "*.weight";
+
+/// How the output layer of the hypernetwork is drawn by default. The paper's fan-out makes kernels `8 / √channels` times as
+/// large as they should be where hidden layers end in 128; seven layers of 1 to 16 channels multiply that to logits of
+/// hundreds.
+pub const OUTPUT_INIT: OutputInit = OutputInit::Hyperfan;
+
+/// Largest norm of a gradient by default: without it one run in several is thrown out of a good network by a single step.
+pub const CLIP: f64 = 1.0;
 
 /// Configuration of a [`UNet`]: 8, 16 and 16 channels on the way down, 16, 16 and 8 on the way up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +33,19 @@ pub struct UNetConfig {
 }
 
 impl UNetConfig {
+    /// Checks that it makes a network of a reasonable size.
+    ///
+    /// # Errors
+    /// When a number of channels does not.
+    pub fn check(&self) -> Result<()> {
+        const MOST: usize = 4096;
+        match [self.inputs, self.outputs].into_iter().find(|channels| !(1..=MOST).contains(channels)) {
+            None => Ok(()),
+            Some(channels) => Err(Error::usage(format!("{channels} channels make no U-Net"))
+                .hint(format!("images have 1 to {MOST}"))),
+        }
+    }
+
     /// Draws the parameters; the output is small at first.
     pub fn init(&self, device: &Device) -> UNet {
         let conv =

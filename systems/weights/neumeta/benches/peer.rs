@@ -15,8 +15,8 @@ use kiln_neumeta::family::Source;
 use kiln_neumeta::prune::{Importance, prune};
 use kiln_neumeta::shp::Metric;
 use kiln_neumeta::{
-    BaseTerm, Distances, Family, FamilyConfig, FamilyTask, Goal, NetConfig, NoiseOn, Objective, Plain,
-    ShpSolver, Size, Trainable,
+    BaseTerm, Distances, Family, FamilyConfig, FamilyTask, Goal, KernelCrop, NetConfig, NoiseOn, Objective,
+    Plain, ShpSolver, Size, Trainable,
 };
 use kiln_nn::{AdamW, Task};
 
@@ -79,6 +79,8 @@ fn family() -> Family {
         full: WIDTH,
         widths: vec![WIDTH],
         depths: vec![],
+        kernels: vec![],
+        kernel_crop: KernelCrop::Flat,
         base: BaseTerm::None,
         output_scale: false,
         noise: 1.0,

@@ -28,7 +28,7 @@ pub struct Size {
     /// Blocks of each stage of a residual network; by default all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<usize>,
-    /// Extent that larger kernels are cut down to; by default none is.
+    /// Extent that larger kernels are cut down to; by default all are whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<usize>,
 }
@@ -327,6 +327,28 @@ impl NetConfig {
         }
     }
 
+    /// Extent of the largest kernel that can be cut down, where there is any; those around the code of an autoencoder
+    /// are as large as what is left of the picture, and stay so.
+    pub fn kernel(&self) -> Option<usize> {
+        let largest = match &self.arch {
+            Arch::Chain { stages, .. } => stages.iter().fold(1, |largest, stage| match stage {
+                Stage::Conv { kernel, .. } => largest.max(*kernel),
+                _ => largest,
+            }),
+            Arch::Resnet { .. } | Arch::Unet | Arch::Vae => 3,
+        };
+        (largest > 1).then_some(largest)
+    }
+
+    /// The size with nothing said that says nothing: all blocks, or whole kernels.
+    pub fn plainly(&self, size: Size) -> Size {
+        Size {
+            depth: size.depth.filter(|_| size.depth != self.depth()),
+            kernel: size.kernel.filter(|_| size.kernel != self.kernel()),
+            ..size
+        }
+    }
+
     /// Builds the network of a size.
     ///
     /// # Errors
@@ -348,8 +370,17 @@ impl NetConfig {
             }
             _ => {}
         }
-        if size.kernel.is_some_and(|kernel| kernel % 2 == 0) {
-            return Err(Error::usage("kernels must be odd").hint("try 1, 3 or 5"));
+        match (size.kernel, self.kernel()) {
+            (Some(_), None) => {
+                return Err(Error::usage(format!("{} has no kernel to choose", self.arch))
+                    .hint("only convolutions of 3 x 3 and more have"));
+            }
+            (Some(kernel), Some(largest)) if kernel % 2 == 0 || kernel > largest => {
+                let sizes: Vec<String> = (1..=largest).step_by(2).map(|kernel| kernel.to_string()).collect();
+                return Err(Error::usage(format!("there is no {} with kernels of {kernel}", self.arch))
+                    .hint(format!("kernels are odd and at most the largest of it: {}", sizes.join(", "))));
+            }
+            _ => {}
         }
         let mut graph = ChannelGraph::new();
         let image = graph.input(self.image[0]);

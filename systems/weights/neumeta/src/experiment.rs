@@ -10,7 +10,7 @@ use kiln_nn::{Outcome, TrainConfig, train};
 use crate::arch::{Arch, NetConfig, Size};
 use crate::coords::NoiseOn;
 use crate::data::{Samples, halved, scenes};
-use crate::family::{BaseTerm, Family, FamilyConfig, reconstruction};
+use crate::family::{BaseTerm, Family, FamilyConfig, KernelCrop, reconstruction};
 use crate::inr::{Inr, InrConfig};
 use crate::network::{Plain, Trainable};
 use crate::objective::{Goal, Run};
@@ -227,6 +227,8 @@ impl<'a> Study<'a> {
             full: FULL,
             widths: (4..=FULL).filter(|width| !UNSEEN.contains(width)).collect(),
             depths: Vec::new(),
+            kernels: Vec::new(),
+            kernel_crop: KernelCrop::Flat,
             inr: InrConfig {
                 hidden: plan.hidden,
                 frequencies: plan.frequencies,

@@ -27,6 +27,19 @@ pub enum BaseTerm {
     Nearest,
 }
 
+/// Which of the numbers that the function writes at a coordinate a smaller kernel takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelCrop {
+    /// The middle of the row of them, as published: a 3 x 3 kernel the numbers 8 to 16 of 25
+    #[default]
+    Flat,
+    /// Those that lie in the middle of the full kernel, so that a number means the same place in all kernels
+    Middle,
+    /// Those in the middle, and added to each all that lie nearest to it beyond: on a picture without detail the same
+    Fold,
+}
+
 /// Configuration of a [`Family`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FamilyConfig {
@@ -39,6 +52,12 @@ pub struct FamilyConfig {
     pub widths: Vec<usize>,
     /// Depths that are trained; none where the network has none to choose, or only its own.
     pub depths: Vec<usize>,
+    /// Extents of kernels that are trained; none where only whole kernels are.
+    #[serde(default)]
+    pub kernels: Vec<usize>,
+    /// What a kernel smaller than the full network's takes of what is written.
+    #[serde(default)]
+    pub kernel_crop: KernelCrop,
     /// The implicit function.
     pub inr: InrConfig,
     /// What it is added to.
@@ -122,6 +141,19 @@ impl Family {
         Size::new(self.config.full)
     }
 
+    /// The sizes by which a function is judged: the narrowest, one in the middle and the full width, and where depths or
+    /// kernels are trained, the full width with the fewest blocks and with the smallest kernels.
+    pub fn judged(&self) -> Vec<Size> {
+        let FamilyConfig { net, full, widths, depths, kernels, .. } = &self.config;
+        let mut sizes = [widths[0], widths[widths.len() / 2], *full].map(Size::new).to_vec();
+        let least = |numbers: &[usize]| numbers.iter().min().copied();
+        let shallow = least(depths).map(|depth| Size { depth: Some(depth), ..self.full() });
+        let small = least(kernels).map(|kernel| Size { kernel: Some(kernel), ..self.full() });
+        let ends = [shallow, small].into_iter().flatten().map(|size| net.plainly(size));
+        sizes.extend(ends.filter(|&size| size != self.full()));
+        sizes
+    }
+
     /// Checks that a network of this size can be written; warns when it is larger than any seen.
     ///
     /// # Errors
@@ -183,7 +215,8 @@ impl Family {
         coords: &WeightCoords,
         device: &Device,
     ) -> Tensor<1> {
-        let written = crop(inr.raw(index, coords, &self.config.inr, device), spec).reshape([spec.numel()]);
+        let written = self.kernel_of(inr.raw(index, coords, &self.config.inr, device), index, spec);
+        let written = written.reshape([spec.numel()]);
         let written = if self.config.output_scale { written * self.spreads[index] } else { written };
         match self.config.base {
             BaseTerm::None => written,
@@ -191,8 +224,42 @@ impl Family {
         }
     }
 
+    /// The kernels of a tensor among all numbers that are written for it, `[kernels, taps]`.
+    fn kernel_of(&self, raw: Tensor<2>, index: usize, spec: &TensorSpec) -> Tensor<2> {
+        let full = &self.specs[index];
+        if self.config.kernel_crop == KernelCrop::Flat || spec.shape.get(2..) == full.shape.get(2..) {
+            return crop(raw, spec);
+        }
+        let places = self.places(spec, full);
+        let ([.., taps], [.., all]) = (spec.extents(), full.extents());
+        let mut shares = vec![0.0f32; all * taps];
+        for (tap, sources) in places.iter().enumerate() {
+            sources.iter().for_each(|source| shares[source * taps + tap] = 1.0);
+        }
+        let device = raw.device();
+        crop(raw, full).matmul(Tensor::from_data(TensorData::new(shares, [all, taps]), &device))
+    }
+
+    /// For each number of a kernel those of the full network's kernel that it is the sum of.
+    fn places(&self, spec: &TensorSpec, full: &TensorSpec) -> Vec<Vec<usize>> {
+        match (self.config.kernel_crop, &spec.shape[..], &full.shape[..]) {
+            (KernelCrop::Fold, &[_, _, height, width], &[_, _, all_rows, all_columns]) => {
+                let mut places = vec![Vec::new(); height * width];
+                for (y, x) in (0..all_rows).flat_map(|y| (0..all_columns).map(move |x| (y, x))) {
+                    let nearest = |at: usize, all: usize, count: usize| {
+                        at.saturating_sub((all - count) / 2).min(count - 1)
+                    };
+                    let (row, column) = (nearest(y, all_rows, height), nearest(x, all_columns, width));
+                    places[row * width + column].push(y * all_columns + x);
+                }
+                places
+            }
+            _ => middle(&spec.shape, &full.shape).into_iter().map(|tap| vec![tap]).collect(),
+        }
+    }
+
     /// The full network's tensor where the channels of a smaller one lie, times how many more inputs are summed there;
-    /// of a kernel its middle.
+    /// of a kernel its middle, or all of it folded into that.
     ///
     /// A channel of the smaller network stands for the channels `o C/C_out` to `(o + 1) C/C_out` of the full one. Their
     /// mean is what takes their place as an output, and what follows sums as many inputs of that mean: where neighbours
@@ -205,7 +272,7 @@ impl Family {
             BaseTerm::None | BaseTerm::Interp => overlaps,
         };
         let (rows, columns) = (shares(outputs, all_outputs), shares(inputs, all_inputs));
-        let tap = middle(&spec.shape, &full.shape);
+        let places = self.places(spec, full);
         let gain = all_inputs as f32 / inputs as f32;
         let mut sampled = vec![0.0; outputs * inputs * taps];
         for (o, row) in rows.iter().enumerate() {
@@ -215,7 +282,9 @@ impl Family {
                     row.iter().flat_map(|r| column.iter().map(move |c| (r, c)))
                 {
                     let given = &values[(source * all_inputs + input) * all_taps..][..all_taps];
-                    kernel.iter_mut().zip(&tap).for_each(|(w, &tap)| *w += gain * share * part * given[tap]);
+                    for (w, sources) in kernel.iter_mut().zip(&places) {
+                        *w += sources.iter().map(|&tap| gain * share * part * given[tap]).sum::<f32>();
+                    }
                 }
             }
         }
@@ -232,6 +301,7 @@ impl Family {
             return Err(Error::usage("--draws 0 writes no network").hint("ask for at least one"));
         }
         self.check(size, cx)?;
+        let size = self.config.net.plainly(size);
         let bar = cx.progress(draws as u64, "writing weights");
         let mut mean: Vec<Vec<f64>> = Vec::new();
         for draw in 0..draws {
@@ -305,7 +375,7 @@ fn overlaps(count: usize, all: usize) -> Vec<Vec<(usize, f32)>> {
 }
 
 /// Which taps of a full kernel a smaller one has: those in its middle.
-fn middle(shape: &[usize], full: &[usize]) -> Vec<usize> {
+pub(crate) fn middle(shape: &[usize], full: &[usize]) -> Vec<usize> {
     match (shape, full) {
         (&[_, _, height, width], &[_, _, all_rows, all_columns]) => {
             let (top, left) = ((all_rows - height) / 2, (all_columns - width) / 2);

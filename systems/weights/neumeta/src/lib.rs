@@ -15,7 +15,7 @@
 //! ```
 //! # use kiln_core::Context;
 //! # use kiln_neumeta::{Arch, CliquePermuter, Family, FamilyConfig, Goal, NetConfig, Plain, Size, Trainable};
-//! # use kiln_neumeta::{BaseTerm, NoiseOn};
+//! # use kiln_neumeta::{BaseTerm, KernelCrop, NoiseOn};
 //! # let cx = Context::new();
 //! let net = NetConfig { goal: Goal::Classify, arch: "small".parse::<Arch>().unwrap(), image: [1, 8, 8], classes: 10 };
 //! # let graph = net.build(Size::new(8))?.graph;
@@ -23,8 +23,8 @@
 //! let (ordered, report) = CliquePermuter::default().permute(&trained, &cx)?;
 //! assert!(report.variation_after < report.variation_before);
 //! # let config = FamilyConfig {
-//! #     inr: Family::inr_config(&net, 8)?, net, full: 8, widths: vec![4, 8], depths: vec![], base: BaseTerm::Interp,
-//! #     output_scale: true, noise: 1.0, noise_on: NoiseOn::Channels,
+//! #     inr: Family::inr_config(&net, 8)?, net, full: 8, widths: vec![4, 8], depths: vec![], kernels: vec![],
+//! #     kernel_crop: KernelCrop::Flat, base: BaseTerm::Interp, output_scale: true, noise: 1.0, noise_on: NoiseOn::Channels,
 //! # };
 //! let family = Family::new(config, ordered)?;
 //! let inr = family.draw(&cx.device, &mut cx.rng("inr", 0));
@@ -57,7 +57,7 @@ use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
 pub use arch::{Arch, NetConfig, Size};
 pub use coords::{NoiseOn, WeightCoords};
-pub use family::{BaseTerm, Family, FamilyConfig};
+pub use family::{BaseTerm, Family, FamilyConfig, KernelCrop};
 pub use graph::ChannelGraph;
 pub use inr::{Inr, InrConfig};
 pub use network::{Plain, Trainable, fold_batch_norm};

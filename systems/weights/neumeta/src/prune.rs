@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::arch::Size;
 use crate::data::Samples;
-use crate::graph::Segment;
+use crate::family::middle;
+use crate::graph::{Segment, TensorSpec};
 use crate::network::{Plain, Trainable};
 use crate::objective::Run;
 use crate::smooth::{Choice, choose, features};
@@ -89,6 +90,21 @@ pub fn prune(
         choice.insert(clique.group, order);
     }
     Ok(Plain { size, tensors: choose(&graph, &plain.tensors, &choice), ..plain.clone() })
+}
+
+/// The network with the middle of each kernel that is larger than `kernel`.
+///
+/// # Errors
+/// When there is no network with such kernels.
+pub fn cut(plain: &Plain, kernel: usize) -> Result<Plain> {
+    let size = plain.config.plainly(Size { kernel: Some(kernel), ..plain.size });
+    let (full, target) = (plain.config.build(plain.size)?.graph, plain.config.build(size)?.graph);
+    let of = |((full, spec), values): ((TensorSpec, TensorSpec), &Vec<f32>)| -> Vec<f32> {
+        let (taps, [.., all]) = (middle(&spec.shape, &full.shape), full.extents());
+        values.chunks(all).flat_map(|kernel| taps.iter().map(|&tap| kernel[tap])).collect()
+    };
+    let tensors = full.tensors().into_iter().zip(target.tensors()).zip(&plain.tensors).map(of).collect();
+    Ok(Plain { size, tensors, ..plain.clone() })
 }
 
 fn sums(rows: &[f32], width: usize, term: impl Fn(f32) -> f32) -> Vec<f64> {

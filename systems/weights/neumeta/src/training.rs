@@ -172,7 +172,8 @@ impl FamilyTask<'_> {
             return self.family.full();
         }
         let width = config.widths.choose(rng).copied().unwrap_or(config.full);
-        Size { depth: config.depths.choose(rng).copied(), ..Size::new(width) }
+        let (depth, kernel) = (config.depths.choose(rng).copied(), config.kernels.choose(rng).copied());
+        config.net.plainly(Size { width, depth, kernel })
     }
 
     /// Where each tensor of a step comes from.
@@ -230,15 +231,13 @@ impl Task<Inr> for FamilyTask<'_> {
         Ok((loss, batch.len()))
     }
 
-    /// The mean loss over the trained widths at both ends and in the middle, with averaged parameters.
+    /// The mean loss over the sizes that are [judged](Family::judged), with averaged parameters.
     fn validate(&mut self, inr: &Inr) -> Result<f64> {
         let (family, device) = (self.family, &self.cx.device);
         let inr = inr.averaged()?;
-        let widths = &family.config.widths;
-        let chosen = [widths[0], widths[widths.len() / 2], family.config.full];
+        let chosen = family.judged();
         let mut sum = 0.0;
-        for width in chosen {
-            let size = Size::new(width);
+        for &size in &chosen {
             let written = family.write(&inr, size, None, |_| Source::Written, device)?;
             let built = family.config.net.build(size)?;
             let run = Run { goal: family.config.net.goal, built: &built, parameters: &written, norms: &[] };
@@ -315,5 +314,68 @@ impl Recipe {
             checkpoint_every: 0,
             ..TrainConfig::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::Arch;
+    use crate::coords::NoiseOn;
+    use crate::family::{BaseTerm, FamilyConfig, KernelCrop};
+    use crate::objective::Goal;
+
+    #[test]
+    fn every_width_depth_and_kernel_is_drawn_and_the_whole_network_is_full_however_it_is_drawn() {
+        let cx = Context::for_tests("unused");
+        let arch: Arch = "resnet14".parse().expect("a network");
+        let net = NetConfig { goal: Goal::Classify, arch, image: [1, 8, 8], classes: 2 };
+        let graph = net.build(Size::new(8)).expect("a network").graph;
+        let plain = Trainable::draw(&graph, &cx.device, &mut cx.rng("draw", 0)).to_plain(&net, Size::new(8));
+        let config = FamilyConfig {
+            inr: Family::inr_config(&net, 8).expect("a network"),
+            net,
+            full: 8,
+            widths: vec![4, 8],
+            depths: vec![1, 2],
+            kernels: vec![1, 3],
+            kernel_crop: KernelCrop::Middle,
+            base: BaseTerm::Interp,
+            output_scale: true,
+            noise: 0.0,
+            noise_on: NoiseOn::Channels,
+        };
+        let family = Family::new(config, plain.expect("it fits")).expect("it fits");
+        let none = Samples {
+            images: kiln_data::Images {
+                shape: [1, 8, 8],
+                pixels: vec![],
+                labels: vec![],
+                classes: vec![],
+                white: 1.0,
+            },
+            masks: vec![],
+        };
+        let objective = Objective { full_share: 0.0, ..Objective::default() };
+        let task = FamilyTask {
+            family: &family,
+            objective: &objective,
+            steps: 1,
+            train: &none,
+            valid: &none,
+            cx: &cx,
+        };
+        let mut drawn = Vec::new();
+        for step in 0..200 {
+            let size = task.size(&mut cx.rng("family", step));
+            if !drawn.contains(&size) {
+                drawn.push(size);
+            }
+        }
+        assert_eq!(drawn.len(), 8);
+        assert!(drawn.contains(&family.full()));
+        let small = Size { kernel: Some(1), ..family.full() };
+        let shallow = Size { depth: Some(1), ..family.full() };
+        assert_eq!(family.judged(), [Size::new(4), Size::new(8), family.full(), shallow, small]);
     }
 }

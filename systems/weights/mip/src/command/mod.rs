@@ -6,7 +6,7 @@ mod scale;
 
 use std::path::PathBuf;
 
-use burn::module::Module;
+use burn::module::{Module, ModuleDisplay};
 use burn::tensor::Tensor;
 use clap::{Args, Parser, Subcommand};
 use kiln_core::{Context, Error, ModelFolder, Plot, Result, TensorFile, write_atomic};
@@ -19,13 +19,14 @@ use serde_json::{Value, json};
 use crate::ablation::{self, Axis};
 use crate::arch::{Arch, ClassifierConfig};
 use crate::arms::Optimiser;
-use crate::checkpoint::{self, Config, KIND, PlainConfig, TaskKind};
+use crate::checkpoint::{self, Config, KIND, PlainConfig, PlainUNetConfig, TaskKind};
 use crate::classify::{ClassifyTask, Control, Sampling, predict, predict_mean, scores};
-use crate::convert::{MipConfig, Parametrisation};
+use crate::convert::{MipConfig, MipHyper, Parametrisation};
 use crate::encoding::{Range, condition};
 use crate::experiment::{digit_images, probe};
 use crate::hypernet::{HyperNetConfig, Nonlinearity, OutputInit};
 use crate::proportionality::measure;
+use crate::unet::{CLIP, UNet};
 
 /// The command whose runs a model folder keeps.
 const TRAIN: &str = "mip train";
@@ -52,8 +53,8 @@ enum Verb {
   kiln mip train --data digits.csv --control rotation --out m/
   kiln mip train --data photos/ --arch lenet --control smoothing --range smooth=0:0.5 --out m/
   kiln mip train --data digits.csv --control noise --gamma-dim 8 --out bayes/
-  kiln mip train --data fashion/ --task register --lr 1e-3 --out r/
-  kiln mip train --data scans/ --task scale --lr 1e-3 --out s/      scans/images/*.png with scans/masks/*.png
+  kiln mip train --data fashion/ --task register --out r/
+  kiln mip train --data scans/ --task scale --out s/      scans/images/*.png with scans/masks/*.png
   kiln mip train --data digits.csv --resume m/      after Ctrl-C or a crash")]
     Train(TrainArgs),
     /// Classify images under one condition or several
@@ -87,7 +88,7 @@ Weights come from `kiln mip export` or have the same names; --data gives image s
     /// Compare the parametrisations over activations, norms, inputs, architectures and optimisers
     #[command(after_help = "Examples:
   kiln mip ablate --axes activation,optim --seeds 3 --out ablation/
-  kiln mip ablate --axes activation,norm,dim,arch,optim --steps 700 --seeds 3 --out ablation/")]
+  kiln mip ablate --axes activation,norm,dim,arch,optim,encoding --steps 700 --seeds 3 --out ablation/")]
     Ablate(AblateArgs),
     /// Run a bare hypernetwork on prepared tensors
     #[command(after_help = "Examples:
@@ -176,9 +177,9 @@ struct Recipe {
     /// Learning rate, the same in every step
     #[arg(long, default_value_t = 3e-4, conflicts_with = "resume")]
     lr: f64,
-    /// Largest norm of the gradients; 0 leaves them
-    #[arg(long, default_value_t = 0.0, conflicts_with = "resume")]
-    clip: f64,
+    /// Largest norm of the gradients; 0 leaves them [default: 1 for networks over images, 0 for classifiers]
+    #[arg(long, conflicts_with = "resume")]
+    clip: Option<f64>,
     /// Share of the images that is held out for validation
     #[arg(long, default_value_t = 0.1, conflicts_with = "resume")]
     val_fraction: f64,
@@ -198,7 +199,10 @@ impl Recipe {
             warmup: 0,
             min_lr_ratio: 1.0,
             weight_decay: 0.0,
-            clip_norm: self.clip,
+            clip_norm: self.clip.unwrap_or(match self.task {
+                TaskKind::Classify => 0.0,
+                TaskKind::Register | TaskKind::Scale => CLIP,
+            }),
             eval_every: self.eval_every,
             checkpoint_every: self.checkpoint_every,
             method: match self.optim {
@@ -238,7 +242,8 @@ struct ShapeArgs {
     /// Hidden widths of the hypernetwork
     #[arg(long, value_delimiter = ',', default_value = "16,64,128")]
     hidden: Vec<usize>,
-    /// How its output layer is drawn; by default fan_out where weights are added to a network's own, fan_in otherwise
+    /// How its output layer is drawn; by default hyperfan for networks over images, and for a classifier fan_out where
+    /// weights are added to a network's own, fan_in otherwise
     #[arg(long, value_enum)]
     output_init: Option<OutputInit>,
     /// Make its output layer of two matrices with so many numbers between them
@@ -250,11 +255,12 @@ struct ShapeArgs {
 }
 
 impl ShapeArgs {
-    /// The parametrisation; `all` are the parameters that depend on the condition unless others are named.
-    fn mip(&self, all: &str) -> Result<MipConfig> {
+    /// The parametrisation; `all` are the parameters that depend on the condition unless others are named, and `drawn` is
+    /// how the output layer is drawn unless it is said.
+    fn mip(&self, all: &str, drawn: OutputInit) -> Result<MipConfig> {
         let hypernet = HyperNetConfig {
             encoding: self.param.encoding(),
-            output_init: self.output_init.unwrap_or(self.param.output_init()),
+            output_init: self.output_init.unwrap_or(drawn),
             hidden: self.hidden.clone(),
             rank: self.rank,
             ..HyperNetConfig::new(self.gamma_dim)
@@ -288,7 +294,7 @@ impl ShapeArgs {
         Ok(Config {
             task: TaskKind::Classify,
             network,
-            mip: self.mip("*")?,
+            mip: self.mip("*", self.param.output_init())?,
             control,
             sampling,
             ranges,
@@ -422,7 +428,12 @@ struct AnalyzeArgs {
 #[derive(Debug, Args)]
 struct AblateArgs {
     /// What is varied, one after another
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "activation,norm,dim,arch,optim")]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "activation,norm,dim,arch,optim,encoding"
+    )]
     axes: Vec<Axis>,
     /// Seeds of each run
     #[arg(long, default_value_t = 3)]
@@ -637,17 +648,49 @@ fn run_eval(args: &EvalArgs, cx: &Context) -> Result<()> {
 }
 
 fn run_export(args: &ExportArgs, cx: &Context) -> Result<()> {
-    let (config, model) = checkpoint::open(&args.model, cx)?;
+    let unet = |task, network, image, model: &MipHyper<UNet>| {
+        export(args, &[Range::unit("gamma")], model, cx, |gamma| PlainUNetConfig {
+            task,
+            network,
+            gamma,
+            image,
+        })
+    };
+    match checkpoint::task(&args.model)? {
+        TaskKind::Classify => {
+            let (Config { network, ranges, classes, .. }, model) = checkpoint::open(&args.model, cx)?;
+            export(args, &ranges, &model, cx, |gamma| PlainConfig { network, gamma, classes })
+        }
+        TaskKind::Register => {
+            let (config, model) = checkpoint::open_register(&args.model, cx)?;
+            unet(config.task, config.network, config.image, &model)
+        }
+        TaskKind::Scale => {
+            let (config, model) = checkpoint::open_scale(&args.model, cx)?;
+            let [_, height, width] = config.image;
+            unet(config.task, config.network, [height, width], &model)
+        }
+    }
+}
+
+/// Writes the network for the condition, and what `describe` says of it.
+fn export<M: Module + ModuleDisplay, C: Serialize>(
+    args: &ExportArgs,
+    ranges: &[Range],
+    model: &MipHyper<M>,
+    cx: &Context,
+    describe: impl FnOnce(Vec<f32>) -> C,
+) -> Result<()> {
     let gamma: Vec<f32> =
-        condition(&args.gamma, &config.ranges, args.clamp, cx)?.into_iter().map(|x| x as f32).collect();
+        condition(&args.gamma, ranges, args.clamp, cx)?.into_iter().map(|x| x as f32).collect();
     let net = model.instantiate(Tensor::<1>::from_floats(gamma.as_slice(), &cx.device))?;
     let folder = ModelFolder::new(&args.to);
     folder.create()?;
     folder.save_weights(&TensorFile::from_module(&net))?;
-    let plain = PlainConfig { network: config.network, gamma, classes: config.classes };
-    folder.save_config(KIND, &plain)?;
-    let result = json!({ "model": args.to, "gamma": plain.gamma, "parameters": net.num_params() });
-    cx.emit(&result, |_| format!("{} parameters in {}\n", net.num_params(), args.to.display()))
+    let parameters = Module::num_params(&net);
+    let result = json!({ "model": args.to, "gamma": gamma, "parameters": parameters });
+    folder.save_config(KIND, &describe(gamma))?;
+    cx.emit(&result, |_| format!("{parameters} parameters in {}\n", args.to.display()))
 }
 
 fn run_convert(args: &ConvertArgs, cx: &Context) -> Result<()> {

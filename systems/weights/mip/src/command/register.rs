@@ -13,7 +13,7 @@ use super::{DataArgs, EvalArgs, PredictArgs, Recipe, split};
 use crate::checkpoint::{KIND, RegisterConfig, TaskKind, open_register};
 use crate::encoding::Range;
 use crate::register::{Quality, RegisterTask, Registered, check, draw_pairs, quality, register, tensors};
-use crate::unet::{UNetConfig, WEIGHTS};
+use crate::unet::{OUTPUT_INIT, UNetConfig, WEIGHTS};
 
 /// Images that a model can register.
 fn read(data: &DataArgs, config: &RegisterConfig) -> Result<Images> {
@@ -43,7 +43,7 @@ pub(super) fn train(run: &TrainRun<Recipe>, data: &DataArgs, cx: &Context) -> Re
         let config = RegisterConfig {
             task: TaskKind::Register,
             network: UNetConfig { inputs: 2, outputs: 2 },
-            mip: recipe.shape.mip(WEIGHTS)?,
+            mip: recipe.shape.mip(WEIGHTS, OUTPUT_INIT)?,
             sampling: recipe.gamma_sampling,
             image: [images.shape[1], images.shape[2]],
             white: images.white,

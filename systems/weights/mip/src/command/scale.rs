@@ -13,7 +13,7 @@ use super::{DataArgs, EvalArgs, PredictArgs, Recipe};
 use crate::checkpoint::{KIND, ScaleConfig, TaskKind, open_scale};
 use crate::encoding::Range;
 use crate::scale::{Quality, ScaleTask, Scans, check, quality, segment, stems};
-use crate::unet::{UNetConfig, WEIGHTS};
+use crate::unet::{OUTPUT_INIT, UNetConfig, WEIGHTS};
 
 /// Images and masks for a model.
 fn read(data: &DataArgs, config: &ScaleConfig) -> Result<Scans> {
@@ -49,7 +49,7 @@ pub(super) fn train(run: &TrainRun<Recipe>, data: &DataArgs, cx: &Context) -> Re
         let config = ScaleConfig {
             task: TaskKind::Scale,
             network: UNetConfig { inputs: scans.images.shape[0], outputs: 1 },
-            mip: recipe.shape.mip(WEIGHTS)?,
+            mip: recipe.shape.mip(WEIGHTS, OUTPUT_INIT)?,
             sampling: recipe.gamma_sampling,
             image: scans.images.shape,
         };

@@ -4,8 +4,9 @@
 use std::fs;
 use std::sync::atomic::Ordering;
 
+use burn::tensor::Tensor;
 use kiln_core::testing::Desk;
-use kiln_core::{HostTensor, TensorFile};
+use kiln_core::{HostTensor, System, TensorFile};
 use kiln_mip::Mip;
 
 /// Options of a model that trains in milliseconds.
@@ -118,9 +119,10 @@ fn proportionality_is_measured_and_drawn() {
 #[test]
 fn an_ablation_has_a_line_for_every_setting_and_arm() {
     let desk = desk();
-    let lines = desk.json("ablate --axes optim --seeds 1 --steps 4 --data @data.csv --out @ab");
-    assert_eq!(lines.as_array().unwrap().len(), 8);
-    assert_eq!(fs::read_to_string(desk.path("ab/ablation.csv")).unwrap().lines().count(), 9);
+    let lines = desk.json("ablate --axes optim,encoding --seeds 1 --steps 4 --data @data.csv --out @ab");
+    assert_eq!(lines.as_array().unwrap().len(), (2 + 3) * 4);
+    assert_eq!(fs::read_to_string(desk.path("ab/ablation.csv")).unwrap().lines().count(), 21);
+    assert_eq!(lines[0]["steps_least"], lines[0]["steps_most"]);
 }
 
 #[test]
@@ -170,6 +172,18 @@ fn weights_that_do_not_depend_on_the_condition_are_left_as_they_are() {
     assert_ne!(floats(&one, "net.layers.0.weight"), floats(&other, "net.layers.0.weight"));
 }
 
+/// Exports a U-Net for a condition and runs it: `[inputs, outputs, height, width]`.
+fn captured(desk: &Desk, model: &str, [inputs, outputs, height, width]: [usize; 4]) {
+    desk.json(&format!("export --model @{model} --gamma 0.4 --to @one"));
+    let network = Mip.network(&desk.path("one"), &desk.cx).unwrap();
+    assert_eq!(network.inputs()[0].shape, [1, inputs, height, width]);
+    let x = Tensor::<4>::ones([1, inputs, height, width], &desk.cx.device);
+    let y = network.forward(vec![x.into_dispatch()]).remove(0);
+    assert_eq!(Tensor::<4>::from_dispatch(y).dims(), [1, outputs, height, width]);
+    assert_eq!(network.outputs()[0].shape, [1, outputs, height, width]);
+    desk.assert_refused("eval --model @one --data @data.csv", "for one condition");
+}
+
 #[test]
 fn registration_is_trained_swept_and_written_as_images() {
     let desk = Desk::new(&Mip);
@@ -189,7 +203,7 @@ fn registration_is_trained_swept_and_written_as_images() {
     assert!(desk.path("moved/gamma-0.500.png").exists());
     let fields = kiln_data::read_npz(&desk.path("moved/fields.npz")).unwrap();
     assert_eq!(fields.get("field_gamma_0.500").unwrap().shape, [2, 2, 5, 5]);
-    desk.assert_refused("export --model @r --gamma 0.5 --to @p", "registers or segments images");
+    captured(&desk, "r", [2, 2, 5, 5]);
     desk.assert_refused(
         "train --task register --gamma-dim 2 --data @data.csv --out @x",
         "one number between 0 and 1",
@@ -279,5 +293,5 @@ fn segmentation_is_trained_swept_and_written_as_masks() {
     kiln_data::write_npz(&desk.path("bad.npz"), &file).unwrap();
     desk.assert_refused(&format!("train --data @bad.npz {options} --out @x"), "expected [6, 32, 32]");
     assert!(!desk.path("x").exists());
-    desk.assert_refused("export --model @s --gamma 0.5 --to @p", "registers or segments");
+    captured(&desk, "s", [1, 1, 32, 32]);
 }

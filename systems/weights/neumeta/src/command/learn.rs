@@ -8,11 +8,11 @@ use kiln_core::{Context, Error, ModelFolder, Result, TensorFile};
 use kiln_nn::{Outcome, TrainConfig, TrainRun, TrainSummary};
 use serde::{Deserialize, Serialize};
 
-use super::{DataArgs, widths};
+use super::{DataArgs, numbers, widths};
 use crate::arch::{Arch, NetConfig, Size};
 use crate::checkpoint::{self, Labels, PlainConfig};
 use crate::coords::NoiseOn;
-use crate::family::{BaseTerm, Family, FamilyConfig};
+use crate::family::{BaseTerm, Family, FamilyConfig, KernelCrop};
 use crate::inr::{Inr, InrConfig};
 use crate::network::{Plain, Trainable};
 use crate::objective::{Goal, Run};
@@ -310,6 +310,14 @@ struct TrainRecipe {
     /// Depths that are trained, blocks in each stage of a residual network [default: its own]
     #[arg(long, value_name = "DEPTHS", conflicts_with = "resume")]
     depths: Option<String>,
+    /// Kernel sizes that are trained, as 1,3,5: larger kernels are cut down to them [default: whole kernels]
+    #[arg(long, value_name = "KERNELS", conflicts_with = "resume")]
+    #[serde(default)]
+    kernels: Option<String>,
+    /// What a smaller kernel takes of what is written for a coordinate [default: fold with --kernels, else flat]
+    #[arg(long, value_enum, conflicts_with = "resume")]
+    #[serde(default)]
+    kernel_crop: Option<KernelCrop>,
     /// What the function is added to; none is the published method, which needs a long training
     #[arg(long, value_enum, default_value = "interp", conflicts_with = "resume")]
     base_term: BaseTerm,
@@ -416,12 +424,16 @@ impl TrainRecipe {
             return Err(Error::usage(format!("--widths goes to {wide}, the full network's is {full}"))
                 .hint("train a wider full network, or fewer widths"));
         }
-        let depths = match &self.depths {
-            Some(text) => widths(text).map_err(Error::usage)?,
-            None => Vec::new(),
+        let chosen = |text: &Option<String>, what| match text {
+            Some(text) => numbers(text, what).map_err(Error::usage),
+            None => Ok(Vec::new()),
         };
+        let (depths, kernels) = (chosen(&self.depths, "depths")?, chosen(&self.kernels, "kernels")?);
         for &depth in &depths {
             net.build(Size { depth: Some(depth), ..Size::new(full) })?;
+        }
+        for &kernel in &kernels {
+            net.build(Size { kernel: Some(kernel), ..Size::new(full) })?;
         }
         let permuter = |order| CliquePermuter { solver: ShpSolver::default(), order };
         let base = match self.order {
@@ -441,6 +453,11 @@ impl TrainRecipe {
             full,
             widths: trained,
             depths,
+            kernel_crop: self.kernel_crop.unwrap_or(match kernels.is_empty() {
+                true => KernelCrop::Flat,
+                false => KernelCrop::Fold,
+            }),
+            kernels,
             inr,
             base: self.base_term,
             output_scale: self.output_scale == OutputScale::Spread,
@@ -451,14 +468,23 @@ impl TrainRecipe {
     }
 }
 
+/// How good a network of the family is.
+#[derive(Serialize)]
+struct Score {
+    #[serde(flatten)]
+    size: Size,
+    score: f64,
+}
+
 /// What `train` prints.
 #[derive(Serialize)]
 struct TrainResult {
     #[serde(flatten)]
     summary: TrainSummary,
     metric: &'static str,
-    /// Width and score on the pictures held out: of the narrowest trained network, and of the full one.
-    scores: Vec<(usize, f64)>,
+    /// On the pictures held out: of the narrowest trained network, of the full one, and of that with the fewest blocks
+    /// and the smallest kernels that were trained.
+    scores: Vec<Score>,
     /// Of the full network that the family was made from.
     base_score: f64,
 }
@@ -505,8 +531,9 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         let (built, parameters) = (net.build(plain.size)?, plain.parameters(&cx.device));
         Run { goal: net.goal, built: &built, parameters: &parameters, norms: &[] }.score(&valid, cx)
     };
-    let at = |width| Ok((width, score(&family.sample(&inr, Size::new(width), 1, cx)?)?));
-    let mut ends = vec![family.config.widths[0], family.config.full];
+    let at = |size| Ok(Score { size, score: score(&family.sample(&inr, size, 1, cx)?)? });
+    let mut ends = family.judged();
+    ends.remove(1);
     ends.dedup();
     let result = TrainResult {
         summary,
@@ -516,8 +543,8 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
     };
     cx.emit(&result, |TrainResult { summary, metric, scores, base_score }| {
         let mut text = summary.to_text("nats");
-        for (width, score) in scores {
-            text += &format!("{metric} {score:.4} at width {width}\n");
+        for Score { size, score } in scores {
+            text += &format!("{metric} {score:.4} at width {size}\n");
         }
         text + &format!(
             "{metric} {base_score:.4} of the network it was made from\nfamily in {}\n",

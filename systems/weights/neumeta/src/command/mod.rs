@@ -1,7 +1,9 @@
 //! The verbs of `kiln neumeta`.
 
 mod apply;
+mod eval;
 mod learn;
+mod plot;
 mod tools;
 
 use std::path::PathBuf;
@@ -50,6 +52,7 @@ Tensors are called as `kiln neumeta pretrain` calls them; a batch norm after a l
     #[command(after_help = "Examples:
   kiln neumeta train --base full/ --data digits.csv --widths 4-16 --hidden 64 --num-freqs 4 --out family/
   kiln neumeta train --base full/ --data d.csv --widths 4-16 --base-term none --warm-steps 2000 --steps 9000 --out f/
+  kiln neumeta train --base full/ --data d.csv --widths 4-16 --kernels 1,3,5 --hidden 64 --num-freqs 4 --out f/
   kiln neumeta train --data digits.csv --resume family/      after Ctrl-C or a crash")]
     Train(learn::TrainArgs),
     /// Write the network of one size, or a ladder of sizes, as ordinary model folders
@@ -62,9 +65,10 @@ Tensors are called as `kiln neumeta pretrain` calls them; a batch norm after a l
     #[command(after_help = "Examples:
   kiln neumeta eval --model family/ --data test.csv --widths all --out widths.csv
   kiln neumeta eval --model family/ --data test.csv --widths 4,8,16 --baselines --train-data train.csv --tune-steps 50
+  kiln neumeta eval --model family/ --data test.csv --widths 4,8,16 --kernels 1,3,5 --out sizes.csv
   kiln neumeta eval --model small/ --data test.csv
-The plot is written beside the table, as .svg.")]
-    Eval(apply::EvalArgs),
+The plot is written beside the table, as .svg; with several kernels a second one over them, as -kernels.svg.")]
+    Eval(eval::EvalArgs),
     /// Classify, segment or reconstruct pictures
     #[command(after_help = "Examples:
   kiln neumeta predict --model family/ --width 9 --data new.csv --out classes.csv
@@ -77,8 +81,9 @@ The plot is written beside the table, as .svg.")]
     Generate(apply::GenerateArgs),
     /// Show the weights of a tensor over widths, and how smooth they are
     #[command(after_help = "Examples:
-  kiln neumeta plot --model family/ --tensor conv2.weight --widths 4,8,12,16 --to plots/")]
-    Plot(apply::PlotArgs),
+  kiln neumeta plot --model family/ --tensor conv2.weight --widths 4,8,12,16 --to plots/
+  kiln neumeta plot --model family/ --tensor conv2.weight --widths 4,8 --kernels 1,3,5 --to plots/")]
+    Plot(plot::PlotArgs),
     /// Find the shortest path through cities
     #[command(after_help = "Examples:
   kiln neumeta shp --cities cities.csv --metric l1 --to path.csv
@@ -103,10 +108,10 @@ impl Command {
             Verb::Smooth(args) => learn::smooth(&args, cx),
             Verb::Train(args) => learn::train(args, cx),
             Verb::Sample(args) => apply::sample(&args, cx),
-            Verb::Eval(args) => apply::eval(&args, cx),
+            Verb::Eval(args) => eval::eval(&args, cx),
             Verb::Predict(args) => apply::predict(&args, cx),
             Verb::Generate(args) => apply::generate(&args, cx),
-            Verb::Plot(args) => apply::plot(&args, cx),
+            Verb::Plot(args) => plot::plot(&args, cx),
             Verb::Shp(args) => tools::shp(&args, cx),
             Verb::Forward(args) => tools::forward(&args, cx),
         }
@@ -171,7 +176,13 @@ impl DataArgs {
 
 /// Widths in order, as `8-32` or `8,12,16`.
 fn widths(text: &str) -> std::result::Result<Vec<usize>, String> {
-    let wrong = || format!("\"{text}\" is no list of widths: write 8-32 or 8,12,16");
+    numbers(text, "widths")
+}
+
+/// Numbers in order, each once; `what` they are.
+fn numbers(text: &str, what: &str) -> std::result::Result<Vec<usize>, String> {
+    let example = if what == "widths" { "8-32 or 8,12,16" } else { "1,3" };
+    let wrong = || format!("\"{text}\" is no list of {what}: write {example}");
     let number = |text: &str| text.trim().parse::<usize>().ok().filter(|&n| (1..=4096).contains(&n));
     let mut found = Vec::new();
     for part in text.split(',') {

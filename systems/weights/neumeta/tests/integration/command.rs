@@ -94,6 +94,91 @@ fn a_sampled_network_is_judged_as_the_family_is_there() {
     desk.assert_refused("sample --model @family --max-params 3 --to @x", "the narrowest has 14");
 }
 
+/// A desk with a network whose layers have kernels of 5 and 3, and a family that was trained at kernels of 1, 3 and 5.
+fn of_kernels() -> Desk {
+    let desk = desk();
+    let net = NET.replace("conv(cin->w,3x3)+relu", "a(cin->w,5x5)+relu;b(w->w,3x3)+relu");
+    desk.json(&format!("pretrain --data @data.csv {net} --steps 6 --out @full"));
+    desk.json(&format!(
+        "train --base @full --data @data.csv {FUNCTION} --kernels 1,3,5 --steps 6 --out @family"
+    ));
+    desk
+}
+
+#[test]
+fn kernels_are_trained_stopped_and_resumed_to_the_same_weights() {
+    let desk = of_kernels();
+    let config = fs::read_to_string(desk.path("family/config.json")).unwrap();
+    assert!(config.contains("\"kernel_crop\": \"fold\""), "{config}");
+    let stop = |on| desk.cx.interrupt_flag().store(on, Ordering::Relaxed);
+    let train = format!("train --base @full --data @data.csv {FUNCTION} --kernels 1,3,5 --steps 6");
+    stop(true);
+    assert!(desk.refusal(&format!("{train} --out @parts")).contains("--resume"));
+    stop(false);
+    let found = desk.json("train --data @data.csv --resume @parts");
+    assert_eq!(weights(&desk, "family"), weights(&desk, "parts"));
+    // The narrowest, the full one, and that with the smallest kernels.
+    let sizes: Vec<_> = found["scores"].as_array().unwrap().iter().map(|score| &score["kernel"]).collect();
+    assert!(sizes.len() == 3 && sizes[0].is_null() && sizes[1].is_null() && sizes[2] == 1, "{found}");
+    for crop in ["flat", "middle"] {
+        desk.json(&format!("{train} --kernel-crop {crop} --out @{crop}"));
+        assert_ne!(weights(&desk, "family"), weights(&desk, crop));
+    }
+}
+
+#[test]
+fn networks_of_every_kernel_are_sampled_judged_and_drawn() {
+    let desk = of_kernels();
+    let count = |kernel: usize| {
+        let name = format!("@k{kernel}");
+        let found =
+            desk.json(&format!("sample --model @family --width 3 --kernel {kernel} --draws 2 --to {name}"));
+        found["parameters"].as_u64().unwrap() as usize
+    };
+    let expected = |a: usize, b: usize| 3 * a + 3 + 9 * b + 3 + 3 * 2 + 2;
+    assert_eq!([1, 3, 5].map(count), [expected(1, 1), expected(9, 9), expected(25, 9)]);
+    let config = fs::read_to_string(desk.path("k5/config.json")).unwrap();
+    assert!(!config.contains("\"kernel\""), "whole kernels need no word: {config}");
+    let line =
+        "eval --model @family --data @data.csv --widths 3,4 --draws 2 --baselines --out @e.csv --kernels";
+    let found = desk.json(&format!("{line} all"));
+    let lines = found["lines"].as_array().unwrap();
+    assert_eq!(lines.len(), 3 + 3 * 3);
+    assert_eq!((&lines[1]["name"], &lines[1]["kernel"]), (&"family kernel 3".into(), &3.into()));
+    for (place, kernel) in [1, 3, 5].into_iter().enumerate() {
+        let alone = desk.json(&format!("eval --model @k{kernel} --data @data.csv"));
+        assert_eq!(lines[place]["scores"][0], alone["score"]);
+    }
+    // Pruning to the full width leaves the full network, and whole kernels are not cut.
+    let whole = lines.iter().find(|line| line["name"] == "pruned by L1 kernel 5").unwrap();
+    assert_eq!(whole["scores"][1], found["full_network"]);
+    let table = fs::read_to_string(desk.path("e.csv")).unwrap();
+    assert!(
+        table.starts_with("width,trained,family kernel 1,family kernel 3,family kernel 5,pruned"),
+        "{table}"
+    );
+    assert!(desk.path("e.svg").exists() && desk.path("e-kernels.svg").exists());
+    let drawn = desk.json("plot --model @family --tensor a.weight --kernels 1,5 --widths 2,4 --to @plots");
+    assert_eq!(drawn["variation"].as_array().unwrap().len(), 2);
+    // Kernels of 1 above those of 5, which stand a line apart: squares of 6 pixels, 8 between panels.
+    let picture = image::open(desk.path("plots/a-weight.png")).unwrap().into_luma8();
+    assert_eq!(picture.dimensions(), (3 * 8 + 2 * 6 * 6, 3 * 8 + 4 * 6 + 4 * 6 * 6));
+    for (line, words) in [
+        ("sample --model @family --width 3 --kernel 7 --to @x", "kernels of 7"),
+        ("eval --model @family --data @data.csv --kernels 3,7", "at most the largest of it: 1, 3, 5"),
+        ("eval --model @family --data @data.csv --kernels 3 --kernel 3", "cannot be used with"),
+        ("eval --model @family --data @data.csv --depths all", "trained at its own depths only"),
+        ("eval --model @family --data @data.csv --kernels 5-3", "no list of kernels"),
+        ("plot --model @family --tensor a.weight --kernels 2 --to @x", "kernels of 2"),
+        ("train --base @full --data @data.csv --kernels 3,7 --out @x", "there is no a(cin->w,5x5)"),
+        ("train --base @full --data @data.csv --kernels 2 --out @x", "kernels of 2"),
+        ("train --base @k3 --data @data.csv --out @x", "a network of width 3, kernel 3"),
+    ] {
+        desk.assert_refused(line, words);
+    }
+    assert!(!desk.path("x").exists());
+}
+
 #[test]
 fn a_ladder_has_a_network_and_a_line_for_each_width() {
     let desk = trained();
@@ -340,7 +425,8 @@ fn what_does_not_fit_is_named() {
         ("sample --model @full --width 2 --to @x", "holds one network, not a family"),
         ("sample --model @family --width 0 --to @x", "there is no network of width 0"),
         ("sample --model @family --width 7 --to @x", "widths are 1 to 6, and 4 is the full one"),
-        ("sample --model @family --width 2 --kernel 2 --to @x", "kernels must be odd"),
+        ("sample --model @family --width 2 --kernel 2 --to @x", "with kernels of 2"),
+        ("sample --model @family --width 2 --kernel 5 --to @x", "at most the largest of it: 1, 3"),
         ("sample --model @family --width 2 --draws 0 --to @x", "--draws 0 writes no network"),
         ("sample --model @family --to @x", "give --width, --max-params or --ladder"),
         ("generate --model @full --to @x", "a network to classify draws no pictures"),

@@ -9,11 +9,11 @@ use kiln_neumeta::data::{Samples, scenes};
 use kiln_neumeta::family::Source;
 use kiln_neumeta::inr::crop;
 use kiln_neumeta::objective::Run;
-use kiln_neumeta::prune::{Importance, prune};
+use kiln_neumeta::prune::{Importance, cut, prune};
 use kiln_neumeta::smooth::{Order, mean_variation};
 use kiln_neumeta::{
-    Arch, BaseTerm, CliquePermuter, Family, FamilyConfig, Goal, Inr, InrConfig, NetConfig, NoiseOn, Plain,
-    ShpSolver, Size, Trainable, WeightCoords,
+    Arch, BaseTerm, CliquePermuter, Family, FamilyConfig, Goal, Inr, InrConfig, KernelCrop, NetConfig,
+    NoiseOn, Plain, ShpSolver, Size, Trainable, WeightCoords,
 };
 use rand::RngExt;
 
@@ -48,6 +48,8 @@ fn family(net: NetConfig, full: usize, base: BaseTerm, noise: f64) -> (Family, I
         full,
         widths: vec![2, full],
         depths: vec![],
+        kernels: vec![],
+        kernel_crop: KernelCrop::Flat,
         inr,
         base,
         output_scale: true,
@@ -95,26 +97,99 @@ fn tensors_tied_by_an_addition_are_one_clique_and_ends_are_none() {
 
 #[test]
 fn a_network_sampled_alone_is_the_one_written_together_with_others() {
-    let (family, inr) = family(net("small", [1, 8, 8]), 5, BaseTerm::None, 1.0);
+    let (family, inr) = family(net("lenet", [1, 8, 8]), 5, BaseTerm::None, 1.0);
     let device = cx().device;
-    let size = Size::new(3);
-    let together = family.write(&inr, size, None, |_| Source::Learned, &device).unwrap();
-    let graph = family.config.net.build(size).unwrap().graph;
-    let specs = graph.tensors();
-    for (index, (spec, tensor)) in specs.iter().zip(together).enumerate() {
-        let coords = WeightCoords::of(index, specs.len(), spec);
-        let rows: Vec<Tensor<2>> = coords
-            .rows
-            .iter()
-            .map(|&row| inr.raw(index, &WeightCoords { rows: vec![row] }, &family.config.inr, &device))
-            .collect();
-        let alone = crop(Tensor::cat(rows, 0), spec).reshape([spec.numel()]);
-        // The family multiplies by the spread of the full tensor: compare the directions.
-        let scale =
-            tensor.clone().abs().max().into_scalar::<f32>() / alone.clone().abs().max().into_scalar::<f32>();
-        let difference = (tensor - alone * scale).abs().max().into_scalar::<f32>();
-        assert!(difference < 1e-5 * scale.max(1.0), "{}: {difference}", spec.name);
+    for kernel in [None, Some(3), Some(1)] {
+        let size = Size { kernel, ..Size::new(3) };
+        let together = family.write(&inr, size, None, |_| Source::Learned, &device).unwrap();
+        let graph = family.config.net.build(size).unwrap().graph;
+        let specs = graph.tensors();
+        for (index, (spec, tensor)) in specs.iter().zip(together).enumerate() {
+            let coords = WeightCoords::of(index, specs.len(), spec);
+            let rows: Vec<Tensor<2>> = coords
+                .rows
+                .iter()
+                .map(|&row| inr.raw(index, &WeightCoords { rows: vec![row] }, &family.config.inr, &device))
+                .collect();
+            let alone = crop(Tensor::cat(rows, 0), spec).reshape([spec.numel()]);
+            // The family multiplies by the spread of the full tensor: compare the directions.
+            let largest = |x: &Tensor<1>| x.clone().abs().max().into_scalar::<f32>();
+            let scale = largest(&tensor) / largest(&alone);
+            let difference = (tensor - alone * scale).abs().max().into_scalar::<f32>();
+            assert!(difference < 1e-5 * scale.max(1.0), "{} {size}: {difference}", spec.name);
+        }
     }
+}
+
+#[test]
+fn a_small_kernel_is_the_middle_of_the_row_as_published_or_of_the_square() {
+    for (crop, taps) in [
+        (KernelCrop::Flat, [8, 9, 10, 11, 12, 13, 14, 15, 16]),
+        (KernelCrop::Middle, [6, 7, 8, 11, 12, 13, 16, 17, 18]),
+    ] {
+        for base in [BaseTerm::None, BaseTerm::Interp] {
+            let (family, _) = family(net("lenet", [1, 8, 8]), 4, base, 0.0);
+            let config = FamilyConfig { kernel_crop: crop, ..family.config };
+            let family = Family::new(config, family.base).unwrap();
+            // A function that writes something on a base as well.
+            let inr = family.config.inr.init(false, &cx().device, &mut cx().rng("inr", 0));
+            let sample = |kernel| {
+                let size = Size { kernel: Some(kernel), ..Size::new(3) };
+                family.sample(&inr, size, 1, &cx()).unwrap()
+            };
+            let (whole, small, one) = (sample(5), sample(3), sample(1));
+            assert_eq!(whole.size, Size::new(3));
+            // The first layer's kernels are 3 x 3 at most, the second's 5 x 5.
+            assert_eq!(whole.tensors[0], small.tensors[0]);
+            let kernels = whole.tensors[2].chunks(25).zip(small.tensors[2].chunks(9)).zip(&one.tensors[2]);
+            for ((whole, small), one) in kernels {
+                if base == BaseTerm::None {
+                    assert_eq!(taps.map(|tap| whole[tap]).as_slice(), small);
+                } else if crop == KernelCrop::Middle {
+                    let apart = |(tap, w): (usize, &f32)| (whole[tap] - w).abs() < 1e-6;
+                    assert!(taps.into_iter().zip(small).all(apart));
+                }
+                assert!((whole[12] - one).abs() < 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_folded_kernel_sums_to_the_whole_one_and_is_it_on_an_even_picture() {
+    for base in [BaseTerm::None, BaseTerm::Interp] {
+        let (family, _) = family(net("lenet", [1, 8, 8]), 4, base, 0.0);
+        let config = FamilyConfig { kernel_crop: KernelCrop::Fold, ..family.config };
+        let family = Family::new(config, family.base).unwrap();
+        let inr = family.config.inr.init(false, &cx().device, &mut cx().rng("inr", 0));
+        let sample = |kernel| {
+            let size = Size { kernel: Some(kernel), ..Size::new(3) };
+            family.sample(&inr, size, 1, &cx()).unwrap().tensors
+        };
+        let (whole, small, one) = (sample(5), sample(3), sample(1));
+        let kernels = whole[2].chunks(25).zip(small[2].chunks(9)).zip(&one[2]);
+        for ((whole, small), one) in kernels {
+            let sum: f32 = whole.iter().sum();
+            assert!((sum - small.iter().sum::<f32>()).abs() < 1e-4 && (sum - one).abs() < 1e-4);
+            // The corner takes the four numbers around the corner of the whole kernel, the middle stays.
+            let corner = whole[0] + whole[1] + whole[5] + whole[6];
+            assert!((small[0] - corner).abs() < 1e-5 && (small[4] - whole[12]).abs() < 1e-6);
+        }
+        // Biases and linear layers have no kernels.
+        assert_eq!((&whole[3], &whole[6]), (&small[3], &one[6]));
+    }
+}
+
+#[test]
+fn a_network_with_kernels_cut_is_the_base_of_the_family_there() {
+    let (family, inr) = family(net("lenet", [1, 8, 8]), 4, BaseTerm::Interp, 0.0);
+    for kernel in [1, 3] {
+        let size = Size { kernel: Some(kernel), ..family.full() };
+        let cut = cut(&family.base, kernel).unwrap();
+        assert_eq!((cut.size, &cut.tensors), (size, &family.sample(&inr, size, 1, &cx()).unwrap().tensors));
+    }
+    assert_eq!(cut(&family.base, 5).unwrap(), family.base);
+    assert!(cut(&family.base, 7).is_err());
 }
 
 #[test]
