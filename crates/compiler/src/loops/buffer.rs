@@ -153,12 +153,21 @@ impl Buffer {
     }
 }
 
-/// Reads every array of an `.npz` file.
+/// Reads every array of an `.npz` file; integers of fewer bits become i64.
 ///
 /// # Errors
-/// When the file is missing or malformed, or an array is neither f32, f64, i32, i64 nor bool.
+/// When the file is missing or malformed, or an array holds neither floats of 32 or 64 bits, integers nor truth values.
 pub fn read_buffers(path: &Path) -> Result<BTreeMap<String, Buffer>> {
     read_npz_as(path, decode)
+}
+
+/// Reads the array of an `.npy` file.
+///
+/// # Errors
+/// As [`read_buffers`].
+pub fn read_buffer(path: &Path) -> Result<Buffer> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    decode(&bytes).map_err(|found| Error::input(path.display(), found))
 }
 
 /// Writes arrays into an `.npz` file.
@@ -186,22 +195,25 @@ fn decode(bytes: &[u8]) -> Result<Buffer, String> {
         return Err(format!("claims the shape {shape:?}, more than its {} bytes hold", bytes.len()));
     }
     let short = |e: std::io::Error| format!("ends too early: {e}");
-    /// Tries one type after another.
+    /// Tries one type after another, and makes elements of those that programs work on.
     macro_rules! first_of {
-        ($file:expr, $($element:ty => $variant:ident),+) => {{
+        ($file:expr, $($element:ty => $variant:ident($wide:ty)),+) => {{
             let file = $file;
             $(let file = match file.try_data::<$element>() {
                 Ok(data) => {
-                    let elements = Elements::$variant(data.collect::<Result<_, _>>().map_err(short)?);
-                    return Ok(Buffer { shape, elements });
+                    let elements = data.map(|x| x.map(<$wide>::from)).collect::<Result<_, _>>();
+                    return Ok(Buffer { shape, elements: Elements::$variant(elements.map_err(short)?) });
                 }
                 Err(file) => file,
             };)+
             drop(file);
         }};
     }
-    first_of!(file, f32 => F32, f64 => F64, i32 => I32, i64 => I64, bool => Bool);
-    Err(format!("has the type {}; programs work on f32, f64, i32, i64 and bool", header.dtype().descr()))
+    first_of!(
+        file, f32 => F32(f32), f64 => F64(f64), i32 => I32(i32), i64 => I64(i64), bool => Bool(bool),
+        i8 => I64(i64), i16 => I64(i64), u8 => I64(i64), u16 => I64(i64), u32 => I64(i64)
+    );
+    Err(format!("has the type {}; Kiln reads floats, integers and truth values", header.dtype().descr()))
 }
 
 /// A `.npy` file.

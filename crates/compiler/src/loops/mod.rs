@@ -21,7 +21,7 @@ mod walk;
 mod wasm;
 mod wgsl;
 
-pub use buffer::{Buffer, Elements, read_buffers, write_buffers};
+pub use buffer::{Buffer, Elements, read_buffer, read_buffers, write_buffers};
 pub use check::{Checked, check};
 pub use interpret::{Outcome, Trap, interpret};
 pub use passes::{PASSES, Pass, default_passes};

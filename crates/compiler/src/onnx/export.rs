@@ -21,10 +21,18 @@ use super::quantised::{self, Quantised};
 use crate::graph::name_and_attributes;
 use crate::{Boundary, Graph, quiet};
 
-/// The set of operators that is written: the first with `Gelu`.
-const OPSET: i64 = 20;
-/// The version of the file format that came with it.
-const IR_VERSION: i64 = 9;
+/// A set of operators, and the version of the file format that came with it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Standard {
+    operators: i64,
+    format: i64,
+}
+
+/// The first with `Gelu`.
+const USUAL: Standard = Standard { operators: 20, format: 9 };
+
+/// The first with weights of 4 bits.
+const FOUR_BITS: Standard = Standard { operators: 21, format: 10 };
 
 impl Graph {
     /// Writes the graph as an ONNX file with operators of set 20. Inputs and outputs are called as their ports.
@@ -40,8 +48,20 @@ impl Graph {
     /// # Errors
     /// When the graph has operations that ONNX has not.
     pub fn to_onnx_bytes(&self) -> Result<Vec<u8>> {
+        self.write_onnx(USUAL)
+    }
+
+    /// The bytes of a file with operators of set 21, in which quantised weights that 4 bits hold take no more.
+    ///
+    /// # Errors
+    /// As [`to_onnx_bytes`](Self::to_onnx_bytes).
+    pub fn to_onnx_bytes_in_four_bits(&self) -> Result<Vec<u8>> {
+        self.write_onnx(FOUR_BITS)
+    }
+
+    fn write_onnx(&self, standard: Standard) -> Result<Vec<u8>> {
         self.verify()?;
-        let mut writer = Writer::new(self);
+        let mut writer = Writer::new(self, standard);
         let mut missing = BTreeMap::<String, Vec<usize>>::new();
         let (quantised, replaced) = quantised::find(self);
         for (at, operation) in self.operations.iter().enumerate().filter(|(at, _)| !replaced.contains(at)) {
@@ -73,9 +93,9 @@ impl Graph {
                 self.kind
             )));
         }
-        let opset_import = vec![OperatorSetIdProto { domain: String::new(), version: OPSET }];
+        let opset_import = vec![OperatorSetIdProto { domain: String::new(), version: standard.operators }];
         let model = ModelProto {
-            ir_version: IR_VERSION,
+            ir_version: standard.format,
             producer_name: "kiln".into(),
             graph: Some(graph),
             opset_import,
@@ -91,12 +111,16 @@ struct Writer<'a> {
     /// Numbers that operations bring along, by their name.
     numbers: BTreeMap<String, TensorData>,
     temporaries: usize,
+    standard: Standard,
+    /// Names of the constants that are written with 4 bits.
+    halves: BTreeSet<String>,
 }
 
 impl<'a> Writer<'a> {
-    fn new(graph: &'a Graph) -> Self {
+    fn new(graph: &'a Graph, standard: Standard) -> Self {
         let names = graph.inputs.iter().map(|input| (input.tensor, input.port.name.clone())).collect();
-        Self { graph, names, nodes: Vec::new(), numbers: BTreeMap::new(), temporaries: 0 }
+        let (numbers, halves) = (BTreeMap::new(), BTreeSet::new());
+        Self { graph, names, nodes: Vec::new(), numbers, temporaries: 0, standard, halves }
     }
 
     /// Inputs are called as their ports, everything else by its number.
@@ -207,8 +231,12 @@ impl<'a> Writer<'a> {
         let name = format!("%quantised{}", self.temporaries);
         let scale = self.kept(format!("{name}_scale"), TensorData::new(found.scale.clone(), shape.clone()));
         let mut how = vec![scale];
-        // The standard knows no zero point of 32 bits.
-        if found.dtype != DType::I32 {
+        let halves = self.standard == FOUR_BITS && self.fits_four_bits(found);
+        if halves {
+            self.halves.insert(self.name(found.x.id));
+        }
+        // The standard knows no zero point of 32 bits; without one it is 0.
+        if found.dtype != DType::I32 && !halves {
             let zero = TensorData::new(found.zero.clone(), shape).convert_dtype(found.dtype);
             how.push(self.kept(format!("{name}_zero"), zero));
         }
@@ -220,6 +248,13 @@ impl<'a> Writer<'a> {
         }
         self.node_of("DequantizeLinear", with(x), axis);
         last.outputs().next().is_some_and(|out| self.called(out))
+    }
+
+    /// Whether these are stored integers around 0 that 4 bits hold.
+    fn fits_four_bits(&self, found: &Quantised<'_>) -> bool {
+        let small = |data: &TensorData| data.iter::<i64>().all(|q| (-8..8).contains(&q));
+        let stored = || self.graph.constants.get(&found.x.id).is_some_and(small);
+        !found.rounds && found.dtype == DType::I8 && found.zero.iter().all(|&zero| zero == 0) && stored()
     }
 
     /// Lets the last node's result have the name of a tensor.
@@ -715,17 +750,19 @@ impl<'a> Writer<'a> {
         let numbers = self.numbers.iter().map(|(name, data)| (name.clone(), data));
         let initializer =
             constants.chain(numbers).filter(|(name, _)| read.contains(name)).map(|(name, data)| {
-                let data_type = file_type(data.dtype()).ok_or_else(|| {
-                    Error::work(format!("a constant of type {:?} cannot be written as ONNX", data.dtype()))
-                })?;
                 let dims = data.shape().iter().map(|&size| size as i64).collect();
-                Ok(TensorProto {
-                    dims,
-                    data_type,
-                    name,
-                    raw_data: data.as_bytes().to_vec(),
-                    ..TensorProto::default()
-                })
+                let (data_type, raw_data) = if self.halves.contains(&name) {
+                    // The lower half of a byte first; an odd last one is alone.
+                    let byte = |pair: &[u8]| pair[0] & 15 | pair.get(1).map_or(0, |high| high << 4);
+                    (data_type::INT4, data.as_bytes().chunks(2).map(byte).collect())
+                } else {
+                    let data_type = file_type(data.dtype()).ok_or_else(|| {
+                        let dtype = data.dtype();
+                        Error::work(format!("a constant of type {dtype:?} cannot be written as ONNX"))
+                    })?;
+                    (data_type, data.as_bytes().to_vec())
+                };
+                Ok(TensorProto { dims, data_type, name, raw_data, ..TensorProto::default() })
             });
         let initializer = initializer.collect::<Result<_>>()?;
         let input = self.graph.inputs.iter().map(|input| described(&input.port.name, input)).collect();

@@ -14,8 +14,7 @@ use crate::checkpoint::Trained;
 use crate::data::{Examples, learnt_texts};
 use crate::latency::{Profile, compiled_seconds, measure};
 use crate::program::Program;
-use crate::quantise::{Metric, Quantiser, SearchPlan, sample, score};
-use crate::quantiser::Calibrator;
+use crate::quantise::{Metric, QuantConfig, Quantiser, SearchPlan, sample, score};
 use crate::search::{Bits, Order, Trials};
 use crate::training::ClassifyTask;
 
@@ -263,13 +262,14 @@ fn study(
 
     let calibration = examples.select(&sample(examples.len(), plan.calibration, "calibration", cx));
     let labelled = examples.select(&sample(examples.len(), plan.sensitivity.0, "sensitivity", cx));
-    let quantiser = Quantiser::calibrate(Program::new(graph.clone())?, &calibration, Calibrator::Mse, cx)?;
+    let quantiser =
+        Quantiser::calibrate(Program::new(graph.clone())?, &calibration, QuantConfig::default(), cx)?;
     let sensitivities = quantiser.sensitivities(&labelled, plan.sensitivity.1, true, cx)?;
     let units = quantiser.program.units.len();
     let sixteen: Bits = vec![16; units];
     let baseline = score(&quantiser.float_logits(&untouched)?, &untouched.labels, Metric::Accuracy);
     let saved = |bits: &Bits| {
-        let [before, after] = [&sixteen, bits].map(|bits| profile.latency(&quantiser.program, bits));
+        let [before, after] = [&sixteen, bits].map(|bits| quantiser.latency(profile, bits));
         100.0 * (1.0 - after / before)
     };
 
@@ -289,10 +289,8 @@ fn study(
                 score(&quantiser.real_logits(&found.bits, &untouched)?, &untouched.labels, Metric::Accuracy);
             at.push((accuracy / baseline, saved(&found.bits), found.bits));
         }
-        let tried = trials
-            .tried
-            .iter()
-            .map(|tried| (1e3 * profile.latency(&quantiser.program, &tried.bits), tried.metric));
+        let tried =
+            trials.tried.iter().map(|tried| (1e3 * quantiser.latency(profile, &tried.bits), tried.metric));
         courses.push(Course { name, at, tried: tried.collect() });
     }
 

@@ -1,5 +1,6 @@
 //! How long a configuration takes: by a model whose constants are measured on this machine, and by running it.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use burn::backend::ir::TensorId;
@@ -13,8 +14,7 @@ use crate::data::Examples;
 use crate::program::Program;
 use crate::quantise::batches;
 use crate::quantiser::{Asymmetric, Calibrator, Symmetric};
-use crate::search::Bits;
-use crate::unit::{Numbers, Ranges, Ready, Unit, Weights, Window, Work};
+use crate::unit::{Numbers, Pair, Ready, Scales, Unit, Weights, Window, Work};
 
 /// Runs before those that count.
 const WARM_UP: usize = 5;
@@ -90,6 +90,7 @@ impl Probe {
             weight: (0..count).map(|i| (i % 13) as f32 * 0.1 - 0.6).collect(),
             shape,
             ends: Ends::OPEN,
+            tops: Vec::new(),
             multiplications,
             elements: 0,
         };
@@ -125,17 +126,17 @@ impl Probe {
             flex::tensor((0..count).map(|i| (i % 17) as f32 * 0.1).collect(), shape.to_vec())
         };
         let (x, second) = (tensor(&self.x), self.second.as_deref().map(tensor));
-        let range = |bits| Asymmetric::of_range(0.0, 1.6, bits);
-        let symmetric = |bits| Symmetric::of_range(1.6, bits);
-        let ranges = Ranges {
-            input: [range(8), range(4)],
-            second: self.second.as_ref().map(|_| [symmetric(8), symmetric(4)]),
-        };
         let ready = match bits {
             16 => Ready::float(&self.unit),
             bits => {
-                let weights = Weights::of(&self.unit, bits, Calibrator::Minmax);
-                Ready::whole(&self.unit, &Numbers { weights, ranges })
+                let weights = || Arc::new(Weights::of(&self.unit, bits, Calibrator::Minmax, Scales::Row));
+                let numbers = Numbers {
+                    weights: (!self.unit.weight.is_empty()).then(weights),
+                    input: Some(Asymmetric::of_range(0.0, 1.6, bits.into())),
+                    second: self.second.as_ref().map(|_| Symmetric::of_range(1.6, bits.into())),
+                    shift: Vec::new(),
+                };
+                Ready::whole(&self.unit, &numbers)
             }
         };
         median(15, || {
@@ -175,23 +176,20 @@ impl Profile {
         }
     }
 
-    /// Seconds for one example of a configuration.
-    pub fn latency(&self, program: &Program, bits: &Bits) -> f64 {
-        let unit = |(unit, &bits): (&Unit, &u8)| {
-            let rates = match unit.work {
-                Work::Conv(window) if window.groups == unit.shape[0] && window.groups > 1 => &self.by_channel,
-                Work::Conv(_) => &self.conv,
-                Work::Product => &self.product,
-                Work::Linear => &self.linear,
-                Work::Table => return (unit.elements * 4) as f64 / self.bandwidth,
-            };
-            let at = place(bits);
-            let compute = unit.multiplications as f64 / rates.throughput[at];
-            // Activations pass in floats on either side of a unit.
-            let bytes = unit.bytes(bits) + 4 * unit.elements;
-            compute.max(bytes as f64 / self.bandwidth) + rates.overhead[at]
+    /// Seconds that a unit takes for one example. It computes with the more bits of weights and input.
+    pub fn unit(&self, unit: &Unit, pair: Pair) -> f64 {
+        let rates = match unit.work {
+            Work::Conv(window) if window.groups == unit.shape[0] && window.groups > 1 => &self.by_channel,
+            Work::Conv(_) => &self.conv,
+            Work::Product => &self.product,
+            Work::Linear => &self.linear,
+            Work::Table => return (unit.elements * 4) as f64 / self.bandwidth,
         };
-        program.units.iter().zip(bits).map(unit).sum()
+        let at = place(pair.wider());
+        let compute = unit.multiplications as f64 / rates.throughput[at];
+        // Activations pass in floats on either side of a unit.
+        let bytes = unit.bytes(pair.weight) + 4 * unit.elements;
+        compute.max(bytes as f64 / self.bandwidth) + rates.overhead[at]
     }
 }
 

@@ -26,19 +26,25 @@
 //! assert_eq!(rows.q, [64, -127, 32, 127, 0, 32]);
 //! ```
 
+pub mod adaround;
 pub mod arch;
 pub mod arrays;
 pub mod checkpoint;
 mod command;
 pub mod data;
+pub mod equalise;
 mod experiment;
 pub mod fold;
+pub mod foreign;
+pub mod grouped;
 pub mod latency;
+pub mod layers;
 pub mod mlp;
 pub mod program;
 pub mod quantise;
 pub mod quantiser;
 pub mod search;
+pub mod sensitivity;
 pub mod store;
 pub mod training;
 pub mod unit;
@@ -49,8 +55,9 @@ use std::path::Path;
 use clap::{CommandFactory, FromArgMatches};
 use kiln_core::{Card, Context, Error, Network, Report, Result, Scale, System};
 
+pub use layers::Layers;
 pub use program::Program;
-pub use quantise::{Metric, Quantiser, SearchPlan};
+pub use quantise::{Granularity, Metric, QuantConfig, Quantiser, SearchPlan};
 pub use store::Quantised;
 
 /// The system, as the binary sees it.

@@ -161,17 +161,20 @@ impl Mlp {
         (0..self.layers()).map(trace).collect()
     }
 
-    /// The same, estimated from random signs: the mean of `vᵀ H v` (Hutchinson).
-    pub fn estimated_traces(&self, probes: usize, rng: &mut impl Rng) -> Vec<f64> {
-        let mut trace = |layer: usize| {
+    /// The same, estimated from random signs: the mean of `vᵀ H v` (Hutchinson), with signs that are orthogonal among each
+    /// other ([`orthogonal_signs`]). `stream` gives the random numbers of a layer and a block of them.
+    pub fn estimated_traces<R: Rng>(&self, probes: usize, stream: impl Fn(usize, usize) -> R) -> Vec<f64> {
+        let trace = |layer: usize| {
             let n = self.weights[layer].concat().len();
-            let signs: Vec<Vec<f64>> = (0..probes).map(|_| random_signs(n, rng)).collect();
+            let of_layer = |block| stream(layer, block);
+            let signs: Vec<Vec<f64>> =
+                (0..probes).map(|probe| orthogonal_signs(n, probe, of_layer)).collect();
             let products = signs
                 .par_iter()
                 .map(|v| -> f64 { self.hessian_times(layer, v).iter().zip(v).map(|(h, v)| h * v).sum() });
             products.collect::<Vec<f64>>().iter().sum::<f64>() / probes as f64
         };
-        (0..self.layers()).map(&mut trace).collect()
+        (0..self.layers()).map(trace).collect()
     }
 
     /// Every layer's weights, rounded to `bits` with one scale a layer.
@@ -207,7 +210,35 @@ pub(crate) fn log_sum_exp(x: &[f64]) -> f64 {
     most + x.iter().map(|x| (x - most).exp()).sum::<f64>().ln()
 }
 
-/// Numbers that are 1 or -1.
-pub(crate) fn random_signs(n: usize, rng: &mut impl Rng) -> Vec<f64> {
-    (0..n).map(|_| if rng.random::<bool>() { 1.0 } else { -1.0 }).collect()
+/// The signs of a probe, 1 or -1: a row of Walsh's matrix `(-1)^(row & column)` of `n`, rounded up to a power of two, whose
+/// columns are turned at random, by the same draw for as many probes as it has rows.
+///
+/// Each alone is as good as independent signs, so that the mean of `vᵀ H v` is the trace. But the `v vᵀ` of a whole block
+/// sum up to a multiple of the identity: what the entries beside the diagonal add to one probe, they take from others.
+pub(crate) fn orthogonal_signs<R: Rng>(n: usize, probe: usize, stream: impl Fn(usize) -> R) -> Vec<f64> {
+    let block = n.next_power_of_two();
+    let (mut rng, row) = (stream(probe / block), probe % block);
+    let sign = |odd: bool| if odd { -1.0 } else { 1.0 };
+    (0..n).map(|column| sign(rng.random::<bool>() != ((row & column).count_ones() % 2 == 1))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_of_signs_is_orthogonal_and_other_blocks_differ() {
+        let stream = |block| kiln_core::random_stream(0, "signs", block as u64);
+        for n in [1, 2, 5, 12] {
+            let block = n.next_power_of_two();
+            let all: Vec<Vec<f64>> = (0..block).map(|probe| orthogonal_signs(n, probe, stream)).collect();
+            for i in 0..n {
+                for j in 0..n {
+                    let sum: f64 = all.iter().map(|v| v[i] * v[j]).sum();
+                    assert_eq!(sum, if i == j { block as f64 } else { 0.0 }, "{n}: {i}, {j}");
+                }
+            }
+        }
+        assert_ne!(orthogonal_signs(12, 3, stream), orthogonal_signs(12, 19, stream));
+    }
 }

@@ -343,6 +343,11 @@ impl Program {
         self.constants.values().map(|data| data.as_bytes().len()).sum()
     }
 
+    /// Tensors as often as steps read them.
+    pub(crate) fn all_reads(&self) -> impl Iterator<Item = TensorId> + '_ {
+        (0..self.steps.len()).flat_map(|at| self.reads(at))
+    }
+
     fn reads(&self, at: usize) -> Box<dyn Iterator<Item = TensorId> + '_> {
         match &self.steps[at] {
             Step::Unit(unit) => {
@@ -422,6 +427,14 @@ pub fn stack(parts: &[&TensorData]) -> TensorData {
         TensorData::new(parts.iter().flat_map(|part| part.iter::<f32>()).collect::<Vec<f32>>(), shape)
     } else {
         TensorData::new(parts.iter().flat_map(|part| part.iter::<i64>()).collect::<Vec<i64>>(), shape)
+    }
+}
+
+/// A tensor of floats while a program runs.
+pub(crate) fn float_value(values: &Values, id: TensorId) -> Option<FlexTensor> {
+    match values.get(id.value() as usize)? {
+        Some(HandleKind::Float(tensor)) => Some(tensor.clone()),
+        _ => None,
     }
 }
 
@@ -616,6 +629,7 @@ impl<'a> Builder<'a> {
                     weight,
                     bias,
                     ends: Ends::OPEN,
+                    tops: Vec::new(),
                 })
             }
             OperationIr::Float(_, FloatOperationIr::Matmul(product)) => {
@@ -639,6 +653,7 @@ impl<'a> Builder<'a> {
                     bias: if weight.is_empty() { Vec::new() } else { vec![0.0; outputs] },
                     weight,
                     ends: Ends::OPEN,
+                    tops: Vec::new(),
                 };
                 if let Some(weight) = self.floats(product.rhs.id) {
                     if outer.iter().any(|&extent| extent != 1) {
@@ -678,6 +693,7 @@ impl<'a> Builder<'a> {
                     weight: transposed(&weight, inner),
                     bias,
                     ends: Ends::OPEN,
+                    tops: Vec::new(),
                 })
             }
             OperationIr::BaseFloat(BaseOperationIr::Select(select)) if select.dim == 0 => {
@@ -695,6 +711,7 @@ impl<'a> Builder<'a> {
                     weight,
                     bias: Vec::new(),
                     ends: Ends::OPEN,
+                    tops: Vec::new(),
                 })
             }
             _ => None,

@@ -1,37 +1,34 @@
-//! From a trained network to a quantised one: calibration, sensitivities, search.
+//! From a trained network to a quantised one: calibration and search.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use burn::tensor::TensorData;
+use clap::ValueEnum;
 use kiln_core::{Context, Error, Result};
 use kiln_nn::{Confusion, likeliest};
 use kiln_ops::flex;
-use rand::RngExt;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
+use crate::adaround::{Gram, learn};
 use crate::data::Examples;
-use crate::mlp::{log_sum_exp, random_signs};
+use crate::grouped::Grouped;
+use crate::latency::Profile;
+use crate::mlp::log_sum_exp;
 use crate::program::Program;
 use crate::quantiser::{Calibrator, Observer};
-use crate::search::{Augment, Bits, Goal, Measured, Order, Trials, Tried, least_first, search};
-use crate::unit::{Numbers, Ranges, Ready, Weights, Work};
+use crate::search::{
+    Augment, Bits, Goal, Measured, Order, Trials, Tried, least_first, per_gain, search, within,
+};
+use crate::sensitivity::Sensitivities;
+use crate::unit::{Numbers, Pair, Ranges, Ready, Scales, Unit, Weights, Work, channel_width};
 
 /// Examples that a program computes at once, where the network allows.
 const BATCH: usize = 64;
 
-/// Of units further apart than this, only some pairs are measured.
-const NEAR: usize = 8;
-
-/// Units up to which all pairs are measured.
-const ALL_PAIRS: usize = 40;
-
-/// A share of the pairs of units that are far apart.
-const FAR_SHARE: f64 = 0.1;
-
 /// What is measured on the validation set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Metric {
     /// Share of right classes
@@ -43,20 +40,122 @@ pub enum Metric {
     Loss,
 }
 
+/// What gets bits of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Granularity {
+    /// A layer: its weights and its input have the same
+    #[default]
+    Layer,
+    /// A tensor: weights and input apart, computed with the more of both
+    Tensor,
+}
+
+/// Which tensors of a unit a [`Part`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Weights and input; of a product both operands.
+    Both,
+    /// The weights; of a product the second operand.
+    Weight,
+    /// The input; of a product the first operand.
+    Input,
+}
+
+/// What the search decides about: a unit, or one of its tensors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// The unit's name, and the tensor's.
+    pub name: String,
+    /// The unit, by its number.
+    pub unit: usize,
+    /// Which of its tensors.
+    pub side: Side,
+}
+
+impl Part {
+    /// The parts of all units, in their order.
+    pub fn of(program: &Program, granularity: Granularity) -> Vec<Self> {
+        let parts = |(at, unit): (usize, &Unit)| {
+            let part = |side, name: &str| Self { name: format!("{}{name}", unit.name), unit: at, side };
+            match (granularity, unit.work) {
+                (Granularity::Layer, _) => vec![part(Side::Both, "")],
+                (Granularity::Tensor, Work::Table) => vec![part(Side::Weight, ".weight")],
+                (Granularity::Tensor, Work::Product) => {
+                    vec![part(Side::Input, ".first"), part(Side::Weight, ".second")]
+                }
+                (Granularity::Tensor, _) => vec![part(Side::Weight, ".weight"), part(Side::Input, ".input")],
+            }
+        };
+        program.units.iter().enumerate().flat_map(parts).collect()
+    }
+
+    /// Gives this part of a pair its bits.
+    fn set(&self, pair: &mut Pair, bits: u8) {
+        if self.side != Side::Input {
+            pair.weight = bits;
+        }
+        if self.side != Side::Weight {
+            pair.input = bits;
+        }
+    }
+}
+
+/// How a network is quantised, apart from the bits.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct QuantConfig {
+    /// How activations get their range.
+    pub calibrator: Calibrator,
+    /// What gets bits of its own.
+    pub granularity: Granularity,
+    /// Which weights share a scale.
+    pub scales: Scales,
+    /// Neighbours in a row of a linear layer that share a scale at four bits; the layer's input then stays a float.
+    pub group: Option<usize>,
+    /// Whether channels are equalised across layers first.
+    pub equalise: bool,
+    /// Whether biases make up for the mean error of the rounding.
+    pub bias_correct: bool,
+    /// Steps in which the rounding of four bits is learnt.
+    pub adaround: Option<usize>,
+}
+
+/// Mean errors of each channel, for which its bias makes up; empty where that is not wanted.
+#[derive(Debug, Clone, Default)]
+struct Shifts {
+    /// Of the weights, at eight and at four bits.
+    weight: [Vec<f32>; 2],
+    /// Of the input.
+    input: [Vec<f32>; 2],
+}
+
 /// A network that is being quantised.
 #[derive(Debug, Clone)]
 pub struct Quantiser {
     /// One example at a time.
     pub program: Program,
     /// Many at once, where the network allows.
-    batched: Program,
-    /// How weights of 4 bits, and activations, get their range.
-    calibrator: Calibrator,
-    /// Whole numbers of every unit at 8 and 4 bits.
-    pub numbers: Vec<[Arc<Numbers>; 2]>,
-    floats: Vec<Ready>,
+    pub(crate) batched: Program,
+    /// What the search decides about.
+    pub parts: Vec<Part>,
+    /// The latency model that says what bits save; measured when it is needed first.
+    pub profile: Option<Profile>,
+    config: QuantConfig,
+    /// At eight and at four bits; nothing for products.
+    weights: Vec<[Option<Arc<Weights>>; 2]>,
+    ranges: Vec<Ranges>,
+    shifts: Vec<Shifts>,
+    pub(crate) floats: Vec<Ready>,
     halves: Vec<Ready>,
-    rounded: Vec<[Ready; 2]>,
+}
+
+/// The place of a precision among those of 8 and 4 bits.
+fn place(bits: u8) -> Option<usize> {
+    match bits {
+        8 => Some(0),
+        4 => Some(1),
+        _ => None,
+    }
 }
 
 impl Quantiser {
@@ -65,85 +164,95 @@ impl Quantiser {
     /// # Errors
     /// When the examples do not fit the network.
     pub fn calibrate(
-        program: Program,
+        mut program: Program,
         examples: &Examples,
-        calibrator: Calibrator,
+        config: QuantConfig,
         cx: &Context,
     ) -> Result<Self> {
         if examples.is_empty() {
             return Err(Error::usage("there are no examples to calibrate with"));
         }
+        if config.equalise && program.equalise() == 0 {
+            cx.note("no two layers follow each other so that they could be equalised");
+        }
         let floats: Vec<Ready> = program.units.iter().map(Ready::float).collect();
         let batched = program.with_batch(BATCH, &floats).unwrap_or_else(|| program.clone());
-        let mut observers: Vec<[Observer; 2]> = vec![Default::default(); program.units.len()];
-        let bar = cx.progress(examples.len() as u64, "calibrating");
-        for (inputs, _) in batches(examples, batched.batch()) {
-            let mut values = batched.begin(&[inputs])?;
-            let mut wrong = None;
-            batched.run_from(0, &mut values, &floats, false, &mut |unit, x, second| {
-                if batched.units[unit].work == Work::Table {
-                    return;
-                }
-                let x = flex::floats(x);
-                if x.iter().any(|x| !x.is_finite()) {
-                    wrong.get_or_insert(unit);
-                    return;
-                }
-                observers[unit][0].observe(&x);
-                if let Some(second) = second {
-                    observers[unit][1].observe(&flex::floats(second));
-                }
-            });
-            if let Some(unit) = wrong {
-                return Err(Error::work(format!(
-                    "what {} reads is not finite for some calibration examples",
-                    program.units[unit].name
-                ))
-                .hint("the network itself overflows on them"));
-            }
-            bar.inc(batched.batch() as u64);
-        }
-        let range = |(unit, observers): (&crate::unit::Unit, &[Observer; 2])| {
-            let second = (unit.work == Work::Product).then_some(&observers[1]);
-            Ranges::of(&observers[0], second, calibrator)
+        let (ranges, grams) = observe(&batched, &floats, examples, &config, cx)?;
+        let weights = round_weights(&program.units, &grams, &config, cx)?;
+        let shifts = match config.bias_correct {
+            true => mean_errors(&batched, &floats, &weights, &ranges, examples, cx)?,
+            false => vec![Shifts::default(); program.units.len()],
         };
-        let ranges: Vec<Ranges> = program.units.iter().zip(&observers).map(range).collect();
-        let numbers_of = |(unit, ranges): (&crate::unit::Unit, &Ranges)| {
-            [(8, Calibrator::Minmax), (4, Calibrator::Mse)].map(|(bits, calibrator)| {
-                Arc::new(Numbers { weights: Weights::of(unit, bits, calibrator), ranges: ranges.clone() })
-            })
-        };
-        let numbers: Vec<[Arc<Numbers>; 2]> = program.units.iter().zip(&ranges).map(numbers_of).collect();
-        let both = program.units.iter().zip(&numbers);
-        let rounded = both
-            .map(|(unit, numbers)| numbers.each_ref().map(|numbers| Ready::rounded(unit, numbers)))
-            .collect();
         let halves = program.units.iter().map(Ready::half).collect();
-        Ok(Self { program, batched, calibrator, numbers, floats, halves, rounded })
+        let parts = Part::of(&program, config.granularity);
+        Ok(Self { program, batched, parts, profile: None, config, weights, ranges, shifts, floats, halves })
     }
 
-    /// How ranges were chosen.
-    pub fn calibrator(&self) -> Calibrator {
-        self.calibrator
+    /// How it is quantised.
+    pub fn config(&self) -> QuantConfig {
+        self.config
+    }
+
+    /// Bits of every unit's weights and input in a configuration.
+    pub fn pairs(&self, bits: &Bits) -> Vec<Pair> {
+        let mut pairs = vec![Pair::of(16); self.program.units.len()];
+        self.parts.iter().zip(bits).for_each(|(part, &bits)| part.set(&mut pairs[part.unit], bits));
+        pairs.iter().enumerate().map(|(unit, &pair)| self.resolved(unit, pair)).collect()
+    }
+
+    /// Numbers of a table's rows are not rounded, and neither is what weights in groups are multiplied with.
+    fn resolved(&self, unit: usize, pair: Pair) -> Pair {
+        let work = self.program.units[unit].work;
+        let in_groups = pair.weight == 4 && grouping(&self.program.units[unit], &self.config).is_some();
+        if work == Work::Table || in_groups { Pair { input: 16, ..pair } } else { pair }
+    }
+
+    /// How a unit is rounded at these bits.
+    pub fn numbers(&self, unit: usize, pair: Pair) -> Numbers {
+        let pair = self.resolved(unit, pair);
+        let (weight, input) = (place(pair.weight), place(pair.input));
+        let ranges = &self.ranges[unit];
+        let product = self.program.units[unit].work == Work::Product;
+        let shifts = &self.shifts[unit];
+        let parts = [weight.map(|at| &shifts.weight[at]), input.map(|at| &shifts.input[at])];
+        let mut shift: Vec<f32> = Vec::new();
+        for part in parts.into_iter().flatten().filter(|part| !part.is_empty()) {
+            shift.resize(part.len(), 0.0);
+            shift.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+        }
+        Numbers {
+            weights: weight.and_then(|at| self.weights[unit][at].clone()),
+            input: input.map(|at| ranges.input[at]),
+            second: weight.filter(|_| product).and_then(|at| ranges.second.map(|second| second[at])),
+            shift,
+        }
+    }
+
+    /// The unit of some parts, of which these alone are rounded.
+    pub(crate) fn rounded_parts(&self, parts: &[usize], bits: u8) -> Ready {
+        let mut pair = Pair::of(16);
+        parts.iter().for_each(|&part| self.parts[part].set(&mut pair, bits));
+        let unit = self.parts[parts[0]].unit;
+        Ready::rounded(&self.program.units[unit], &self.numbers(unit, pair))
+    }
+
+    /// The units of a configuration as `make` makes them, those of 16 bits as they are.
+    fn units(&self, bits: &Bits, make: fn(&Unit, &Numbers) -> Ready) -> Vec<Ready> {
+        let unit = |(at, pair): (usize, Pair)| match self.numbers(at, pair) {
+            numbers if numbers.is_float() => self.halves[at].clone(),
+            numbers => make(&self.program.units[at], &numbers),
+        };
+        self.pairs(bits).into_iter().enumerate().map(unit).collect()
     }
 
     /// The units of a configuration, rounded as if quantised.
     fn as_if(&self, bits: &Bits) -> Vec<Ready> {
-        let unit = |(unit, &bits): (usize, &u8)| match bits {
-            16 => self.halves[unit].clone(),
-            8 => self.rounded[unit][0].clone(),
-            _ => self.rounded[unit][1].clone(),
-        };
-        bits.iter().enumerate().map(unit).collect()
+        self.units(bits, Ready::rounded)
     }
 
     /// The units of a configuration, in whole numbers where it says so.
     pub fn real(&self, bits: &Bits) -> Vec<Ready> {
-        let unit = |(at, &bits): (usize, &u8)| match bits {
-            16 => self.halves[at].clone(),
-            bits => Ready::whole(&self.program.units[at], &self.numbers[at][usize::from(bits == 4)]),
-        };
-        bits.iter().enumerate().map(unit).collect()
+        self.units(bits, Ready::whole)
     }
 
     /// Logits of the network as it was, `[examples, classes]`.
@@ -170,141 +279,10 @@ impl Quantiser {
         logits(&self.batched, &self.as_if(bits), examples)
     }
 
-    /// Measures all units at 8 and 4 bits on labelled examples, with `probes` random directions for the curvature.
+    /// Searches for the bits of every part.
     ///
     /// # Errors
-    /// When the examples do not fit, or the user stops it.
-    pub fn sensitivities(
-        &self,
-        examples: &Examples,
-        probes: usize,
-        pairs: bool,
-        cx: &Context,
-    ) -> Result<Sensitivities> {
-        let units = self.program.units.len();
-        let program = &self.batched;
-        let chosen: Vec<(usize, usize)> = if pairs { self.pairs(cx) } else { Vec::new() };
-        let work = examples.len().div_ceil(program.batch()) * units * (2 * probes + 3);
-        let bar = cx.progress(work as u64, "sensitivities");
-        let mut loss = 0.0;
-        let mut single = vec![vec![0.0; units]; 2];
-        let mut paired = vec![vec![0.0; chosen.len()]; 2];
-        let mut curvature = vec![vec![0.0; probes]; units];
-        for (inputs, labels) in batches(examples, program.batch()) {
-            let mut base = program.begin(&[inputs])?;
-            program.run_from(0, &mut base, &self.floats, true, &mut |_, _, _| {});
-            let loss_of = |values: &mut crate::program::Values| -> f64 {
-                let logits = program.read_outputs(values);
-                total_loss(&rows(&logits[0], program.batch()), &labels)
-            };
-            let batch_loss = loss_of(&mut base);
-            loss += batch_loss;
-            for unit in 0..units {
-                if cx.interrupted() {
-                    return Err(Error::interrupted("stopped while sensitivities were measured"));
-                }
-                let step = program.step_of(unit);
-                let rerun = |from: &crate::program::Values, ready: &[Ready], keep: bool| {
-                    let mut values = from.clone();
-                    program.run_from(step, &mut values, ready, keep, &mut |_, _, _| {});
-                    values
-                };
-                let mut ready = self.floats.clone();
-                for (precision, rounded) in self.rounded[unit].iter().enumerate() {
-                    ready[unit] = rounded.clone();
-                    let after = chosen.iter().enumerate().filter(|(_, (i, _))| *i == unit);
-                    let after: Vec<(usize, usize)> = after.map(|(at, (_, j))| (at, *j)).collect();
-                    let mut values = rerun(&base, &ready, !after.is_empty());
-                    single[precision][unit] += loss_of(&mut values);
-                    for (at, j) in after {
-                        let mut both = ready.clone();
-                        both[j] = self.rounded[j][precision].clone();
-                        let mut second = values.clone();
-                        program.run_from(program.step_of(j), &mut second, &both, false, &mut |_, _, _| {});
-                        paired[precision][at] += loss_of(&mut second);
-                    }
-                }
-                if !self.program.units[unit].weight.is_empty() {
-                    for (probe, curvature) in curvature[unit].iter_mut().enumerate() {
-                        let (moved, step_size) = self.moved(unit, probe, cx);
-                        for moved in moved {
-                            ready[unit] = moved;
-                            *curvature +=
-                                (loss_of(&mut rerun(&base, &ready, false)) - batch_loss) / step_size;
-                        }
-                    }
-                }
-                bar.inc(2 * probes as u64 + 3);
-            }
-        }
-        let count = examples.len() as f64;
-        let mean = |sum: f64| sum / count;
-        loss = mean(loss);
-        let traces: Vec<Trace> = curvature
-            .iter()
-            .map(|probes| Trace::of(&probes.iter().map(|&p| mean(p)).collect::<Vec<_>>()))
-            .collect();
-        let measured = |precision: usize| {
-            let single: Vec<f64> = single[precision].iter().map(|&sum| mean(sum) - loss).collect();
-            let pairs: Vec<((usize, usize), f64)> = chosen
-                .iter()
-                .zip(&paired[precision])
-                .map(|(&(i, j), &sum)| ((i, j), mean(sum) - loss - single[i] - single[j]))
-                .collect();
-            let noise: Vec<f64> = (0..units).map(|unit| self.noise(unit, precision)).collect();
-            let hessian = (0..units).map(|unit| {
-                let n = self.program.units[unit].weight.len().max(1) as f64;
-                traces[unit].mean.max(0.0) / n * noise[unit]
-            });
-            Measured { hessian: hessian.collect(), noise, pair: symmetric(units, &pairs), single }
-        };
-        Ok(Sensitivities {
-            units: self.program.units.iter().map(|unit| unit.name.clone()).collect(),
-            loss,
-            eight: measured(0),
-            four: measured(1),
-            traces,
-        })
-    }
-
-    /// Which pairs are measured: all, or the near ones and some of the others.
-    fn pairs(&self, cx: &Context) -> Vec<(usize, usize)> {
-        let units = self.program.units.len();
-        let mut rng = cx.rng("pairs", 0);
-        let all = (0..units).flat_map(|i| (i + 1..units).map(move |j| (i, j)));
-        all.filter(|(i, j)| units <= ALL_PAIRS || j - i <= NEAR || rng.random::<f64>() < FAR_SHARE).collect()
-    }
-
-    /// `‖δ‖²` of a unit's weights.
-    fn noise(&self, unit: usize, precision: usize) -> f64 {
-        let values = self.numbers[unit][precision].weights.values();
-        let pairs = self.program.units[unit].weight.iter().zip(&values);
-        pairs.map(|(w, q)| f64::from(w - q).powi(2)).sum()
-    }
-
-    /// A unit whose weights are moved along random signs to both sides, and the square of the step.
-    ///
-    /// The step is a twentieth of the weights' size, near that of a rounding error of four bits: below it single precision
-    /// does not show the curvature in the loss.
-    fn moved(&self, unit: usize, probe: usize, cx: &Context) -> ([Ready; 2], f64) {
-        const RELATIVE_STEP: f64 = 0.05;
-        let original = &self.program.units[unit];
-        let n = original.weight.len();
-        let square: f64 = original.weight.iter().map(|&w| f64::from(w).powi(2)).sum();
-        let step = RELATIVE_STEP * (square / n as f64).sqrt().max(1e-6);
-        let signs = random_signs(n, &mut cx.rng(&format!("probe {unit}"), probe as u64));
-        let moved = [1.0, -1.0].map(|side| {
-            let mut unit = original.clone();
-            unit.weight.iter_mut().zip(&signs).for_each(|(w, sign)| *w += (side * step * sign) as f32);
-            Ready::float(&unit)
-        });
-        (moved, step * step)
-    }
-
-    /// Searches for the bits of every unit.
-    ///
-    /// # Errors
-    /// When the validation set does not fit or has no labels, or the user stops it.
+    /// When the validation set does not fit or has no labels, the budget is too small, or the user stops it.
     pub fn search(
         &self,
         sensitivities: &Sensitivities,
@@ -321,24 +299,30 @@ impl Quantiser {
             (None, _) => baseline * plan.target,
         };
         let mut rng = cx.rng("order", plan.draw);
-        let mut order = |measured: &Measured| {
+        let profile = plan.per_gain.then(|| self.profile.unwrap_or_else(Profile::measure));
+        let mut order = |measured: &Measured, from: u8, to: u8| {
             let scores = match plan.uniform {
-                true => (0..measured.noise.len()).map(|unit| unit as f64).collect(),
+                true => (0..measured.noise.len()).map(|part| part as f64).collect(),
                 false => measured.scores(plan.order, plan.lambda, plan.augment, &mut rng),
             };
-            least_first(&scores)
+            least_first(&match &profile {
+                Some(profile) => per_gain(&scores, &self.gains(profile, from, to)),
+                None => scores,
+            })
         };
-        let (order8, order4) = (order(&sensitivities.eight), order(&sensitivities.four));
-        let (none, units) = (Vec::new(), self.program.units.len());
+        let eight = plan.bits.contains(&8);
+        let order8 = order(&sensitivities.eight, 16, 8);
+        let order4 = order(&sensitivities.four, if eight { 8 } else { 16 }, 4);
+        let (none, parts) = (Vec::new(), self.parts.len());
         let goal = Goal {
             target,
-            order8: if plan.bits.contains(&8) { &order8 } else { &none },
+            order8: if eight { &order8 } else { &none },
             order4: if plan.bits.contains(&4) { &order4 } else { &none },
             pinned: &plan.pinned,
             refine: plan.refine,
         };
-        let bar = cx.progress(2 * (units.ilog2() as u64 + 2), "search");
-        let bits = search(units, &goal, trials, |bits| {
+        let bar = cx.progress(2 * (parts.ilog2() as u64 + 2), "search");
+        let mut evaluate = |bits: &Bits| {
             if cx.interrupted() {
                 return Err(Error::interrupted("the search was stopped"));
             }
@@ -346,18 +330,210 @@ impl Quantiser {
             record(&Tried { bits: bits.clone(), metric })?;
             bar.inc(1);
             Ok(metric)
+        };
+        let Some(budget) = plan.max_bytes else {
+            let bits = search(parts, &goal, trials, evaluate)?;
+            return Ok(Found { bits, baseline, target: Some(target) });
+        };
+        let bits = within(parts, budget, &goal, |bits| self.bytes(bits).0).ok_or_else(|| {
+            let fewest = plan.bits.iter().copied().min().unwrap_or(16);
+            let mut bits: Bits = vec![fewest; parts];
+            plan.pinned.iter().for_each(|(&part, &pinned)| bits[part] = pinned);
+            Error::usage(format!(
+                "--max-bytes {budget}: the weights take {} at the least",
+                self.bytes(&bits).0
+            ))
+            .hint("allow more bytes, or fewer bits with --bits")
         })?;
-        Ok(Found { bits, baseline, target })
+        trials.metric(&bits, &mut evaluate)?;
+        Ok(Found { bits, baseline, target: None })
+    }
+
+    /// The time that fewer bits save each part's unit, by the latency model.
+    fn gains(&self, profile: &Profile, from: u8, to: u8) -> Vec<f64> {
+        let gain = |part: &Part| {
+            let [before, after] = [from, to].map(|bits| {
+                profile.unit(&self.program.units[part.unit], self.resolved(part.unit, Pair::of(bits)))
+            });
+            before - after
+        };
+        self.parts.iter().map(gain).collect()
+    }
+
+    /// Seconds for one example of a configuration, by the latency model.
+    pub fn latency(&self, profile: &Profile, bits: &Bits) -> f64 {
+        self.program.units.iter().zip(self.pairs(bits)).map(|(unit, pair)| profile.unit(unit, pair)).sum()
     }
 
     /// Bytes of a configuration's weights, and of the network with sixteen bits everywhere.
     pub fn bytes(&self, bits: &Bits) -> (usize, usize) {
-        let of = |bits: &Bits| -> usize {
-            self.program.units.iter().zip(bits).map(|(unit, &bits)| unit.bytes(bits)).sum::<usize>()
-                + self.program.other_bytes()
+        let of = |pairs: &[Pair]| -> usize {
+            let unit = |(at, pair): (usize, &Pair)| {
+                let unit = &self.program.units[at];
+                let scales = place(pair.weight).and_then(|at_bits| self.weights[at][at_bits].as_ref());
+                let more = scales.map_or(0, |weights| 4 * (weights.scales.len() - unit.rows()));
+                unit.bytes(pair.weight) + more
+            };
+            pairs.iter().enumerate().map(unit).sum::<usize>() + self.program.other_bytes()
         };
-        (of(bits), of(&vec![16; bits.len()]))
+        (of(&self.pairs(bits)), of(&vec![Pair::of(16); self.program.units.len()]))
     }
+}
+
+/// Neighbours that share a scale at four bits, where a unit's weights are in groups.
+fn grouping(unit: &Unit, config: &QuantConfig) -> Option<usize> {
+    config.group.filter(|&group| unit.work == Work::Linear && Grouped::fits(unit.shape[1], group))
+}
+
+/// Runs the network on the examples: the ranges of all operands, and what learning the rounding needs of them.
+fn observe(
+    program: &Program,
+    floats: &[Ready],
+    examples: &Examples,
+    config: &QuantConfig,
+    cx: &Context,
+) -> Result<(Vec<Ranges>, Vec<Option<Gram>>)> {
+    let mut observers: Vec<[Observer; 2]> = vec![Default::default(); program.units.len()];
+    let mut grams: Vec<Option<Gram>> =
+        program.units.iter().map(|unit| config.adaround.and_then(|_| Gram::new(unit))).collect();
+    let mut rng = cx.rng("adaround", 0);
+    let rounds = examples.len().div_ceil(program.batch());
+    let bar = cx.progress(examples.len() as u64, "calibrating");
+    for (number, (inputs, _)) in batches(examples, program.batch()).enumerate() {
+        let real = in_batch(examples, number, program);
+        let mut values = program.begin(&[inputs])?;
+        let mut wrong = None;
+        program.run_from(0, &mut values, floats, false, &mut |at, x, second| {
+            let unit = &program.units[at];
+            if unit.work == Work::Table {
+                return;
+            }
+            let mut shape = x.layout().shape().to_vec();
+            shape[0] = shape[0] / program.batch() * real;
+            let x = flex::floats(x);
+            let x = &x[..x.len() / program.batch() * real];
+            if x.iter().any(|x| !x.is_finite()) {
+                wrong.get_or_insert(at);
+                return;
+            }
+            observers[at][0].observe(x);
+            if let Some(second) = second {
+                let second = flex::floats(second);
+                observers[at][1].observe(&second[..second.len() / program.batch() * real]);
+            }
+            if let Some(gram) = &mut grams[at] {
+                gram.observe(unit, x, &shape, rounds, &mut rng);
+            }
+        });
+        if let Some(unit) = wrong {
+            return Err(Error::work(format!(
+                "what {} reads is not finite for some calibration examples",
+                program.units[unit].name
+            ))
+            .hint("the network itself overflows on them"));
+        }
+        bar.inc(program.batch() as u64);
+    }
+    let range = |(unit, observers): (&Unit, &[Observer; 2])| {
+        let second = (unit.work == Work::Product).then_some(&observers[1]);
+        Ranges::of(&observers[0], second, config.calibrator)
+    };
+    Ok((program.units.iter().zip(&observers).map(range).collect(), grams))
+}
+
+/// Weights of all units at eight and at four bits.
+fn round_weights(
+    units: &[Unit],
+    grams: &[Option<Gram>],
+    config: &QuantConfig,
+    cx: &Context,
+) -> Result<Vec<[Option<Arc<Weights>>; 2]>> {
+    let bar = config.adaround.map(|_| cx.progress(units.len() as u64, "learning to round"));
+    let mut all = Vec::with_capacity(units.len());
+    for (unit, gram) in units.iter().zip(grams) {
+        if unit.weight.is_empty() {
+            all.push([None, None]);
+            continue;
+        }
+        let eight = Weights::of(unit, 8, Calibrator::Minmax, config.scales);
+        let mut four = match grouping(unit, config) {
+            Some(group) => Weights::grouped(unit, 4, group, Calibrator::Mse),
+            None => Weights::of(unit, 4, Calibrator::Mse, config.scales),
+        };
+        if let (Some(steps), Some(gram)) = (config.adaround, gram) {
+            if cx.interrupted() {
+                return Err(Error::interrupted("stopped while the rounding was learnt"));
+            }
+            four = learn(unit, &four, gram, steps);
+        }
+        bar.iter().for_each(|bar| bar.inc(1));
+        all.push([Some(Arc::new(eight)), Some(Arc::new(four))]);
+    }
+    Ok(all)
+}
+
+/// `E[y - y_q]` of each unit's channels, before anything follows the sums, with its weights or its input rounded.
+fn mean_errors(
+    program: &Program,
+    floats: &[Ready],
+    weights: &[[Option<Arc<Weights>>; 2]],
+    ranges: &[Ranges],
+    examples: &Examples,
+    cx: &Context,
+) -> Result<Vec<Shifts>> {
+    let open: Vec<Unit> = program.units.iter().map(Unit::open).collect();
+    let corrected = |unit: &Unit| matches!(unit.work, Work::Conv(_) | Work::Linear);
+    let rounded = |at: usize| -> Vec<Ready> {
+        let by_weight =
+            weights[at].iter().map(|weights| Numbers { weights: weights.clone(), ..Numbers::default() });
+        let by_input =
+            ranges[at].input.iter().map(|&input| Numbers { input: Some(input), ..Numbers::default() });
+        by_weight.chain(by_input).map(|numbers| Ready::rounded(&open[at], &numbers)).collect()
+    };
+    let rounded: Vec<Vec<Ready>> =
+        (0..open.len()).map(|at| if corrected(&open[at]) { rounded(at) } else { Vec::new() }).collect();
+    let exact: Vec<Ready> = open.iter().map(Ready::float).collect();
+    let mut sums: Vec<Vec<Vec<f64>>> =
+        open.iter().zip(&rounded).map(|(unit, all)| vec![vec![0.0; unit.rows()]; all.len()]).collect();
+    let mut counts = vec![0usize; open.len()];
+    let bar = cx.progress(examples.len() as u64, "correcting biases");
+    for (number, (inputs, _)) in batches(examples, program.batch()).enumerate() {
+        if cx.interrupted() {
+            return Err(Error::interrupted("stopped while biases were corrected"));
+        }
+        let real = in_batch(examples, number, program);
+        let mut values = program.begin(&[inputs])?;
+        program.run_from(0, &mut values, floats, false, &mut |at, x, _| {
+            if rounded[at].is_empty() {
+                return;
+            }
+            let unit = &open[at];
+            let y = exact[at].compute(unit, x.clone(), None);
+            let width = channel_width(unit, &y.layout().shape().to_vec());
+            let y = flex::floats(&y);
+            let y = &y[..y.len() / program.batch() * real];
+            counts[at] += y.len() / unit.rows();
+            for (ready, sums) in rounded[at].iter().zip(&mut sums[at]) {
+                let found = ready.compute(unit, x.clone(), None);
+                let found = flex::floats(&found);
+                for (place, (y, found)) in y.chunks(width).zip(found.chunks(width)).enumerate() {
+                    let error: f64 = y.iter().zip(found).map(|(y, found)| f64::from(y - found)).sum();
+                    let channel = place % unit.rows();
+                    sums[channel] += error;
+                }
+            }
+        });
+        bar.inc(program.batch() as u64);
+    }
+    let mean = |sums: &[f64], count: usize| sums.iter().map(|sum| (sum / count as f64) as f32).collect();
+    let shifts = |(sums, &count): (&Vec<Vec<f64>>, &usize)| match &sums[..] {
+        [eight, four, input8, input4] => Shifts {
+            weight: [mean(eight, count), mean(four, count)],
+            input: [mean(input8, count), mean(input4, count)],
+        },
+        _ => Shifts::default(),
+    };
+    Ok(sums.iter().zip(&counts).map(shifts).collect())
 }
 
 /// How the search is done.
@@ -369,6 +545,8 @@ pub struct SearchPlan {
     pub target: f64,
     /// Largest loss of the metric, instead.
     pub max_drop: Option<f64>,
+    /// Most bytes of the weights, instead of anything that the metric must reach.
+    pub max_bytes: Option<usize>,
     /// Precisions that may be used, of 16, 8 and 4.
     pub bits: Vec<u8>,
     /// By what units are ordered.
@@ -377,7 +555,9 @@ pub struct SearchPlan {
     pub lambda: f64,
     /// Which of them.
     pub augment: Augment,
-    /// Bits that units must have.
+    /// Whether scores are divided by the time that fewer bits save.
+    pub per_gain: bool,
+    /// Bits that parts must have.
     pub pinned: BTreeMap<usize, u8>,
     /// Whether refused units are tried one by one.
     pub refine: bool,
@@ -393,10 +573,12 @@ impl Default for SearchPlan {
             metric: Metric::Accuracy,
             target: 0.999,
             max_drop: None,
+            max_bytes: None,
             bits: vec![16, 8, 4],
             order: Order::Augmented,
             lambda: 1.0,
             augment: Augment::Both,
+            per_gain: false,
             pinned: BTreeMap::new(),
             refine: false,
             draw: 0,
@@ -408,70 +590,17 @@ impl Default for SearchPlan {
 /// What a search found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Found {
-    /// Bits of every unit.
+    /// Bits of every part.
     pub bits: Bits,
     /// The metric of the network as it was.
     pub baseline: f64,
-    /// What had to be reached.
-    pub target: f64,
+    /// What had to be reached; nothing within a budget of bytes.
+    pub target: Option<f64>,
 }
 
-/// The trace of a unit's Hessian, estimated.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Trace {
-    /// Mean of `vᵀ H v`; negative where noise or a saddle makes it so, and then counted as 0.
-    pub mean: f64,
-    /// Its standard error.
-    pub error: f64,
-}
-
-impl Trace {
-    fn of(probes: &[f64]) -> Self {
-        let n = probes.len() as f64;
-        if probes.is_empty() {
-            return Self::default();
-        }
-        let mean = probes.iter().sum::<f64>() / n;
-        let variance = probes.iter().map(|p| (p - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-        Self { mean, error: (variance / n).sqrt() }
-    }
-}
-
-/// What was measured of all units: `sensitivity.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Sensitivities {
-    /// Names of the units.
-    pub units: Vec<String>,
-    /// The loss of the network as it was.
-    pub loss: f64,
-    /// Of every unit's Hessian.
-    pub traces: Vec<Trace>,
-    /// At eight bits.
-    pub eight: Measured,
-    /// At four bits.
-    pub four: Measured,
-}
-
-/// A symmetric matrix of the measured pairs; those that were not get the mean of their distance.
-fn symmetric(units: usize, pairs: &[((usize, usize), f64)]) -> Vec<Vec<f64>> {
-    if pairs.is_empty() {
-        return Vec::new();
-    }
-    let mut by_distance: BTreeMap<usize, (f64, f64)> = BTreeMap::new();
-    for ((i, j), d) in pairs {
-        let (sum, count) = by_distance.entry(j - i).or_default();
-        *sum += d;
-        *count += 1.0;
-    }
-    let mean = |distance: usize| by_distance.get(&distance).map_or(0.0, |(sum, count)| sum / count);
-    let mut matrix: Vec<Vec<f64>> = (0..units)
-        .map(|i| (0..units).map(|j| if i == j { 0.0 } else { mean(i.abs_diff(j)) }).collect())
-        .collect();
-    for &((i, j), d) in pairs {
-        matrix[i][j] = d;
-        matrix[j][i] = d;
-    }
-    matrix
+/// Examples of a program's batch that are not there to fill it up.
+fn in_batch(examples: &Examples, number: usize, program: &Program) -> usize {
+    (examples.len() - number * program.batch()).min(program.batch())
 }
 
 /// Batches of exactly `size` examples, the last filled up with the first example; the labels are only the real ones.
@@ -484,7 +613,7 @@ pub fn batches(examples: &Examples, size: usize) -> impl Iterator<Item = (Tensor
     })
 }
 
-fn rows(logits: &TensorData, batch: usize) -> Vec<Vec<f32>> {
+pub(crate) fn rows(logits: &TensorData, batch: usize) -> Vec<Vec<f32>> {
     let values: Vec<f32> = logits.iter::<f32>().collect();
     values.chunks((values.len() / batch.max(1)).max(1)).map(<[f32]>::to_vec).collect()
 }
@@ -504,7 +633,7 @@ pub fn logits(program: &Program, ready: &[Ready], examples: &Examples) -> Result
 }
 
 /// The sum of the cross-entropies of the rows that have labels.
-fn total_loss(logits: &[Vec<f32>], labels: &[usize]) -> f64 {
+pub(crate) fn total_loss(logits: &[Vec<f32>], labels: &[usize]) -> f64 {
     let loss = |(row, &label): (&Vec<f32>, &usize)| {
         let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
         log_sum_exp(&row) - row[label.min(row.len() - 1)]

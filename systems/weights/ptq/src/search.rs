@@ -1,5 +1,6 @@
-//! How many bits each unit gets: scores order the units, and bisection finds how many of the least sensitive can do with
-//! eight bits, and then with four, within the accuracy that the user asks for (paper, §3).
+//! How many bits each unit gets, or each of its tensors: scores order them, and bisection finds how many of the least sensitive
+//! can do with eight bits, and then with four, within the accuracy that the user asks for (paper, §3). Within a budget of
+//! bytes instead, as few as possible get fewer bits.
 
 use std::collections::BTreeMap;
 
@@ -94,6 +95,14 @@ impl Measured {
             }
         }
     }
+}
+
+/// Scores over the time that fewer bits save, `S / ΔT`: what saves nothing comes last.
+pub fn per_gain(scores: &[f64], gains: &[f64]) -> Vec<f64> {
+    // Scores can be negative, and the order of those must not turn round: they are moved to above 0 first.
+    let least = scores.iter().copied().fold(0.0, f64::min);
+    let one = |(score, &gain): (&f64, &f64)| if gain > 0.0 { (score - least) / gain } else { f64::INFINITY };
+    scores.iter().zip(gains).map(one).collect()
 }
 
 fn shares(values: &[f64]) -> Vec<f64> {
@@ -222,6 +231,36 @@ pub fn search(
     Ok(chosen)
 }
 
+/// Bits that keep `bytes` within a budget: as few of the least sensitive units as are needed have eight bits, and if all of them
+/// are not enough, as few of them as are needed have four. With [`Goal::refine`], units of which that was not needed in the end get
+/// their bits back, the most sensitive first. `None` where the fewest bits are too many.
+pub fn within(units: usize, budget: usize, goal: &Goal<'_>, bytes: impl Fn(&Bits) -> usize) -> Option<Bits> {
+    let mut chosen: Bits = vec![16; units];
+    goal.pinned.iter().for_each(|(&unit, &bits)| chosen[unit] = bits);
+    let mut lowered = Vec::new();
+    for (precision, order) in [(8, goal.order8), (4, goal.order4)] {
+        for &unit in order.iter().filter(|unit| !goal.pinned.contains_key(unit)) {
+            if bytes(&chosen) <= budget {
+                break;
+            }
+            lowered.push((unit, chosen[unit]));
+            chosen[unit] = precision;
+        }
+    }
+    if bytes(&chosen) > budget {
+        return None;
+    }
+    if goal.refine {
+        for (unit, before) in lowered.into_iter().rev() {
+            let lower = std::mem::replace(&mut chosen[unit], before);
+            if bytes(&chosen) > budget {
+                chosen[unit] = lower;
+            }
+        }
+    }
+    Some(chosen)
+}
+
 /// The points that no other beats in both: the lowest cost for each metric, by falling metric.
 pub fn pareto(points: &[(f64, f64)]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..points.len()).collect();
@@ -277,6 +316,31 @@ mod tests {
         assert!(bits[0] == 16 && metric(&bits).unwrap() >= 0.886 && fresh > 0);
         // A search that is repeated knows everything already.
         search(8, &goal, &mut again, |_| panic!("everything is known")).unwrap();
+    }
+
+    #[test]
+    fn a_budget_of_bytes_lowers_no_more_units_than_it_must() {
+        let (order, pinned) = ([2, 0, 1], BTreeMap::new());
+        let goal = Goal { target: 0.0, order8: &order, order4: &order, pinned: &pinned, refine: false };
+        let sizes = [100, 10, 40];
+        let bytes = |bits: &Bits| bits.iter().zip(sizes).map(|(&b, size)| usize::from(b) * size).sum();
+        let found = |budget, goal: &Goal<'_>| within(3, budget, goal, bytes);
+        assert_eq!(found(2400, &goal), Some(vec![16, 16, 16]));
+        assert_eq!(found(2200, &goal), Some(vec![16, 16, 8]));
+        assert_eq!(found(1700, &goal), Some(vec![8, 16, 8]));
+        assert_eq!(found(1100, &goal), Some(vec![8, 8, 4]));
+        assert_eq!(found(599, &goal), None);
+        // Once the large unit is at eight bits, the smaller one before it need not be.
+        assert_eq!(found(1700, &Goal { refine: true, ..goal.clone() }), Some(vec![8, 16, 16]));
+        let pinned = BTreeMap::from([(0, 16)]);
+        let bits = found(1700, &Goal { pinned: &pinned, ..goal });
+        assert_eq!(bits, None);
+    }
+
+    #[test]
+    fn scores_over_gains_put_what_saves_nothing_last() {
+        let found = per_gain(&[1.0, 1.0, -1.0, 3.0], &[1.0, 2.0, 1.0, -1.0]);
+        assert_eq!(least_first(&found), [2, 1, 0, 3]);
     }
 
     #[test]

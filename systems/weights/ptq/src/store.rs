@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::path::Path;
+use std::sync::Arc;
 
 use burn::backend::ir::TensorId;
 use kiln_compiler::Graph;
@@ -14,10 +15,10 @@ use serde::{Deserialize, Serialize};
 use crate::arch::Input;
 use crate::checkpoint::KIND;
 use crate::program::Program;
-use crate::quantise::{Found, Quantiser, SearchPlan};
-use crate::quantiser::Calibrator;
+use crate::quantise::{Found, QuantConfig, Quantiser, SearchPlan};
+use crate::quantiser::{Asymmetric, Symmetric};
 use crate::search::Bits;
-use crate::unit::{Numbers, Ranges, Ready, Unit, Weights, Window, Work, half_precision};
+use crate::unit::{Numbers, Pair, Ready, Unit, Weights, Window, Work, half_precision};
 
 const GRAPH: &str = "graph";
 const UNITS: &str = "units.json";
@@ -32,16 +33,16 @@ pub struct Config {
     pub classes: Vec<String>,
     /// The value of white in tables of pixels.
     pub white: f64,
-    /// Names of the units and their bits.
+    /// Names of the units, or of their tensors, and their bits.
     pub bits: Vec<(String, u8)>,
-    /// How ranges were chosen.
-    pub calibrator: Calibrator,
+    /// How it was quantised otherwise.
+    pub rounding: QuantConfig,
     /// How the search was done.
     pub search: SearchPlan,
     /// The metric of the network as it was, on the validation set.
     pub baseline: f64,
-    /// What had to be reached.
-    pub target: f64,
+    /// What had to be reached; nothing within a budget of bytes.
+    pub target: Option<f64>,
     /// The quantised network's metric, computed in whole numbers.
     pub metric: f64,
 }
@@ -59,10 +60,14 @@ struct Kept {
     shape: Vec<usize>,
     least: Option<f32>,
     most: Option<f32>,
+    tops: Vec<f32>,
     multiplications: usize,
     elements: usize,
-    bits: u8,
-    ranges: Ranges,
+    bits: Pair,
+    /// Scales in each row of the weights.
+    scales: usize,
+    input_rounding: Option<Asymmetric>,
+    second_rounding: Option<Symmetric>,
 }
 
 /// What `units.json` holds.
@@ -122,23 +127,25 @@ pub fn save(folder: &ModelFolder, quantiser: &Quantiser, bits: &Bits, config: &C
     graph.save(&folder.file(GRAPH))?;
     let mut tensors: Vec<(String, Stored)> = Vec::new();
     let mut units = Vec::new();
-    for (at, (unit, &bits)) in quantiser.program.units.iter().zip(bits).enumerate() {
+    for (at, (unit, pair)) in quantiser.program.units.iter().zip(quantiser.pairs(bits)).enumerate() {
         let name = &unit.name;
+        let numbers = quantiser.numbers(at, pair);
         if !unit.weight.is_empty() {
-            if bits == 16 {
-                tensors.push((format!("{name}.weight"), Stored::halves(&unit.weight, &unit.shape)));
-            } else {
-                let weights = &quantiser.numbers[at][usize::from(bits == 4)].weights;
-                let (dtype, bytes) = (if bits == 4 { Dtype::U8 } else { Dtype::I8 }, weights.stored());
-                let shape = vec![unit.shape[0], bytes.len() / unit.shape[0].max(1)];
-                tensors.push((format!("{name}.q"), Stored { dtype, shape, bytes }));
-                tensors.push((format!("{name}.scale"), Stored::floats(&weights.scales)));
+            match &numbers.weights {
+                None => tensors.push((format!("{name}.weight"), Stored::halves(&unit.weight, &unit.shape))),
+                Some(weights) => {
+                    let (dtype, bytes) =
+                        (if weights.bits == 4 { Dtype::U8 } else { Dtype::I8 }, weights.stored());
+                    let shape = vec![unit.shape[0], bytes.len() / unit.shape[0].max(1)];
+                    tensors.push((format!("{name}.q"), Stored { dtype, shape, bytes }));
+                    tensors.push((format!("{name}.scale"), Stored::floats(&weights.scales)));
+                }
             }
         }
         if !unit.bias.is_empty() && !unit.weight.is_empty() {
-            tensors.push((format!("{name}.bias"), Stored::floats(&unit.bias)));
+            tensors.push((format!("{name}.bias"), Stored::floats(&numbers.bias(unit))));
         }
-        units.push(Kept::of(unit, bits, &quantiser.numbers[at][0].ranges));
+        units.push(Kept::of(unit, pair, &numbers));
     }
     let bytes = safetensors::serialize(tensors, None)
         .map_err(|e| Error::work("cannot lay out the quantised weights").caused_by(e))?;
@@ -165,12 +172,12 @@ pub struct Quantised {
     pub config: Config,
     /// Its units and operations.
     pub program: Program,
-    /// Bits of every unit.
-    pub bits: Bits,
+    /// Bits of every unit's weights and input.
+    pub pairs: Vec<Pair>,
     /// Its weights.
     pub ready: Vec<Ready>,
-    /// The whole numbers of every unit of 8 or 4 bits.
-    pub numbers: Vec<Option<Numbers>>,
+    /// How every unit is rounded.
+    pub numbers: Vec<Numbers>,
 }
 
 /// Whether a folder holds a quantised network.
@@ -199,53 +206,61 @@ impl Quantised {
         let mut tensors = TensorFile::read(&folder.file(WEIGHTS))?;
         let wrong =
             |name: &str, found: &str| Error::input(file.display(), format!("unit \"{name}\" {found}"));
-        let (mut units, mut ready, mut numbers, mut bits) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut units, mut ready, mut all, mut pairs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for kept in document.units {
-            let (name, of) = (kept.name.clone(), kept.bits);
-            if !matches!(of, 16 | 8 | 4) {
-                return Err(wrong(&name, &format!("has {of} bits, must have 16, 8 or 4")));
+            let (name, pair, scales) = (kept.name.clone(), kept.bits, kept.scales);
+            if [pair.weight, pair.input].iter().any(|bits| !matches!(bits, 16 | 8 | 4)) {
+                let found = format!("has {} and {} bits, must have 16, 8 or 4", pair.weight, pair.input);
+                return Err(wrong(&name, &found));
             }
-            let ranges = kept.ranges.clone();
-            let second = kept.second.is_some();
-            if (of != 16 && kept.work == "product" && ranges.second.is_none())
-                || (kept.work == "product") != second
+            let (input, second) = (kept.input_rounding, kept.second_rounding);
+            let product = kept.work == "product";
+            if kept.second.is_some() != product
+                || second.is_some() != (product && pair.weight != 16)
+                || input.is_some() != (kept.work != "table" && pair.input != 16)
             {
-                return Err(wrong(&name, "lacks the range of its second operand"));
+                return Err(wrong(&name, "does not say for each operand whether it is rounded, and how"));
             }
             let mut unit =
                 kept.into_unit().ok_or_else(|| wrong(&name, "is of a kind that Kiln does not know"))?;
             let (rows, count) = (unit.shape[0], unit.shape.iter().product::<usize>());
-            let mut weights = Weights { bits: of, q: Vec::new(), scales: Vec::new() };
+            let mut numbers = Numbers { input, second, ..Numbers::default() };
             if unit.work != Work::Product {
-                if of == 16 {
+                if pair.weight == 16 {
                     unit.weight = floats(&mut tensors, &format!("{name}.weight"), count)?;
                 } else {
-                    let scales = floats(&mut tensors, &format!("{name}.scale"), rows)?;
+                    let width = count / rows;
+                    let grouped =
+                        scales > 1 && (unit.work != Work::Linear || pair.weight != 4 || pair.input != 16);
+                    if scales == 0 || grouped || !width.is_multiple_of(scales) {
+                        return Err(wrong(&name, &format!("cannot have {scales} scales a row")));
+                    }
+                    let values = floats(&mut tensors, &format!("{name}.scale"), rows * scales)?;
                     let q = tensors.take(&format!("{name}.q"))?;
                     let Values::Int(q) = q.values else {
                         return Err(wrong(&name, "has weights that are floats"));
                     };
                     let bytes: Vec<u8> = q.iter().map(|&q| q as u8).collect();
-                    weights = Weights::from_stored(of, &bytes, scales, count / rows)
+                    let weights = Weights::from_stored(pair.weight, &bytes, values, width / scales)
                         .ok_or_else(|| wrong(&name, "has another number of weights than its shape says"))?;
                     unit.weight = weights.values();
+                    numbers.weights = Some(Arc::new(weights));
                 }
                 if unit.work != Work::Table {
                     unit.bias = floats(&mut tensors, &format!("{name}.bias"), rows)?;
                 }
             }
-            let whole = (of != 16).then_some(Numbers { weights, ranges });
-            ready.push(match &whole {
-                Some(numbers) => Ready::whole(&unit, numbers),
-                None => Ready::float(&unit),
+            ready.push(match numbers.is_float() {
+                true => Ready::float(&unit),
+                false => Ready::whole(&unit, &numbers),
             });
-            numbers.push(whole);
-            bits.push(of);
+            all.push(numbers);
+            pairs.push(pair);
             units.push(unit);
         }
         let program = Program::assemble(graph, units, &document.steps)
             .ok_or_else(|| Error::input(file.display(), "its steps do not fit the units and the graph"))?;
-        Ok(Self { config, program, bits, ready, numbers })
+        Ok(Self { config, program, pairs, ready, numbers: all })
     }
 
     /// As many examples at once as the network allows, up to `most`.
@@ -272,7 +287,7 @@ fn floats(tensors: &mut TensorFile, name: &str, count: usize) -> Result<Vec<f32>
 }
 
 impl Kept {
-    fn of(unit: &Unit, bits: u8, ranges: &Ranges) -> Self {
+    fn of(unit: &Unit, bits: Pair, numbers: &Numbers) -> Self {
         let (work, window) = match unit.work {
             Work::Conv(window) => ("conv", Some(window)),
             Work::Linear => ("linear", None),
@@ -290,10 +305,13 @@ impl Kept {
             shape: unit.shape.clone(),
             least: Some(unit.ends.least).filter(|x| x.is_finite()),
             most: Some(unit.ends.most).filter(|x| x.is_finite()),
+            tops: unit.tops.clone(),
             multiplications: unit.multiplications,
             elements: unit.elements,
             bits,
-            ranges: ranges.clone(),
+            scales: numbers.weights.as_ref().map_or(1, |w| w.scales.len() / unit.rows().max(1)),
+            input_rounding: numbers.input,
+            second_rounding: numbers.second,
         }
     }
 
@@ -304,9 +322,13 @@ impl Kept {
         if numbers == 0 {
             return None;
         }
-        let scales = self.ranges.input.iter().map(|q| q.scale);
-        let scales = scales.chain(self.ranges.second.iter().flatten().map(|q| q.scale));
-        if scales.into_iter().any(|scale| !(scale.is_finite() && scale > 0.0)) {
+        let scales = self.input_rounding.iter().map(|q| (q.scale, q.bits, self.bits.input));
+        let scales = scales.chain(self.second_rounding.iter().map(|q| (q.scale, q.bits, self.bits.weight)));
+        let sound = |(scale, bits, wanted): (f64, u32, u8)| {
+            scale.is_finite() && scale as f32 > 0.0 && bits == u32::from(wanted)
+        };
+        let capped = self.tops.is_empty() || self.tops.len() == self.shape[0];
+        if !scales.into_iter().all(sound) || !capped || self.tops.iter().any(|top| !top.is_finite()) {
             return None;
         }
         let work = match (&self.work[..], self.window, self.shape.len()) {
@@ -339,6 +361,7 @@ impl Kept {
                 least: self.least.unwrap_or(f32::NEG_INFINITY),
                 most: self.most.unwrap_or(f32::INFINITY),
             },
+            tops: self.tops,
             multiplications: self.multiplications,
             elements: self.elements,
         })
@@ -353,13 +376,13 @@ pub fn config(
     metric: f64,
     (input, classes, white): (Option<Input>, Vec<String>, f64),
 ) -> Config {
-    let names = quantiser.program.units.iter().map(|unit| unit.name.clone());
+    let names = quantiser.parts.iter().map(|part| part.name.clone());
     Config {
         input,
         classes,
         white,
         bits: names.zip(found.bits.iter().copied()).collect(),
-        calibrator: quantiser.calibrator(),
+        rounding: quantiser.config(),
         search: plan.clone(),
         baseline: found.baseline,
         target: found.target,

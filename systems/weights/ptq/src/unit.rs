@@ -1,6 +1,8 @@
 //! The units whose precision is decided, and how each is computed: in floats, in floats rounded as if quantised, or in
 //! whole numbers.
 
+use std::sync::Arc;
+
 use burn::backend::ir::TensorId;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{DType, TensorData};
@@ -13,6 +15,7 @@ use kiln_ops::{conv2d, linear, matmul};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::grouped::Grouped;
 use crate::program::{of_rank, primitive};
 use crate::quantiser::{Asymmetric, Calibrator, Observer, Rows, Symmetric};
 
@@ -67,6 +70,8 @@ pub struct Unit {
     pub bias: Vec<f32>,
     /// Where results are cut off.
     pub ends: Ends,
+    /// The largest result of each row, where these differ: equalisation scales a common end with its channel. Empty otherwise.
+    pub tops: Vec<f32>,
     /// Multiplications for one example.
     pub multiplications: usize,
     /// Numbers that it reads and writes for one example, without its weights.
@@ -99,6 +104,38 @@ impl Ranges {
     }
 }
 
+/// Bits of a unit's weights and of its input; of a product, those of its second and of its first operand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Pair {
+    /// 16, 8 or 4.
+    pub weight: u8,
+    /// 16, 8 or 4.
+    pub input: u8,
+}
+
+impl Pair {
+    /// The same for both.
+    pub fn of(bits: u8) -> Self {
+        Self { weight: bits, input: bits }
+    }
+
+    /// The bits with which the unit is computed: the more of the two.
+    pub fn wider(self) -> u8 {
+        self.weight.max(self.input)
+    }
+}
+
+/// Which weights share a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scales {
+    /// Those of a row, that is of an output channel
+    #[default]
+    Row,
+    /// All of a unit
+    Tensor,
+}
+
 /// Whole-number weights of a unit with their scales, as they are stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Weights {
@@ -106,16 +143,30 @@ pub struct Weights {
     pub bits: u8,
     /// By rows of outputs.
     pub q: Vec<i8>,
-    /// One a row.
+    /// One a row, or one for each group of neighbours in a row.
     pub scales: Vec<f32>,
 }
 
 impl Weights {
     /// Rounds a unit's weights.
-    pub fn of(unit: &Unit, bits: u8, calibrator: Calibrator) -> Self {
-        let rows = unit.rows();
+    pub fn of(unit: &Unit, bits: u8, calibrator: Calibrator, scales: Scales) -> Self {
+        match scales {
+            Scales::Row => Self::with_scales(unit, unit.rows(), bits, calibrator),
+            Scales::Tensor => {
+                let one = Self::with_scales(unit, 1, bits, calibrator);
+                Self { scales: vec![one.scales[0]; unit.rows()], ..one }
+            }
+        }
+    }
+
+    /// Rounds a unit's weights with a scale for every `group` of them; a row must be whole groups.
+    pub fn grouped(unit: &Unit, bits: u8, group: usize, calibrator: Calibrator) -> Self {
+        Self::with_scales(unit, unit.weight.len() / group, bits, calibrator)
+    }
+
+    fn with_scales(unit: &Unit, count: usize, bits: u8, calibrator: Calibrator) -> Self {
         let wide: Vec<f64> = unit.weight.iter().map(|&w| f64::from(w)).collect();
-        let Rows { q, scales } = Rows::of(&wide, rows.max(1), bits.into(), calibrator);
+        let Rows { q, scales } = Rows::of(&wide, count.max(1), bits.into(), calibrator);
         Self {
             bits,
             q: q.iter().map(|&q| q as i8).collect(),
@@ -125,7 +176,7 @@ impl Weights {
 
     /// What the whole numbers stand for.
     pub fn values(&self) -> Vec<f32> {
-        let width = (self.q.len() / self.scales.len().max(1)).max(1);
+        let width = self.width();
         let row = |(row, s): (&[i8], &f32)| row.iter().map(|&q| f32::from(q) * s).collect::<Vec<f32>>();
         self.q.chunks(width).zip(&self.scales).flat_map(row).collect()
     }
@@ -138,7 +189,8 @@ impl Weights {
         }
     }
 
-    fn width(&self) -> usize {
+    /// Neighbours that share a scale.
+    pub fn width(&self) -> usize {
         (self.q.len() / self.scales.len().max(1)).max(1)
     }
 
@@ -156,43 +208,47 @@ impl Weights {
     }
 }
 
-/// A unit's whole numbers: weights, and how its operands are rounded.
-#[derive(Debug, Clone, PartialEq)]
+/// How a unit's weights and operands are rounded.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Numbers {
-    /// The weights, of 8 or 4 bits.
-    pub weights: Weights,
-    /// What calibration found.
-    pub ranges: Ranges,
+    /// The weights, where they have 8 or 4 bits.
+    pub weights: Option<Arc<Weights>>,
+    /// The input, where it has 8 or 4 bits.
+    pub input: Option<Asymmetric>,
+    /// The second operand of a product, where it has 8 or 4 bits.
+    pub second: Option<Symmetric>,
+    /// What is added to the bias for the mean error of the rounding; empty where nothing is.
+    pub shift: Vec<f32>,
 }
 
 impl Numbers {
-    fn at(&self) -> usize {
-        usize::from(self.weights.bits == 4)
+    /// Whether nothing is rounded to 8 or 4 bits.
+    pub fn is_float(&self) -> bool {
+        self.weights.is_none() && self.input.is_none() && self.second.is_none()
     }
 
-    /// How the input is rounded.
-    pub fn input(&self) -> Affine {
-        self.ranges.input[self.at()].affine()
+    /// Weights and input of an operator that computes in whole numbers.
+    pub fn whole(&self) -> Option<(&Weights, Affine)> {
+        Some((self.weights.as_deref()?, self.input?.affine()))
     }
 
-    /// How the second operand of a product is rounded.
-    pub fn second(&self) -> Option<Symmetric> {
-        self.ranges.second.map(|second| second[self.at()])
+    /// The bias, corrected.
+    pub fn bias(&self, unit: &Unit) -> Vec<f32> {
+        let shifts = self.shift.iter().copied().chain(std::iter::repeat(0.0));
+        unit.bias.iter().zip(shifts).map(|(bias, shift)| bias + shift).collect()
     }
 
-    /// Scale of the input times that of each row: what one step of a sum is worth.
-    pub fn scales(&self) -> Vec<f32> {
-        let input = self.input();
-        self.weights.scales.iter().map(|scale| scale * input.scale).collect()
-    }
-
-    /// The bias in such steps; `None` where they are too many for 32 bits.
-    pub fn bias_steps(&self, bias: &[f32]) -> Option<Vec<i32>> {
-        let steps: Vec<f32> =
-            bias.iter().zip(self.scales()).map(|(b, s)| (b / s).round_ties_even()).collect();
+    /// The bias in steps of the sums, whose sizes are `scales`; `None` where they are too many for 32 bits.
+    pub fn bias_steps(bias: &[f32], scales: &[f32]) -> Option<Vec<i32>> {
+        let steps: Vec<f32> = bias.iter().zip(scales).map(|(b, s)| (b / s).round_ties_even()).collect();
         let fits = steps.iter().all(|steps| steps.abs() <= MOST_BIAS);
         fits.then(|| steps.iter().map(|&steps| steps as i32).collect())
     }
+}
+
+/// Scale of the input times that of each row: what one step of a sum is worth.
+pub fn step_sizes(weights: &Weights, input: &Affine) -> Vec<f32> {
+    weights.scales.iter().map(|scale| scale * input.scale).collect()
 }
 
 impl Unit {
@@ -201,16 +257,21 @@ impl Unit {
         if self.weight.is_empty() { 0 } else { self.shape[0] }
     }
 
-    /// Bytes of the weights at so many bits, with scales and bias.
+    /// Bytes of the weights at so many bits, with a scale a row and the bias.
     pub fn bytes(&self, bits: u8) -> usize {
         let rows = self.rows();
         let width = self.weight.len() / rows.max(1);
-        let extra = 4 * (rows + self.bias.len());
+        let extra = 4 * (rows + self.bias.len() + self.tops.len());
         match bits {
-            16 => 2 * self.weight.len() + 4 * self.bias.len(),
+            16 => 2 * self.weight.len() + extra - 4 * rows,
             4 => rows * width.div_ceil(2) + extra,
             _ => self.weight.len() + extra,
         }
+    }
+
+    /// The same without anything after the sums: what a correction of the bias compares.
+    pub fn open(&self) -> Self {
+        Self { ends: Ends::OPEN, tops: Vec::new(), ..self.clone() }
     }
 
     fn options(&self, window: &Window) -> ConvOptions<2> {
@@ -260,10 +321,23 @@ pub enum Ready {
         scales: Vec<f32>,
         /// Bias in units of the scales.
         bias: Vec<i32>,
-        /// Whether the bias is too large for that, and is added in floats.
-        late_bias: bool,
+        /// A bias that is too large for that, and is added in floats.
+        late_bias: Option<Vec<f32>>,
         /// How the second operand of a product is rounded.
         second: Option<Symmetric>,
+    },
+    /// With rows of a table in whole numbers.
+    Table(Arc<Weights>),
+    /// A linear layer on floats, with weights of 4 bits in groups.
+    Grouped(Grouped),
+    /// In floats, with something added to an operand.
+    Moved {
+        /// The weights.
+        weights: FloatWeights,
+        /// What is added.
+        by: Vec<f32>,
+        /// Whether to the second operand of a product.
+        second: bool,
     },
 }
 
@@ -281,8 +355,6 @@ pub enum WholeWeights {
     Panels(Panels),
     /// Of a convolution.
     Conv(Box<Conv>),
-    /// Of a table: rows and their scales.
-    Table(Weights),
     /// A product has none.
     None,
 }
@@ -290,45 +362,73 @@ pub enum WholeWeights {
 impl Ready {
     /// With float weights.
     pub fn float(unit: &Unit) -> Self {
-        Self::Float(FloatWeights::of(unit, &unit.weight))
+        Self::Float(FloatWeights::of(unit, &unit.weight, &unit.bias))
     }
 
     /// With float weights that fit sixteen bits.
     pub fn half(unit: &Unit) -> Self {
-        Self::Float(FloatWeights::of(unit, &half_precision(&unit.weight)))
+        Self::Float(FloatWeights::of(unit, &half_precision(&unit.weight), &unit.bias))
+    }
+
+    /// With float weights, and something added to the input, or to the second operand of a product.
+    pub fn moved(unit: &Unit, by: Vec<f32>, second: bool) -> Self {
+        Self::Moved { weights: FloatWeights::of(unit, &unit.weight, &unit.bias), by, second }
     }
 
     /// In floats that are rounded as the integers would be.
     pub fn rounded(unit: &Unit, numbers: &Numbers) -> Self {
+        let weight = match &numbers.weights {
+            Some(weights) => weights.values(),
+            None => half_precision(&unit.weight),
+        };
         Self::Rounded {
-            weights: FloatWeights::of(unit, &numbers.weights.values()),
-            input: (unit.work != Work::Table).then(|| numbers.input()),
-            second: numbers.second(),
+            weights: FloatWeights::of(unit, &weight, &numbers.bias(unit)),
+            input: numbers.input.map(|input| input.affine()),
+            second: numbers.second,
         }
     }
 
-    /// In whole numbers.
+    /// In whole numbers, where both operands are; else as [`rounded`](Self::rounded).
     pub fn whole(unit: &Unit, numbers: &Numbers) -> Self {
-        let Numbers { weights, .. } = numbers;
-        let steps = numbers.bias_steps(&unit.bias);
-        let whole = match unit.work {
-            Work::Linear => {
-                let panels = Panels::from_rows(&weights.q, unit.shape[0], unit.shape[1]);
-                WholeWeights::Panels(if weights.bits == 4 { panels.with_nibbles() } else { panels })
+        match (unit.work, &numbers.weights, numbers.input, numbers.second) {
+            (Work::Table, Some(weights), ..) => Self::Table(weights.clone()),
+            (Work::Product, _, Some(input), Some(second)) => Self::Whole {
+                weights: WholeWeights::None,
+                input: input.affine(),
+                scales: Vec::new(),
+                bias: Vec::new(),
+                late_bias: None,
+                second: Some(second),
+            },
+            (Work::Linear, Some(weights), None, _) if weights.bits == 4 => {
+                Self::Grouped(Grouped::new(unit, weights, numbers.bias(unit)))
             }
+            (Work::Linear | Work::Conv(_), Some(weights), Some(input), _) => {
+                Self::of_operator(unit, weights, input.affine(), numbers.bias(unit))
+            }
+            _ => Self::rounded(unit, numbers),
+        }
+    }
+
+    fn of_operator(unit: &Unit, weights: &Weights, input: Affine, bias: Vec<f32>) -> Self {
+        let scales = step_sizes(weights, &input);
+        let steps = Numbers::bias_steps(&bias, &scales);
+        let whole = match unit.work {
             Work::Conv(window) => {
                 WholeWeights::Conv(Box::new(Conv::new(unit.conv_shape(&window), &weights.q)))
             }
-            Work::Table => WholeWeights::Table(weights.clone()),
-            Work::Product => WholeWeights::None,
+            _ => {
+                let panels = Panels::from_rows(&weights.q, unit.shape[0], unit.shape[1]);
+                WholeWeights::Panels(if weights.bits == 4 { panels.with_nibbles() } else { panels })
+            }
         };
         Self::Whole {
             weights: whole,
-            input: numbers.input(),
-            scales: numbers.scales(),
-            late_bias: steps.is_none(),
-            bias: steps.unwrap_or_else(|| vec![0; unit.bias.len()]),
-            second: numbers.second(),
+            input,
+            scales,
+            bias: steps.clone().unwrap_or_else(|| vec![0; bias.len()]),
+            late_bias: steps.is_none().then_some(bias),
+            second: None,
         }
     }
 
@@ -349,8 +449,27 @@ impl Ready {
                 };
                 weights.compute(unit, x, second)
             }
+            Self::Moved { weights, by, second: moves_second } => {
+                let moved = |x: &FlexTensor| {
+                    let shape = x.layout().shape().clone();
+                    flex::tensor(flex::floats(x).iter().zip(by).map(|(x, by)| x + by).collect(), shape)
+                };
+                match (moves_second, second) {
+                    (true, Some(second)) => weights.compute(unit, x, Some(moved(&second))),
+                    (_, second) => weights.compute(unit, moved(&x), second),
+                }
+            }
+            Self::Grouped(weights) => {
+                let mut shape = x.layout().shape().to_vec();
+                let y = weights.multiply(&flex::floats(&x));
+                if let Some(last) = shape.last_mut() {
+                    *last = unit.shape[0];
+                }
+                cut_off(flex::tensor(y, shape), unit)
+            }
+            Self::Table(rows) => look_up(rows, unit.shape[1], &x),
             Self::Whole { weights, input, scales, bias, late_bias, second: how } => {
-                let ends = if *late_bias { Ends::OPEN } else { unit.ends };
+                let ends = if late_bias.is_some() { Ends::OPEN } else { unit.ends };
                 let requantise = Requantise { scales, bias, ends };
                 let y = match weights {
                     WholeWeights::Panels(panels) => {
@@ -368,13 +487,15 @@ impl Ready {
                         let [height, width] = conv.shape().output();
                         flex::tensor(y, [batch, unit.shape[0], height, width])
                     }
-                    WholeWeights::Table(rows) => look_up(rows, unit.shape[1], &x),
                     WholeWeights::None => {
                         let (second, how) = second.zip(*how).expect("a product has two operands with ranges");
                         whole_product(unit, &x, &second, input, &how)
                     }
                 };
-                if *late_bias { cut_off(with_bias(unit, &y), unit.ends) } else { y }
+                match late_bias {
+                    Some(bias) => cut_off(with_bias(unit, &y, bias), unit),
+                    None => capped(y, unit),
+                }
             }
         }
     }
@@ -383,15 +504,36 @@ impl Ready {
 /// Half of what 32 bits hold: the other half is for the products.
 const MOST_BIAS: f32 = (1 << 30) as f32;
 
-/// The result of a unit, of rows or of images, with its bias.
-fn with_bias(unit: &Unit, y: &FlexTensor) -> FlexTensor {
+/// How many neighbours of a unit's result, of rows or of images, belong to the same channel.
+pub fn channel_width(unit: &Unit, shape: &[usize]) -> usize {
+    if matches!(unit.work, Work::Conv(_)) { (shape[2] * shape[3]).max(1) } else { 1 }
+}
+
+/// The result of a unit with its bias.
+fn with_bias(unit: &Unit, y: &FlexTensor, bias: &[f32]) -> FlexTensor {
     let shape = y.layout().shape().to_vec();
-    let width = if matches!(unit.work, Work::Conv(_)) { shape[2] * shape[3] } else { 1 };
     let mut values = flex::floats(y).into_owned();
-    for (at, part) in values.chunks_mut(width.max(1)).enumerate() {
-        let bias = unit.bias[at % unit.bias.len()];
+    for (at, part) in values.chunks_mut(channel_width(unit, &shape)).enumerate() {
+        let bias = bias[at % bias.len()];
         part.iter_mut().for_each(|x| *x += bias);
     }
+    flex::tensor(values, shape)
+}
+
+/// The result of a unit, each channel no larger than its own end.
+fn capped(y: FlexTensor, unit: &Unit) -> FlexTensor {
+    if unit.tops.is_empty() {
+        return y;
+    }
+    let shape = y.layout().shape().to_vec();
+    let mut values = flex::floats(&y).into_owned();
+    values.par_chunks_mut(channel_width(unit, &shape)).enumerate().for_each(|(at, part)| {
+        let top = unit.tops[at % unit.tops.len()];
+        kiln_ops::simd(
+            #[inline(always)]
+            || part.iter_mut().for_each(|x| *x = x.min(top)),
+        );
+    });
     flex::tensor(values, shape)
 }
 
@@ -462,7 +604,7 @@ fn look_up(rows: &Weights, width: usize, ids: &FlexTensor) -> FlexTensor {
 }
 
 impl FloatWeights {
-    fn of(unit: &Unit, weight: &[f32]) -> Self {
+    fn of(unit: &Unit, weight: &[f32], bias: &[f32]) -> Self {
         let weight = match unit.work {
             // As Burn's linear layers have them.
             Work::Linear => {
@@ -474,7 +616,7 @@ impl FloatWeights {
             Work::Product => flex::tensor(Vec::new(), [0]),
             _ => flex::tensor(weight.to_vec(), unit.shape.clone()),
         };
-        Self { weight, bias: flex::tensor(unit.bias.clone(), [unit.bias.len()]) }
+        Self { weight, bias: flex::tensor(bias.to_vec(), [bias.len()]) }
     }
 
     fn compute(&self, unit: &Unit, x: FlexTensor, second: Option<FlexTensor>) -> FlexTensor {
@@ -512,14 +654,15 @@ impl FloatWeights {
                 return flex::tensor(ids.iter().flat_map(row).copied().collect(), [ids.len(), width]);
             }
         };
-        cut_off(y, unit.ends)
+        cut_off(y, unit)
     }
 }
 
-/// Cuts numbers off, in place where nothing else reads them.
-fn cut_off(mut y: FlexTensor, ends: Ends) -> FlexTensor {
+/// Cuts a unit's results off, in place where nothing else reads them.
+fn cut_off(mut y: FlexTensor, unit: &Unit) -> FlexTensor {
+    let ends = unit.ends;
     if ends == Ends::OPEN {
-        return y;
+        return capped(y, unit);
     }
     debug_assert_eq!(y.dtype(), DType::F32);
     let cut = |values: &mut [f32]| {
@@ -532,12 +675,12 @@ fn cut_off(mut y: FlexTensor, ends: Ends) -> FlexTensor {
     };
     if let Some(values) = y.try_storage_mut::<f32>() {
         cut(values);
-        return y;
+        return capped(y, unit);
     }
     let shape = y.layout().shape().clone();
     let mut values = flex::floats(&y).into_owned();
     cut(&mut values);
-    flex::tensor(values, shape)
+    capped(flex::tensor(values, shape), unit)
 }
 
 /// The nearest numbers of sixteen bits, halves to even.

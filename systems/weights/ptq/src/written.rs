@@ -7,7 +7,8 @@
 //! bias in 32 bits ── to float ── · s · one scale a row ───────────────────────┘
 //! ```
 //!
-//! Units of 4 bits are written with 8-bit integers that use 16 values only: their operands are clamped beforehand.
+//! Units of 4 bits are written with 8-bit integers that use 16 values only, their operands clamped beforehand; ONNX files of operator
+//! set 21 hold their weights in 4 bits. Weights in groups are rows that are put together after they have become floats.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,12 +20,12 @@ use burn::backend::ir::{
 use burn::tensor::{DType, Shape, TensorData};
 use kiln_compiler::Graph;
 use kiln_compiler::builder::{Builder, Fit};
-use kiln_core::{Error, PortKind, Result};
+use kiln_core::{Error, PortKind, Result, write_atomic};
 use kiln_ops::quantised::{Affine, Ends};
 
 use crate::quantiser::{Symmetric, largest};
 use crate::store::Quantised;
-use crate::unit::{Numbers, Unit, Window, Work};
+use crate::unit::{Numbers, Unit, Window, Work, step_sizes};
 
 impl Quantised {
     /// The network for `batch` examples at once as a graph in which every rounding is an operation.
@@ -47,7 +48,7 @@ impl Quantised {
                 None => operations.next().into_iter().for_each(|operation| writer.plain(operation)),
                 Some(at) => {
                     let unit = &program.units[at];
-                    writer.unit(unit, self.numbers[at].as_ref()).map_err(|found| {
+                    writer.unit(unit, &self.numbers[at]).map_err(|found| {
                         Error::work(format!("unit \"{}\" cannot be written out: {found}", unit.name))
                     })?;
                 }
@@ -60,12 +61,15 @@ impl Quantised {
         Ok(graph)
     }
 
-    /// Writes the network for `batch` examples at once as an ONNX file.
+    /// Writes the network for `batch` examples at once as an ONNX file: with operators of set 20, or of set 21, which stores
+    /// weights of 4 bits in as many.
     ///
     /// # Errors
     /// As [`to_graph`](Self::to_graph), when an operation between units has no like in ONNX, or the file cannot be written.
-    pub fn to_onnx(&self, batch: usize, path: &Path) -> Result<()> {
-        self.to_graph(batch)?.to_onnx(path)
+    pub fn to_onnx(&self, batch: usize, four_bits: bool, path: &Path) -> Result<()> {
+        let graph = self.to_graph(batch)?;
+        let bytes = if four_bits { graph.to_onnx_bytes_in_four_bits()? } else { graph.to_onnx_bytes()? };
+        write_atomic(path, &bytes)
     }
 }
 
@@ -104,12 +108,12 @@ impl Writer {
         self.there.get(&id).cloned().ok_or_else(|| format!("tensor {} is not there", id.value()))
     }
 
-    /// A unit with its roundings; `numbers` where it has 8 or 4 bits.
-    fn unit(&mut self, unit: &Unit, numbers: Option<&Numbers>) -> Fit<()> {
+    /// A unit with its roundings.
+    fn unit(&mut self, unit: &Unit, numbers: &Numbers) -> Fit<()> {
         let first = self.builder.operations.len();
         let mut x = self.operand(unit.input)?;
-        if let Some(numbers) = numbers.filter(|_| unit.work != Work::Table) {
-            x = self.rounded(&x, &numbers.input())?;
+        if let Some(input) = &numbers.input {
+            x = self.rounded(&x, &input.affine())?;
         }
         let y = match unit.work {
             Work::Conv(window) => self.conv(unit, &window, x, numbers)?,
@@ -121,8 +125,8 @@ impl Writer {
             }
             Work::Product => {
                 let mut second = self.operand(unit.second.ok_or("a product has two operands")?)?;
-                if let Some(how) = numbers.and_then(Numbers::second) {
-                    second = self.rounded_evenly(&second, &how)?;
+                if let Some(how) = &numbers.second {
+                    second = self.rounded_evenly(&second, how)?;
                 }
                 self.builder.matmul(&x, &second)?
             }
@@ -132,6 +136,7 @@ impl Writer {
             }
         };
         let y = self.cut_off(&y, unit.ends)?;
+        let y = self.capped(y, unit)?;
         // What comes after knows the result by the number that it had.
         let mut rename = Rename { from: y.id, to: unit.output };
         self.builder.operations[first..].iter_mut().for_each(|operation| operation.visit_mut(&mut rename));
@@ -139,13 +144,7 @@ impl Writer {
         Ok(())
     }
 
-    fn conv(
-        &mut self,
-        unit: &Unit,
-        window: &Window,
-        x: TensorIr,
-        numbers: Option<&Numbers>,
-    ) -> Fit<TensorIr> {
+    fn conv(&mut self, unit: &Unit, window: &Window, x: TensorIr, numbers: &Numbers) -> Fit<TensorIr> {
         let (weight, bias) = (self.weight(unit, numbers)?, self.bias(unit, numbers)?);
         let options = Conv2dOptionsIr {
             stride: window.stride,
@@ -193,29 +192,43 @@ impl Writer {
     }
 
     /// Weights as the operation reads them: of a convolution and a table in rows of outputs, of a matrix in columns.
-    fn weight(&mut self, unit: &Unit, numbers: Option<&Numbers>) -> Fit<TensorIr> {
+    fn weight(&mut self, unit: &Unit, numbers: &Numbers) -> Fit<TensorIr> {
         let linear = unit.work == Work::Linear;
         let (rows, width) = (unit.shape[0], unit.weight.len() / unit.shape[0].max(1));
         let shape = if linear { vec![width, rows] } else { unit.shape.clone() };
         let place = |at: usize| if linear { at % rows * width + at / rows } else { at };
-        let Some(Numbers { weights, .. }) = numbers else {
+        let Some(weights) = &numbers.weights else {
             let values = (0..unit.weight.len()).map(|at| unit.weight[place(at)]).collect::<Vec<f32>>();
             return Ok(self.builder.constant(TensorData::new(values, shape)));
         };
+        if weights.scales.len() > rows {
+            // Every group is a row with a scale of its own, until the rows are put together again.
+            let q = TensorData::new(weights.q.clone(), [weights.scales.len(), weights.width()]);
+            let groups = self.stored(q, &weights.scales, 0)?;
+            let whole = self.builder.reshape(&groups, &[rows, width])?;
+            return self.builder.transpose(&whole);
+        }
         let q = (0..weights.q.len()).map(|at| weights.q[place(at)]).collect::<Vec<i8>>();
         let axis = usize::from(linear);
         self.stored(TensorData::new(q, shape), &weights.scales, axis)
     }
 
-    /// The bias: in the steps in which the kernels add it, or in floats where these would be too many.
-    fn bias(&mut self, unit: &Unit, numbers: Option<&Numbers>) -> Fit<TensorIr> {
-        let steps = numbers.and_then(|numbers| Some((numbers, numbers.bias_steps(&unit.bias)?)));
+    /// The bias: in the steps in which the kernels add it, or in floats where there are none or too many.
+    fn bias(&mut self, unit: &Unit, numbers: &Numbers) -> Fit<TensorIr> {
+        let bias = numbers.bias(unit);
+        let steps = numbers.whole().and_then(|(weights, input)| {
+            let scales = step_sizes(weights, &input);
+            Some((Numbers::bias_steps(&bias, &scales)?, scales))
+        });
         match steps {
-            Some((numbers, steps)) => {
+            Some((steps, scales)) => {
                 let count = steps.len();
-                self.stored(TensorData::new(steps, [count]), &numbers.scales(), 0)
+                self.stored(TensorData::new(steps, [count]), &scales, 0)
             }
-            None => Ok(self.builder.constant(TensorData::new(unit.bias.clone(), [unit.bias.len()]))),
+            None => {
+                let count = bias.len();
+                Ok(self.builder.constant(TensorData::new(bias, [count])))
+            }
         }
     }
 
@@ -227,6 +240,20 @@ impl Writer {
         let scales = self.builder.constant(TensorData::new(scales.to_vec(), shape));
         let q = self.builder.cast(&q, DType::F32)?;
         self.builder.mul(&q, &scales)
+    }
+
+    /// `min(y, t) = y - max(y - t, 0)` with an end `t` for every channel.
+    fn capped(&mut self, y: TensorIr, unit: &Unit) -> Fit<TensorIr> {
+        if unit.tops.is_empty() {
+            return Ok(y);
+        }
+        let mut shape = vec![1; y.shape.rank()];
+        let channel = if matches!(unit.work, Work::Conv(_)) { 1 } else { shape.len() - 1 };
+        shape[channel] = unit.tops.len();
+        let tops = self.builder.constant(TensorData::new(unit.tops.clone(), shape));
+        let above = self.builder.sub(&y, &tops)?;
+        let above = self.builder.activation(&above, ActivationOperationIr::Relu)?;
+        self.builder.sub(&y, &above)
     }
 
     fn cut_off(&mut self, y: &TensorIr, ends: Ends) -> Fit<TensorIr> {

@@ -1,17 +1,21 @@
 //! Verbs of quantised networks: `predict`, `eval`, `bench`, `compare` and `export`.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use kiln_core::{Context, Error, HostTensor, ModelFolder, Result, TensorFile, write_atomic};
 use kiln_data::write_npz;
 use kiln_nn::likeliest;
 use serde_json::json;
 
-use super::source::{Source, read_for};
+use super::report;
+use super::source::{ForeignArgs, ModelArgs, Source, read_for};
 use crate::latency::measure;
-use crate::quantise::{self, Metric, logits, score};
+use crate::layers::Layers;
+use crate::quantise::{Metric, logits, score};
 use crate::store::{self, Quantised};
+use crate::unit::Ready;
 
 #[derive(Debug, Args)]
 pub(super) struct PredictArgs {
@@ -64,24 +68,24 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
 
 #[derive(Debug, Args)]
 pub(super) struct EvalArgs {
-    /// Folder of a quantised or a trained network
-    #[arg(long)]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Labelled examples
     #[arg(long)]
     data: PathBuf,
 }
 
 pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
-    let (examples, rows) = if store::is_quantised(&args.model) {
-        let model = Quantised::open(&args.model)?;
-        let examples = read_for(&model, &args.model, &args.data, true)?;
+    let folder = &args.model.model;
+    let (examples, rows) = if store::is_quantised(folder) {
+        let model = Quantised::open(folder)?;
+        let examples = read_for(&model, folder, &args.data, true)?;
         let rows = logits(&model.batched(64), &model.ready, &examples)?;
         (examples, rows)
     } else {
         let source = Source::open(&args.model, cx)?;
         let examples = source.read(&args.data, true)?;
-        let ready: Vec<_> = source.program.units.iter().map(crate::unit::Ready::float).collect();
+        let ready: Vec<_> = source.program.units.iter().map(Ready::float).collect();
         let program = source.program.with_batch(64, &ready).unwrap_or(source.program);
         let rows = logits(&program, &ready, &examples)?;
         (examples, rows)
@@ -120,7 +124,7 @@ pub(super) fn bench(args: &BenchArgs, cx: &Context) -> Result<()> {
     if program.batch() != args.batch {
         return Err(Error::usage(format!("the network computes one example at a time, not {}", args.batch)));
     }
-    let floats: Vec<_> = program.units.iter().map(crate::unit::Ready::half).collect();
+    let floats: Vec<_> = program.units.iter().map(Ready::half).collect();
     let plain = measure(&program, &floats, &examples, args.runs)?;
     let quantised = measure(&program, &model.ready, &examples, args.runs)?;
     let bytes = store::weight_bytes(&ModelFolder::new(&args.model));
@@ -151,84 +155,54 @@ pub(super) fn bench(args: &BenchArgs, cx: &Context) -> Result<()> {
 
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
-    /// Folder of the network as it was, or of a quantised one
+    /// The network as it was, or a quantised one
     first: PathBuf,
     /// Folder of a quantised network
     second: PathBuf,
-    /// Examples to run
+    /// Examples to run; with labels, also what each unit costs
     #[arg(long)]
     data: PathBuf,
     /// How many of them
     #[arg(long, default_value_t = 64)]
     count: usize,
+    /// Folder for the report: layers.csv, layers.json, report.html and its plots
+    #[arg(long)]
+    out: Option<PathBuf>,
+    #[command(flatten)]
+    foreign: ForeignArgs,
 }
 
-/// Signal over noise of each unit's result, in decibels.
 pub(super) fn compare(args: &CompareArgs, cx: &Context) -> Result<()> {
+    let begun = Instant::now();
     let second = Quantised::open(&args.second)?;
-    let examples = read_for(&second, &args.second, &args.data, false)?;
+    let labelled = read_for(&second, &args.second, &args.data, true);
+    let examples = match labelled {
+        Ok(examples) => examples,
+        Err(_) => read_for(&second, &args.second, &args.data, false)?,
+    };
     let examples = examples.select(&(0..args.count.clamp(1, examples.len())).collect::<Vec<_>>());
     let (program, ready) = if store::is_quantised(&args.first) {
         let first = Quantised::open(&args.first)?;
         (first.program, first.ready)
     } else {
-        let source = Source::open(&args.first, cx)?;
-        let ready = source.program.units.iter().map(crate::unit::Ready::float).collect();
-        (source.program, ready)
-    };
-    if program.units.len() != second.program.units.len() {
-        return Err(Error::usage(format!(
-            "the networks have {} and {} units",
-            program.units.len(),
-            second.program.units.len()
-        ))
-        .hint("one must have been made from the other"));
-    }
-    // Of every unit the operand that it reads: what the units before have made.
-    let mut units = vec![(0.0f64, 0.0f64, 0.0f64); program.units.len()];
-    let mut outputs = (0.0f64, 0.0f64, 0.0f64);
-    let compare = |sums: &mut (f64, f64, f64), a: &[f32], b: &[f32]| {
-        for (&a, &b) in a.iter().zip(b) {
-            let difference = f64::from(a - b);
-            sums.0 += f64::from(a).powi(2);
-            sums.1 += difference * difference;
-            sums.2 = sums.2.max(difference.abs());
+        let model = ModelArgs { model: args.first.clone(), foreign: args.foreign.clone() };
+        let mut program = Source::open(&model, cx)?.program;
+        if second.config.rounding.equalise {
+            program.equalise();
         }
+        let ready = program.units.iter().map(Ready::float).collect();
+        (program, ready)
     };
-    for (inputs, _) in quantise::batches(&examples, 1) {
-        let mut seen: Vec<Vec<f32>> = vec![Vec::new(); program.units.len()];
-        let mut values = program.begin(std::slice::from_ref(&inputs))?;
-        program.run_from(0, &mut values, &ready, false, &mut |unit, x, _| {
-            if x.dtype() == burn::tensor::DType::F32 {
-                seen[unit] = kiln_ops::flex::floats(x).into_owned();
-            }
-        });
-        let expected: Vec<f32> = program.read_outputs(&mut values)[0].iter::<f32>().collect();
-        let mut values = second.program.begin(&[inputs])?;
-        second.program.run_from(0, &mut values, &second.ready, false, &mut |unit, x, _| {
-            if x.dtype() == burn::tensor::DType::F32 {
-                compare(&mut units[unit], &seen[unit], &kiln_ops::flex::floats(x));
-            }
-        });
-        let found: Vec<f32> = second.program.read_outputs(&mut values)[0].iter::<f32>().collect();
-        compare(&mut outputs, &expected, &found);
+    let layers = Layers::compare(&program, &ready, &second, &examples, cx)?;
+    if let Some(out) = &args.out {
+        report::write(out, &layers, Vec::new(), begun.elapsed().as_secs_f64(), cx)?;
     }
-    // What is exactly the same counts as 200 dB.
-    let decibels = |sums: &(f64, f64, f64)| (10.0 * (sums.0 / sums.1.max(1e-300)).log10()).min(200.0);
-    let rows: Vec<serde_json::Value> = program
-        .units
-        .iter()
-        .zip(&units)
-        .zip(&second.bits)
-        .map(|((unit, sums), bits)| json!({ "unit": unit.name, "bits": bits, "snr_db": decibels(sums), "max": sums.2 }))
-        .collect();
-    let result = json!({ "examples": examples.len(), "operands": rows, "output_snr_db": decibels(&outputs), "output_max": outputs.2 });
-    cx.emit(&result, |_| {
-        let mut text = String::from("what it reads  bits  signal over noise  largest difference\n");
-        for ((unit, sums), bits) in program.units.iter().zip(&units).zip(&second.bits) {
-            text += &format!("{:<14} {bits:<5} {:>14.1} dB  {:.3e}\n", unit.name, decibels(sums), sums.2);
+    cx.emit(&layers, |layers| {
+        let mut text = report::text(layers);
+        if let Some(out) = &args.out {
+            text += &format!("report in {}\n", out.display());
         }
-        text + &format!("{:<20} {:>14.1} dB  {:.3e}\n", "logits", decibels(&outputs), outputs.2)
+        text
     })
 }
 
@@ -243,26 +217,47 @@ pub(super) struct ExportArgs {
     /// Examples at once
     #[arg(long, default_value_t = 1)]
     batch: usize,
+    /// ONNX's set of operators: 21 stores weights of 4 bits in as many, 20 in bytes
+    #[arg(long, value_enum, default_value = "20")]
+    opset: Opset,
+}
+
+/// ONNX's sets of operators that are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Opset {
+    /// Integers of eight bits and more
+    #[value(name = "20")]
+    Twenty,
+    /// Those of four bits too
+    #[value(name = "21")]
+    TwentyOne,
 }
 
 pub(super) fn export(args: &ExportArgs, cx: &Context) -> Result<()> {
     let model = Quantised::open(&args.model)?;
-    write(&model, args.batch, &args.to)?;
-    let at = |bits: u8| model.bits.iter().filter(|&&of| of == bits).count();
-    let result = json!({ "to": args.to, "batch": args.batch, "units": model.bits.len(), "at_8_bits": at(8), "at_4_bits": at(4) });
+    write(&model, args.batch, args.opset, &args.to)?;
+    let at = |bits: u8| model.pairs.iter().filter(|pair| pair.weight == bits).count();
+    let result = json!({
+        "to": args.to, "batch": args.batch, "units": model.pairs.len(), "at_8_bits": at(8), "at_4_bits": at(4),
+    });
     cx.emit(&result, |_| {
-        let four = match at(4) {
-            0 => String::new(),
-            count => format!(", {count} at 4 bits (stored in bytes)"),
+        let four = match (at(4), args.opset) {
+            (0, _) => String::new(),
+            (count, Opset::Twenty) => {
+                format!(", {count} at 4 bits (stored in bytes; --opset 21 stores half of that)")
+            }
+            (count, Opset::TwentyOne) => format!(", {count} at 4 bits"),
         };
-        format!("{}: {} units, {} at 8 bits{four}\n", args.to.display(), model.bits.len(), at(8))
+        format!("{}: {} units, {} at 8 bits{four}\n", args.to.display(), model.pairs.len(), at(8))
     })
 }
 
 /// Writes a quantised network as an ONNX file, or as the folder of a graph.
-pub(super) fn write(model: &Quantised, batch: usize, to: &Path) -> Result<()> {
+pub(super) fn write(model: &Quantised, batch: usize, opset: Opset, to: &Path) -> Result<()> {
     if to.extension().is_some_and(|extension| extension == "onnx") {
-        model.to_onnx(batch, to)
+        model.to_onnx(batch, opset == Opset::TwentyOne, to)
+    } else if opset == Opset::TwentyOne {
+        Err(Error::usage(format!("--opset 21 is for .onnx files, not for a graph in {}", to.display())))
     } else {
         model.to_graph(batch)?.save(to)
     }

@@ -2,6 +2,7 @@
 
 mod apply;
 mod quantize;
+mod report;
 mod sensitivity;
 mod source;
 mod tools;
@@ -47,7 +48,15 @@ enum Verb {
     #[command(after_help = "Examples:
   kiln ptq quantize --model m/ --calib photos/ --valid more/ --target 0.999 --out q/
   kiln ptq quantize --model m/ --calib x.npz --valid xy.npz --max-drop 0.5% --order hessian --out q/
+  kiln ptq quantize --model m/ --calib photos/ --valid more/ --granularity tensor --per-gain --out q/
+  kiln ptq quantize --model m/ --calib photos/ --valid more/ --max-bytes 400k --out q/      a budget instead of a target
+  kiln ptq quantize --model m/ --calib photos/ --valid more/ --equalize --bias-correct --adaround --out q/
+  kiln ptq quantize --model m/ --calib a.csv --valid b.csv --bits 16,4 --group 32 --out q/  weights alone, in groups
+  kiln ptq quantize --model resnet18.safetensors --arch resnet18 --calib x.npz --valid xy.npz --out q/
+  kiln ptq quantize --model bert.safetensors --arch bert --length 64 --calib x.npz --valid xy.npz --out q/
   kiln export --model any/ --out graph/ && kiln ptq quantize --model graph/ --calib xy.npz --valid xy.npz --out q/
+Files of weights are read under the names of torchvision (resnet18 to resnet152, mobilenet_v2) and Hugging Face (bert), with
+inputs as these networks read them: an array x [n, 3, 224, 224] of scaled pixels, or x [n, length] of token numbers, 0 for padding.
 The search goes on where it was interrupted when the same command is given again.")]
     Quantize(QuantizeArgs),
     /// Classify examples with a quantised network, in whole numbers
@@ -56,8 +65,9 @@ The search goes on where it was interrupted when the same command is given again
   kiln ptq predict --model q/ --input x.npz --out y.npz        logits, as an array y")]
     Predict(PredictArgs),
     /// Accuracy of a quantised or a trained network
-    #[command(after_help = "Example:
-  kiln ptq eval --model q/ --data test/")]
+    #[command(after_help = "Examples:
+  kiln ptq eval --model q/ --data test/
+  kiln ptq eval --model resnet18.safetensors --arch resnet18 --data xy.npz")]
     Eval(EvalArgs),
     /// Latency and size of a quantised network beside sixteen bits
     #[command(after_help = "Example:
@@ -66,6 +76,7 @@ The search goes on where it was interrupted when the same command is given again
     /// Write a quantised network as an ONNX file, or as a graph for Kiln's compiler
     #[command(after_help = "Examples:
   kiln ptq export --model q/ --to q.onnx              QuantizeLinear and DequantizeLinear around every unit
+  kiln ptq export --model q/ --opset 21 --to q.onnx   weights of 4 bits in as many, for ONNX Runtime 1.18 and later
   kiln ptq export --model q/ --batch 32 --to graph/   for `kiln graph run` and `kiln compile`
 On x86 processors without VNNI, ONNX Runtime's integer kernels overflow unless the session is given
 session.x64quantprecision=1.")]
@@ -78,9 +89,13 @@ session.x64quantprecision=1.")]
     #[command(after_help = "Example:
   kiln ptq profile --out profile.json")]
     Profile(ProfileArgs),
-    /// Compare a quantised network with another, unit by unit
-    #[command(after_help = "Example:
-  kiln ptq compare m/ q/ --data test/")]
+    /// Compare a quantised network with another, unit by unit: which layer rounds coarsely, cuts off, or costs accuracy
+    #[command(after_help = "Examples:
+  kiln ptq compare m/ q/ --data test/
+  kiln ptq compare m/ q/ --data test/ --out report/   layers.csv, layers.json and report.html
+  kiln ptq compare resnet18.safetensors q/ --arch resnet18 --data xy.npz
+`alone` is what the loss rises by when one unit alone is quantised, `at 16 bits` what it falls by when one unit alone is not:
+the units to --pin.")]
     Compare(CompareArgs),
     /// Quantise an array
     #[command(after_help = "Example:

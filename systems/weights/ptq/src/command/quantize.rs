@@ -2,21 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use kiln_core::{Context, Error, ModelFolder, Plot, Result, write_atomic};
 use serde::{Deserialize, Serialize};
 
-use super::apply::write;
-use super::sensitivity::plot_sensitivities;
-use super::source::{CalibArgs, ModelArgs, Source};
+use super::apply::{Opset, write};
+use super::report;
+use super::sensitivity::plots;
+use super::source::{CalibArgs, ForeignArgs, ModelArgs, Source};
 use super::{read_json, write_json};
 use crate::latency::{Profile, measure};
+use crate::layers::{Layer, Layers};
 use crate::program::Program;
-use crate::quantise::{Metric, Quantiser, SearchPlan, sample, score};
-use crate::quantiser::Calibrator;
+use crate::quantise::{Granularity, Metric, Part, QuantConfig, Quantiser, SearchPlan, sample, score};
 use crate::search::{Augment, Bits, Order, Trials, Tried, pareto};
 use crate::store::{self, Quantised};
+use crate::unit::Ready;
+
+/// Validation examples on which layers are compared in the end.
+const EXPLAINED: usize = 64;
 
 #[derive(Debug, Args)]
 pub(super) struct QuantizeArgs {
@@ -36,6 +42,9 @@ pub(super) struct QuantizeArgs {
     /// How much of the metric may be lost, in points: 0.1% or 0.001
     #[arg(long, value_parser = share)]
     max_drop: Option<f64>,
+    /// Most bytes of the weights, instead: fewer bits for as few units as that needs, whatever the metric becomes
+    #[arg(long, value_name = "BYTES", value_parser = bytes, conflicts_with_all = ["target", "max_drop"])]
+    max_bytes: Option<usize>,
     /// What is measured
     #[arg(long, value_enum, default_value = "accuracy")]
     metric: Metric,
@@ -51,7 +60,10 @@ pub(super) struct QuantizeArgs {
     /// Which dependencies
     #[arg(long, value_enum, default_value = "pair+single")]
     augment: Augment,
-    /// A unit that must have so many bits: conv0=16
+    /// Divide scores by the time that fewer bits save, by the latency model
+    #[arg(long)]
+    per_gain: bool,
+    /// A unit that must have so many bits: conv0=16, or one of its tensors: conv0.weight=8
     #[arg(long, value_name = "NAME=BITS")]
     pin: Vec<String>,
     /// Try the refused units one by one afterwards
@@ -60,12 +72,36 @@ pub(super) struct QuantizeArgs {
     /// Constants of the latency model, as `profile` writes them; measured anew by default
     #[arg(long)]
     profile: Option<PathBuf>,
+    /// Whether the network is also timed in the end, or only by the latency model
+    #[arg(long, value_enum, default_value = "measured")]
+    latency: Latency,
     /// Folder to write
     #[arg(long)]
     out: PathBuf,
     /// Write the quantised network as an .onnx file as well, or as a folder with a graph
     #[arg(long, value_name = "FILE.onnx|DIR")]
     export: Option<PathBuf>,
+}
+
+/// Where the time of one example comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Latency {
+    /// Fifty runs, and the model
+    Measured,
+    /// The model alone
+    Model,
+}
+
+/// `500000`, `500k` or `1.5M`.
+fn bytes(text: &str) -> Result<usize, String> {
+    let (number, unit) = match text.strip_suffix(['k', 'M', 'G']) {
+        Some(number) => (number, [1e3, 1e6, 1e9]["kMG".find(&text[number.len()..]).unwrap_or(0)]),
+        None => (text, 1.0),
+    };
+    match number.trim().parse::<f64>() {
+        Ok(x) if x > 0.0 && x * unit < 1e15 => Ok((x * unit) as usize),
+        _ => Err("must be a number of bytes such as 500000, 500k or 1.5M".into()),
+    }
 }
 
 /// `0.1%` or `0.001`.
@@ -87,13 +123,15 @@ struct SearchRecipe {
     calib: PathBuf,
     valid: PathBuf,
     counts: [usize; 4],
-    calibrator: Calibrator,
+    foreign: ForeignArgs,
+    rounding: QuantConfig,
     pairs: bool,
     seed: u64,
     plan: SearchPlan,
 }
 
 pub(super) fn run(args: &QuantizeArgs, cx: &Context) -> Result<()> {
+    let begun = Instant::now();
     args.calib.check()?;
     if !(args.target > 0.0 && args.target <= 1.0) {
         return Err(Error::usage(format!("--target {} is not above 0 and at most 1", args.target)));
@@ -101,16 +139,18 @@ pub(super) fn run(args: &QuantizeArgs, cx: &Context) -> Result<()> {
     if let Some(bits) = args.bits.iter().find(|bits| ![16, 8, 4].contains(*bits)) {
         return Err(Error::usage(format!("--bits {bits} is not one of 16, 8 and 4")));
     }
-    let source = Source::open(&args.model.model, cx)?;
+    let source = Source::open(&args.model, cx)?;
     let plan = SearchPlan {
         metric: args.metric,
         target: args.target,
         max_drop: args.max_drop,
+        max_bytes: args.max_bytes,
         bits: args.bits.clone(),
         order: args.order,
         lambda: args.lambda,
         augment: args.augment,
-        pinned: pinned(&args.pin, &source.program)?,
+        per_gain: args.per_gain,
+        pinned: pinned(&args.pin, &source.program, args.calib.granularity)?,
         refine: args.refine,
         ..SearchPlan::default()
     };
@@ -119,7 +159,8 @@ pub(super) fn run(args: &QuantizeArgs, cx: &Context) -> Result<()> {
         calib: args.calib.calib.clone(),
         valid: args.valid.clone(),
         counts: [args.calib.calib_count, args.calib.examples, args.calib.probes, args.valid_count],
-        calibrator: args.calib.calibrator,
+        foreign: args.model.foreign.clone(),
+        rounding: args.calib.config(),
         pairs: !args.calib.no_pairs,
         seed: cx.seed,
         plan: plan.clone(),
@@ -132,7 +173,8 @@ pub(super) fn run(args: &QuantizeArgs, cx: &Context) -> Result<()> {
     };
     let valid = source.read(&args.valid, true)?;
     let valid = valid.select(&sample(valid.len(), args.valid_count, "validation", cx));
-    let (quantiser, sensitivities) = args.calib.measure(&source, Some(&valid), cx)?;
+    let (mut quantiser, sensitivities) = args.calib.measure(&source, Some(&valid), cx)?;
+    quantiser.profile = Some(profile);
     folder.create()?;
     write_json(&folder.file("search.json"), &recipe)?;
     write_json(&folder.file("sensitivity.json"), &sensitivities)?;
@@ -158,28 +200,42 @@ pub(super) fn run(args: &QuantizeArgs, cx: &Context) -> Result<()> {
         let bytes = std::fs::read(&tokenizer).map_err(Error::io("read", &tokenizer))?;
         write_atomic(&folder.file("tokenizer.json"), &bytes)?;
     }
+    let quantised = Quantised::open(&args.out)?;
     if let Some(to) = &args.export {
-        write(&Quantised::open(&args.out)?, 1, to)?;
+        write(&quantised, 1, Opset::Twenty, to)?;
     }
-    write_front(&folder, &quantiser, &trials, &profile)?;
-    plot_sensitivities(&folder, &sensitivities)?;
+    let (shares, pairs) = plots(&sensitivities);
+    shares.save(&folder.file("sensitivity.svg"))?;
+    pairs.iter().try_for_each(|pairs| pairs.save(&folder.file("pairs.svg")))?;
+    let front = write_front(&folder, &quantiser, &trials, &profile)?;
+    // The network as equalised, so that both read the same in between.
+    let ready: Vec<Ready> = quantiser.program.units.iter().map(Ready::float).collect();
+    let some = valid.select(&(0..valid.len().min(EXPLAINED)).collect::<Vec<_>>());
+    let layers = Layers::compare(&quantiser.program, &ready, &quantised, &some, cx)?;
+    let drawn = [front, shares].into_iter().chain(pairs).collect();
+    report::write(&args.out, &layers, drawn, begun.elapsed().as_secs_f64(), cx)?;
+
     let sixteen: Bits = vec![16; found.bits.len()];
-    let [plain, quantised] = [&sixteen, &found.bits].map(|bits| {
-        measure(&quantiser.program, &quantiser.real(bits), &valid, 50).map(|timing| timing.median)
-    });
+    let timed = |bits: &Bits| measure(&quantiser.program, &quantiser.real(bits), &valid, 50);
+    let measured_seconds = match args.latency {
+        Latency::Measured => Some([timed(&sixteen)?.median, timed(&found.bits)?.median]),
+        Latency::Model => None,
+    };
     let (bytes, bytes_of_16) = quantiser.bytes(&found.bits);
     let result = QuantizeResult {
         out: args.out.clone(),
         units: found.bits.len(),
+        by_tensor: args.calib.granularity == Granularity::Tensor,
         at_8_bits: found.bits.iter().filter(|&&bits| bits == 8).count(),
         at_4_bits: found.bits.iter().filter(|&&bits| bits == 4).count(),
         baseline: found.baseline,
         target: found.target,
         metric,
         evaluations: trials.tried.len(),
-        measured_seconds: [plain?, quantised?],
-        modelled_seconds: [&sixteen, &found.bits].map(|bits| profile.latency(&quantiser.program, bits)),
+        measured_seconds,
+        modelled_seconds: [&sixteen, &found.bits].map(|bits| quantiser.latency(&profile, bits)),
         bytes: [bytes_of_16, bytes],
+        worst: layers.worst(3).into_iter().cloned().collect(),
         negative_traces: sensitivities.traces.iter().filter(|trace| trace.mean < 0.0).count(),
     };
     cx.emit(&result, QuantizeResult::to_text)
@@ -189,22 +245,26 @@ pub(super) fn run(args: &QuantizeArgs, cx: &Context) -> Result<()> {
 #[derive(Serialize)]
 struct QuantizeResult {
     out: PathBuf,
+    /// Units, or tensors where these have bits of their own.
     units: usize,
+    by_tensor: bool,
     at_8_bits: usize,
     at_4_bits: usize,
     /// The metric of the network as it was.
     baseline: f64,
-    /// What had to be reached.
-    target: f64,
+    /// What had to be reached; nothing within a budget of bytes.
+    target: Option<f64>,
     /// The quantised network's, computed in whole numbers.
     metric: f64,
     evaluations: usize,
     /// Median of fifty runs with one example, at sixteen bits and quantised.
-    measured_seconds: [f64; 2],
+    measured_seconds: Option<[f64; 2]>,
     /// The same by the latency model.
     modelled_seconds: [f64; 2],
     /// At sixteen bits and quantised.
     bytes: [usize; 2],
+    /// The units whose bits cost the most.
+    worst: Vec<Layer>,
     /// Estimates of traces that were below 0 and count as 0.
     negative_traces: usize,
 }
@@ -213,53 +273,65 @@ impl QuantizeResult {
     fn to_text(&self) -> String {
         let less = |[before, after]: [f64; 2]| 100.0 * (1.0 - after / before);
         let none = if self.at_8_bits + self.at_4_bits == 0 {
-            "no unit can be quantised within the target: the network stays at 16 bits\n"
+            "nothing needs fewer bits, or nothing can do with them: the network stays at 16 bits\n"
         } else {
             ""
         };
+        let wanted = self.target.map_or(String::new(), |target| format!(", at least {target:.4}"));
+        let time = match self.measured_seconds {
+            Some([before, after]) => format!(
+                "one example takes {:.3} ms instead of {:.3} ms at 16 bits ({:.1} % less; {:.1} % by the latency model)\n",
+                1e3 * after,
+                1e3 * before,
+                less([before, after]),
+                less(self.modelled_seconds)
+            ),
+            None => {
+                format!("one example takes {:.1} % less by the latency model\n", less(self.modelled_seconds))
+            }
+        };
         format!(
-            "{none}{} units: {} at 8 bits, {} at 4, {} at 16, after {} evaluations\n\
-             metric {:.4} (as it was {:.4}, at least {:.4})\n\
-             one example takes {:.3} ms instead of {:.3} ms at 16 bits ({:.1} % less; {:.1} % by the latency model)\n\
-             weights {} bytes instead of {} ({:.1} % less)\n\
-             quantised network in {}\n",
+            "{none}{} {}: {} at 8 bits, {} at 4, {} at 16, after {} evaluations\n\
+             metric {:.4} (as it was {:.4}{wanted})\n{time}\
+             weights {} bytes instead of {} ({:.1} % less)\n{}\
+             quantised network in {}, with report.html\n",
             self.units,
+            if self.by_tensor { "tensors" } else { "units" },
             self.at_8_bits,
             self.at_4_bits,
             self.units - self.at_8_bits - self.at_4_bits,
             self.evaluations,
             self.metric,
             self.baseline,
-            self.target,
-            1e3 * self.measured_seconds[1],
-            1e3 * self.measured_seconds[0],
-            less(self.measured_seconds),
-            less(self.modelled_seconds),
             self.bytes[1],
             self.bytes[0],
             less(self.bytes.map(|bytes| bytes as f64)),
+            report::worst(&self.worst),
             self.out.display()
         )
     }
 }
 
-/// `conv0=16`
-fn pinned(pins: &[String], program: &Program) -> Result<BTreeMap<usize, u8>> {
-    let unit = |pin: &String| {
+/// `conv0=16`, or `conv0.weight=8`.
+fn pinned(pins: &[String], program: &Program, granularity: Granularity) -> Result<BTreeMap<usize, u8>> {
+    let parts = Part::of(program, granularity);
+    let mut pinned = BTreeMap::new();
+    for pin in pins {
         let (name, bits) = pin
             .split_once('=')
             .and_then(|(name, bits)| {
                 Some((name, bits.parse::<u8>().ok().filter(|b| [16, 8, 4].contains(b))?))
             })
             .ok_or_else(|| Error::usage(format!("--pin {pin} is not NAME=BITS with 16, 8 or 4 bits")))?;
-        let at = program.units.iter().position(|unit| unit.name == name).ok_or_else(|| {
-            let names: Vec<&str> = program.units.iter().map(|unit| unit.name.as_str()).collect();
-            Error::usage(format!("there is no unit \"{name}\""))
-                .hint(format!("there are: {}", names.join(", ")))
-        })?;
-        Ok((at, bits))
-    };
-    pins.iter().map(unit).collect()
+        let named = |part: &Part| part.name == name || program.units[part.unit].name == name;
+        pinned.extend(parts.iter().enumerate().filter(|(_, part)| named(part)).map(|(at, _)| (at, bits)));
+        if !parts.iter().any(named) {
+            let names: Vec<&str> = parts.iter().map(|part| part.name.as_str()).collect();
+            return Err(Error::usage(format!("there is no unit \"{name}\""))
+                .hint(format!("there are: {}", names.join(", "))));
+        }
+    }
+    Ok(pinned)
 }
 
 /// One line of `search.csv`.
@@ -299,12 +371,9 @@ fn write_front(
     quantiser: &Quantiser,
     trials: &Trials,
     profile: &Profile,
-) -> Result<()> {
-    let points: Vec<(f64, f64)> = trials
-        .tried
-        .iter()
-        .map(|tried| (tried.metric, profile.latency(&quantiser.program, &tried.bits)))
-        .collect();
+) -> Result<Plot> {
+    let points: Vec<(f64, f64)> =
+        trials.tried.iter().map(|tried| (tried.metric, quantiser.latency(profile, &tried.bits))).collect();
     let front = pareto(&points);
     let mut text = String::from("metric,modelled_ms,bytes,on_front,bits\n");
     for (at, tried) in trials.tried.iter().enumerate() {
@@ -315,8 +384,9 @@ fn write_front(
     }
     write_atomic(&folder.file("pareto.csv"), text.as_bytes())?;
     let milliseconds = |at: usize| (1e3 * points[at].1, points[at].0);
-    Plot::points("Configurations that were tried", "modelled latency, ms", "metric")
+    let plot = Plot::points("Configurations that were tried", "modelled latency, ms", "metric")
         .series("tried", (0..points.len()).map(milliseconds).collect())
-        .series("not beaten", front.into_iter().map(milliseconds).collect())
-        .save(&folder.file("pareto.svg"))
+        .series("not beaten", front.into_iter().map(milliseconds).collect());
+    plot.save(&folder.file("pareto.svg"))?;
+    Ok(plot)
 }

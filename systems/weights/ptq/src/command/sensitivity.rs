@@ -9,8 +9,8 @@ use serde_json::json;
 use super::source::{CalibArgs, ModelArgs, Source};
 use super::{read_json, write_json};
 use crate::mlp::Mlp;
-use crate::quantise::Sensitivities;
 use crate::search::Augment;
+use crate::sensitivity::Sensitivities;
 
 #[derive(Debug, Args)]
 pub(super) struct SensitivityArgs {
@@ -25,7 +25,7 @@ pub(super) struct SensitivityArgs {
 
 pub(super) fn run(args: &SensitivityArgs, cx: &Context) -> Result<()> {
     args.calib.check()?;
-    let source = Source::open(&args.model.model, cx)?;
+    let source = Source::open(&args.model, cx)?;
     let (_, sensitivities) = args.calib.measure(&source, None, cx)?;
     let folder = ModelFolder::new(&args.out);
     folder.create()?;
@@ -45,12 +45,19 @@ pub(super) fn run(args: &SensitivityArgs, cx: &Context) -> Result<()> {
     })
 }
 
-pub(super) fn plot_sensitivities(folder: &ModelFolder, found: &Sensitivities) -> Result<()> {
-    if let Some(width) = found.four.pair.first().map(Vec::len) {
+fn plot_sensitivities(folder: &ModelFolder, found: &Sensitivities) -> Result<()> {
+    let (shares, pairs) = plots(found);
+    shares.save(&folder.file("sensitivity.svg"))?;
+    pairs.map_or(Ok(()), |pairs| pairs.save(&folder.file("pairs.svg")))
+}
+
+/// What units share in, and what pairs of them lose, if that was measured.
+pub(super) fn plots(found: &Sensitivities) -> (Plot, Option<Plot>) {
+    let pairs = found.four.pair.first().map(|first| {
         let values = found.four.pair.iter().flatten().map(|d| d.max(0.0)).collect();
-        Plot::heat_map("What pairs of units lose beyond the sum, 4 bits", "unit", "unit", width, values)
-            .save(&folder.file("pairs.svg"))?;
-    }
+        let title = "What pairs of units lose beyond the sum, 4 bits";
+        Plot::heat_map(title, "unit", "unit", first.len(), values)
+    });
     let shares = |values: Vec<f64>| {
         let sum = values.iter().sum::<f64>().max(1e-300);
         values.into_iter().map(|value| value / sum).collect::<Vec<f64>>()
@@ -59,8 +66,7 @@ pub(super) fn plot_sensitivities(folder: &ModelFolder, found: &Sensitivities) ->
         ("curvature", shares(found.four.hessian.clone())),
         ("dependency", shares(found.four.dependency(Augment::Both))),
     ];
-    Plot::bars("Sensitivity at 4 bits", "share", found.units.clone(), series)
-        .save(&folder.file("sensitivity.svg"))
+    (Plot::bars("Sensitivity at 4 bits", "share", found.units.clone(), series), pairs)
 }
 
 #[derive(Debug, Args)]
@@ -87,7 +93,9 @@ pub(super) fn perceptron(args: &MlpArgs, cx: &Context) -> Result<()> {
     }
     let traces = match args.exact_trace {
         true => mlp.exact_traces(),
-        false => mlp.estimated_traces(args.probes, &mut cx.rng("probe", 0)),
+        false => {
+            mlp.estimated_traces(args.probes, |layer, block| cx.rng(&format!("probe {layer}"), block as u64))
+        }
     };
     let (noise, single, pairs) = mlp.perturbations(args.bits);
     let weights = mlp.flat_weights();

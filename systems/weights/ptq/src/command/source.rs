@@ -4,23 +4,46 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kiln_compiler::{Graph, OnnxOptions, capture};
-use kiln_core::{Context, Error, ModelFolder, Result};
+use kiln_core::{Context, Error, ModelFolder, Result, TensorFile};
+use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
 use crate::arch::Input;
 use crate::checkpoint::{self, KIND, Trained};
 use crate::data::{self, Examples};
+use crate::foreign::{Extents, Foreign};
 use crate::program::Program;
-use crate::quantise::{Quantiser, Sensitivities, check_labels, sample};
+use crate::quantise::{Granularity, QuantConfig, Quantiser, check_labels, sample};
 use crate::quantiser::Calibrator;
+use crate::sensitivity::Sensitivities;
 use crate::store::{self, Quantised};
+use crate::unit::Scales;
 
 /// A trained network.
 #[derive(Debug, Args)]
 pub(super) struct ModelArgs {
-    /// Folder of a network that `kiln ptq train` or `kiln export` wrote, or an ONNX file
-    #[arg(long, value_name = "DIR|FILE.onnx")]
+    /// Folder of a network that `kiln ptq train` or `kiln export` wrote, an ONNX file, or weights with --arch
+    #[arg(long, value_name = "DIR|FILE.onnx|FILE.safetensors")]
     pub model: PathBuf,
+    #[command(flatten)]
+    pub foreign: ForeignArgs,
+}
+
+/// What a file of weights does not say itself.
+#[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
+pub(super) struct ForeignArgs {
+    /// The network whose weights a .safetensors file holds, under the names of torchvision or Hugging Face
+    #[arg(long, value_enum)]
+    pub arch: Option<Foreign>,
+    /// Height and width of its images
+    #[arg(long, default_value_t = 224, requires = "arch")]
+    pub image: usize,
+    /// Tokens of its texts
+    #[arg(long, default_value_t = 128, requires = "arch")]
+    pub length: usize,
+    /// Attention heads of bert [default: one for every 64 of its width]
+    #[arg(long, requires = "arch")]
+    pub heads: Option<usize>,
 }
 
 /// How activations and weights get their ranges.
@@ -44,6 +67,32 @@ pub(super) struct CalibArgs {
     /// Leave out the losses of pairs of units, which take the most time
     #[arg(long)]
     pub no_pairs: bool,
+    /// What gets bits of its own
+    #[arg(long, value_enum, default_value = "layer")]
+    pub granularity: Granularity,
+    /// Which weights share a scale
+    #[arg(long, value_enum, default_value = "row")]
+    pub scales: Scales,
+    /// Round weights of 4 bits in linear layers alone, with a scale for so many neighbours; their inputs stay floats
+    #[arg(long, value_name = "32|64", value_parser = group)]
+    pub group: Option<usize>,
+    /// Equalise the channels of layers that follow each other first
+    #[arg(long)]
+    pub equalize: bool,
+    /// Let biases make up for the mean error of the rounding
+    #[arg(long)]
+    pub bias_correct: bool,
+    /// Learn to which side weights of 4 bits are rounded
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "500")]
+    pub adaround: Option<usize>,
+}
+
+/// 32 or 64.
+fn group(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(size @ (32 | 64)) => Ok(size),
+        _ => Err("must be 32 or 64".into()),
+    }
 }
 
 impl CalibArgs {
@@ -65,12 +114,28 @@ impl CalibArgs {
         let calibration = all.select(&sample(all.len(), self.calib_count, "calibration", cx));
         let labelled = if all.labels.is_empty() { other.unwrap_or(&all) } else { &all };
         let chosen = labelled.select(&sample(labelled.len(), self.examples, "sensitivity", cx));
-        let quantiser = Quantiser::calibrate(source.program.clone(), &calibration, self.calibrator, cx)?;
+        let quantiser = Quantiser::calibrate(source.program.clone(), &calibration, self.config(), cx)?;
         let sensitivities = quantiser.sensitivities(&chosen, self.probes, !self.no_pairs, cx)?;
         Ok((quantiser, sensitivities))
     }
 
+    /// How the network is quantised, apart from the bits.
+    pub fn config(&self) -> QuantConfig {
+        QuantConfig {
+            calibrator: self.calibrator,
+            granularity: self.granularity,
+            scales: self.scales,
+            group: self.group,
+            equalise: self.equalize,
+            bias_correct: self.bias_correct,
+            adaround: self.adaround,
+        }
+    }
+
     pub fn check(&self) -> Result<()> {
+        if self.adaround == Some(0) {
+            return Err(Error::usage("--adaround 0 learns nothing").hint("500 steps are usual"));
+        }
         if self.calib_count == 0 || self.examples == 0 {
             return Err(Error::usage("--calib-count and --examples must be at least 1"));
         }
@@ -90,13 +155,24 @@ pub(super) struct Source {
 }
 
 impl Source {
-    pub fn open(path: &Path, cx: &Context) -> Result<Self> {
+    pub fn open(args: &ModelArgs, cx: &Context) -> Result<Self> {
+        let path = &args.model;
         if store::is_quantised(path) {
             return Err(Error::input(path.display(), "holds a network that is quantised already")
                 .hint("quantise the network that it was made from"));
         }
-        let (graph, input, classes, white) = if path.extension().is_some_and(|extension| extension == "onnx")
-        {
+        let ends_in = |wanted: &str| path.extension().is_some_and(|extension| extension == wanted);
+        if args.foreign.arch.is_some() != ends_in("safetensors") {
+            return Err(Error::usage(format!(
+                "--arch belongs to weights in a .safetensors file, and these to --arch: {}",
+                path.display()
+            ))
+            .hint("kiln ptq quantize --model resnet18.safetensors --arch resnet18 ..."));
+        }
+        let (graph, input, classes, white) = if let Some(arch) = args.foreign.arch {
+            let ForeignArgs { image, length, heads, .. } = args.foreign;
+            (arch.graph(TensorFile::read(path)?, Extents { image, length, heads })?, None, Vec::new(), 1.0)
+        } else if ends_in("onnx") {
             (Graph::from_onnx(path, &OnnxOptions::default())?, None, Vec::new(), 1.0)
         } else if path.join("graph.json").exists() {
             (Graph::load(path)?, None, Vec::new(), 1.0)
@@ -137,7 +213,7 @@ impl Source {
             classes,
             white,
             tokenizer,
-            folder: path.into(),
+            folder: path.clone(),
         })
     }
 

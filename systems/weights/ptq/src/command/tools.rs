@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use kiln_compiler::loops::{Buffer, Elements, write_buffers};
 use kiln_core::{Context, Error, Result};
 use serde_json::json;
 
 use super::write_json;
-use crate::arrays::{self, Column};
+use crate::arrays;
 use crate::latency::Profile;
 use crate::quantiser::{Asymmetric, Calibrator, Rows, largest_size, weight_range};
 
@@ -103,15 +104,16 @@ pub(super) fn quant_array(args: &QuantArrayArgs, cx: &Context) -> Result<()> {
     };
     let error = x.iter().zip(&values).map(|(x, y)| (x - y).powi(2)).sum::<f64>() / x.len() as f64;
     let scale_shape = if scale.len() == 1 { Vec::new() } else { vec![scale.len()] };
-    arrays::write(
-        &args.out,
-        &[
-            ("scale", Column::F64(scale_shape, scale.clone())),
-            ("zero", Column::I32(Vec::new(), vec![zero])),
-            ("q", Column::I32(array.shape.clone(), q)),
-            ("deq", Column::F64(array.shape.clone(), values)),
-        ],
-    )?;
+    let column = |name: &str, shape: &[usize], elements| {
+        (name.to_string(), Buffer { shape: shape.to_vec(), elements })
+    };
+    let columns = [
+        column("scale", &scale_shape, Elements::F64(scale.clone())),
+        column("zero", &[], Elements::I32(vec![zero])),
+        column("q", &array.shape, Elements::I32(q)),
+        column("deq", &array.shape, Elements::F64(values)),
+    ];
+    write_buffers(&args.out, &columns.into())?;
     let result = json!({ "scale": scale, "zero": zero, "mean_squared_error": error, "out": args.out });
     cx.emit(&result, |_| {
         format!("{} numbers, mean squared error {error:.3e}, in {}\n", x.len(), args.out.display())

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::TensorData;
-use kiln_compiler::loops::{Buffer, Elements, write_buffers};
+use kiln_compiler::loops::{Buffer, Elements, read_buffers, write_buffers};
 use kiln_compiler::{Graph, OnnxOptions};
 use kiln_core::testing::Desk;
 use kiln_ptq::Ptq;
@@ -55,6 +55,9 @@ fn a_network_is_quantised_run_compared_and_evaluated() {
         "pareto.svg",
         "search.csv",
         "pairs.svg",
+        "layers.csv",
+        "layers.json",
+        "report.html",
     ] {
         assert!(desk.path("q").join(file).exists(), "{file}");
     }
@@ -72,7 +75,20 @@ fn a_network_is_quantised_run_compared_and_evaluated() {
         assert_eq!(line.split(',').nth(1), Some(["down", "up"][usize::from(row[1] > row[0])]));
     }
     let compared = desk.json("compare @m/ @q/ --data @data.csv --count 8");
-    assert!(compared["output_snr_db"].as_f64().unwrap() > 3.0, "{compared}");
+    assert!(compared["output_db"].as_f64().unwrap() > 3.0, "{compared}");
+    // With labels it tells what each layer costs, and writes a report.
+    let compared = desk.json("compare @m/ @q/ --data @data.csv --out @report");
+    let layers = compared["layers"].as_array().unwrap();
+    let quantised = |layer: &&serde_json::Value| layer["weight"] != 16;
+    assert!(
+        layers.iter().filter(quantised).all(|layer| layer["alone"].is_f64() && layer["restored"].is_f64())
+    );
+    assert!(
+        layers.iter().filter(quantised).all(|layer| (0.0..0.5).contains(&layer["clipped"].as_f64().unwrap()))
+    );
+    let table = fs::read_to_string(desk.path("report/layers.csv")).unwrap();
+    assert_eq!(table.lines().count(), layers.len() + 1, "{table}");
+    assert!(fs::read_to_string(desk.path("report/report.html")).unwrap().contains("conv0"));
     let same = desk.json("compare @q/ @q/ --data @data.csv --count 2");
     assert_eq!(same["output_max"], 0.0);
     assert!(desk.json("bench --model @q --data @data.csv --runs 2 --batch 4")["bytes"].as_u64().unwrap() > 0);
@@ -81,6 +97,10 @@ fn a_network_is_quantised_run_compared_and_evaluated() {
     desk.json("export --model @q --to @q.onnx");
     let graph = Graph::from_onnx(&desk.path("q.onnx"), &OnnxOptions::default()).unwrap();
     assert_eq!(graph.inputs[0].port.shape, [1, 1, 6, 6]);
+    desk.json("export --model @q --to @four.onnx --opset 21");
+    let four = Graph::from_onnx(&desk.path("four.onnx"), &OnnxOptions::default()).unwrap();
+    assert_eq!(four.inputs[0].port.shape, [1, 1, 6, 6]);
+    desk.assert_refused("export --model @q --to @graph4 --opset 21", "is for .onnx files");
     desk.json("export --model @q --to @graph --batch 4");
     assert_eq!(Graph::load(&desk.path("graph")).unwrap().inputs[0].port.shape, [4, 1, 6, 6]);
     desk.assert_refused("export --model @q --to @none.onnx --batch 0", "0 examples at once");
@@ -105,11 +125,19 @@ fn damaged_folders_are_refused_with_the_place() {
     let text = fs::read_to_string(&path).unwrap();
     for (from, to, words) in [
         ("\"groups\": 1,", "\"groups\": 0,", "of a kind that Kiln does not know"),
+        ("\"tops\": []", "\"tops\": [1.0]", "of a kind that Kiln does not know"),
         ("\"work\": \"conv\"", "\"work\": \"fold\"", "of a kind that Kiln does not know"),
         ("\"steps\": [", "\"steps\": [ 99,", "do not fit"),
         ("\"units\"", "\"unit\"", "does not describe the units"),
     ] {
         fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        desk.assert_refused("eval --model @q --data @data.csv", words);
+    }
+    for (from, to, words) in [
+        ("\"weight\": ", "\"weight\": 1", "must have 16, 8 or 4"),
+        ("\"scales\": 1", "\"scales\": 7", "7 scales a row"),
+    ] {
+        fs::write(&path, text.replace(from, to)).unwrap();
         desk.assert_refused("eval --model @q --data @data.csv", words);
     }
     fs::write(&path, &text).unwrap();
@@ -147,6 +175,60 @@ fn what_cannot_be_quantised_is_refused() {
 }
 
 #[test]
+fn bytes_gains_and_tensors_decide_where_they_are_asked_to() {
+    let desk = trained();
+    let line = format!("quantize --model @m {SHORT} --no-pairs --valid @data.csv --latency model");
+    let all = desk.json(&format!("{line} --target 0.01 --bits 16,8 --out @all"));
+    let [most, least] = [0, 1].map(|at| all["bytes"][at].as_u64().unwrap());
+    assert!(all["measured_seconds"].is_null());
+    let budget = (most + least) / 2;
+    let result = desk.json(&format!("{line} --max-bytes {budget} --out @b"));
+    let found = result["bytes"][1].as_u64().unwrap();
+    assert!(found <= budget && found > least && result["at_4_bits"] == 0, "{result}");
+    assert_eq!(
+        (&result["evaluations"], &result["target"]),
+        (&serde_json::json!(1), &serde_json::Value::Null)
+    );
+    desk.assert_refused(&format!("{line} --max-bytes 10 --out @x"), "at the least");
+    desk.assert_refused(&format!("{line} --max-bytes 1k --target 0.9 --out @x"), "cannot be used with");
+    desk.assert_refused(&format!("{line} --max-bytes many --out @x"), "such as 500000, 500k or 1.5M");
+
+    let result = desk.json(&format!(
+        "{line} --granularity tensor --per-gain --target 0.9 --pin conv0.weight=16 --pin conv1=8 --out @t"
+    ));
+    assert!(
+        result["by_tensor"] == true && result["units"].as_u64().unwrap() > all["units"].as_u64().unwrap()
+    );
+    let config: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(desk.path("t/config.json")).unwrap()).unwrap();
+    assert_eq!(config["bits"][0], serde_json::json!(["conv0.weight", 16]));
+    assert_eq!(config["bits"][2], serde_json::json!(["conv1.weight", 8]));
+    assert_eq!(config["bits"][3], serde_json::json!(["conv1.input", 8]));
+    assert_eq!(desk.json("eval --model @t --data @data.csv")["accuracy"], result["metric"]);
+    desk.assert_refused(&format!("{line} --pin conv0.weight=8 --out @x"), "there are: conv0");
+}
+
+#[test]
+fn equalised_corrected_and_learnt_networks_are_kept() {
+    let desk = trained();
+    let line =
+        format!("quantize --model @m {SHORT} --no-pairs --valid @data.csv --latency model --target 0.8");
+    let result = desk.json(&format!(
+        "{line} --equalize --bias-correct --adaround 20 --scales tensor --calibrator percentile --out @q"
+    ));
+    assert!(result["at_8_bits"].as_u64().unwrap() + result["at_4_bits"].as_u64().unwrap() > 0, "{result}");
+    assert_eq!(desk.json("eval --model @q --data @data.csv")["accuracy"], result["metric"]);
+    // The network as it was is equalised too, before both are compared.
+    let compared = desk.json("compare @m/ @q/ --data @data.csv --count 8");
+    assert!(compared["output_db"].as_f64().unwrap() > 3.0, "{compared}");
+    desk.json("export --model @q --to @q.onnx");
+    let result = desk.json(&format!("{line} --group 32 --out @g"));
+    assert_eq!(desk.json("eval --model @g --data @data.csv")["accuracy"], result["metric"]);
+    desk.assert_refused(&format!("{line} --group 48 --out @x"), "must be 32 or 64");
+    desk.assert_refused(&format!("{line} --adaround 0 --out @x"), "learns nothing");
+}
+
+#[test]
 fn texts_are_learnt_and_quantised() {
     let desk = Desk::new(&Ptq);
     let row = |i: usize| {
@@ -174,17 +256,18 @@ fn texts_are_learnt_and_quantised() {
 fn arrays_and_perceptrons_give_the_reference_values() {
     let desk = Desk::new(&Ptq);
     let reference = arrays::read("tests/data/quantizers.npz".as_ref()).unwrap();
-    let column =
-        |name: &str| arrays::Column::F64(reference[name].shape.clone(), reference[name].values.clone());
-    arrays::write(&desk.path("w.npz"), &[("w", column("w/x"))]).unwrap();
+    let write = |file: &str, shape: &[usize], values: &[f64]| {
+        let buffer = Buffer { shape: shape.to_vec(), elements: Elements::F64(values.to_vec()) };
+        write_buffers(&desk.path(file), &[("w".to_string(), buffer)].into()).unwrap();
+    };
+    write("w.npz", &reference["w/x"].shape, &reference["w/x"].values);
     desk.json("quant-array --input @w.npz --bits 4 --axis 0 --out @q.npz");
     let found = arrays::read(&desk.path("q.npz")).unwrap();
     assert_eq!(found["q"].values, reference["w/perch4_q"].values);
     desk.json("quant-array --input @w.npz --bits 8 --scheme asym --out @q.npz");
     let found = arrays::read(&desk.path("q.npz")).unwrap();
     assert_eq!(found["q"].values, reference["w/asym8_q"].values);
-    arrays::write(&desk.path("bad.npz"), &[("w", arrays::Column::F64(vec![2], vec![1.0, f64::NAN]))])
-        .unwrap();
+    write("bad.npz", &[2], &[1.0, f64::NAN]);
     desk.assert_refused("quant-array --input @bad.npz --out @x.npz", "element 1 is NaN");
     let result = desk.json("sensitivity-mlp --input %sensitivity_mlp.json --bits 8 --exact-trace");
     let text = fs::read_to_string("tests/data/sensitivity_mlp.json").unwrap();
@@ -225,4 +308,25 @@ fn an_onnx_model_is_quantised_and_keeps_its_answers() {
     assert!(result["metric"].as_f64().unwrap() >= 0.9, "{result}");
     assert!(result["at_8_bits"].as_u64().unwrap() + result["at_4_bits"].as_u64().unwrap() > 0, "{result}");
     assert_eq!(desk.json("eval --model @q --data @data.npz")["accuracy"], result["metric"]);
+}
+
+#[test]
+fn weights_of_other_libraries_are_quantised_and_misfits_are_named() {
+    let desk = Desk::new(&Ptq);
+    let line = "quantize --model %mobilenet_v2.safetensors --arch mobilenet_v2 --image 32 --calib @x.npz --valid @x.npz \
+                --examples 2 --probes 1 --no-pairs --latency model --metric loss --target 0.5 --out @q";
+    let io = read_buffers("tests/data/mobilenet_v2_io.npz".as_ref()).unwrap();
+    let labels = Buffer { shape: vec![2], elements: Elements::I64(vec![0, 1]) };
+    write_buffers(&desk.path("x.npz"), &[("x".into(), io["x"].clone()), ("y".into(), labels)].into())
+        .unwrap();
+    let result = desk.json(line);
+    assert!(result["at_8_bits"].as_u64().unwrap() + result["at_4_bits"].as_u64().unwrap() > 0, "{result}");
+    desk.json("eval --model %mobilenet_v2.safetensors --arch mobilenet_v2 --image 32 --data @x.npz");
+    let compare = "compare %mobilenet_v2.safetensors @q/ --arch mobilenet_v2 --image 32 --data @x.npz";
+    assert!(desk.json(compare)["output_db"].as_f64().unwrap() > 0.0);
+    let refused = |line: &str, words: &str| desk.assert_refused(&line.replace("@q", "@x"), words);
+    refused(&line.replace(" --arch mobilenet_v2", " --arch resnet18"), "\"conv1.weight\"");
+    refused(&line.replace(" --arch mobilenet_v2 --image 32", ""), "--arch belongs to weights");
+    refused(&line.replace("--image 32", "--image 33"), "reads [3, 33, 33]");
+    assert!(!desk.path("x").exists());
 }

@@ -160,10 +160,22 @@ fn sensitivities_of_the_perceptron_are_exact_and_the_estimate_is_near() {
     near("loss", &[mlp.loss(&mlp.flat_weights())], &[expected["loss"].as_f64().unwrap()], 1e-12);
     let traces = mlp.exact_traces();
     near("trace", &traces, &numbers(&expected["trace"]), 1e-6);
-    // With 4096 probes the standard error of the smallest trace is 2 % itself: four times as many.
-    let estimate = mlp.estimated_traces(1 << 14, &mut random_stream(0, "probe", 0));
+    let estimate = mlp
+        .estimated_traces(1 << 12, |layer, block| random_stream(0, &format!("probe {layer}"), block as u64));
     for (estimate, trace) in estimate.iter().zip(&traces) {
         assert!((estimate / trace - 1.0).abs() < 0.03, "{estimate}, should be near {trace}");
+    }
+    // Of fewer probes than make the signs orthogonal, the mean over many draws is the trace too.
+    let draws: Vec<Vec<f64>> = (0..400)
+        .map(|draw| {
+            mlp.estimated_traces(3, |layer, block| random_stream(draw, &format!("few {layer}"), block as u64))
+        })
+        .collect();
+    for (layer, trace) in traces.iter().enumerate() {
+        let values: Vec<f64> = draws.iter().map(|draw| draw[layer]).collect();
+        let mean = values.iter().sum::<f64>() / 400.0;
+        let error = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 399.0 / 400.0).sqrt();
+        assert!((mean - trace).abs() < 4.0 * error, "{mean}, should be near {trace} within {error}");
     }
     for bits in [4, 8] {
         let expected = &expected["bits"][bits.to_string()];

@@ -1,10 +1,12 @@
 //! What holds whatever the network: whole numbers give what rounded floats give, sixteen bits what floats give.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use crate::subject::{ALL, distance, subject};
+use crate::subject::{ALL, distance, subject, subject_as};
 use kiln_core::Context;
 use kiln_ptq::arch::Arch;
-use kiln_ptq::unit::Work;
+use kiln_ptq::quantise::logits;
+use kiln_ptq::unit::{Pair, Ready, Scales, Work};
+use kiln_ptq::{Granularity, QuantConfig};
 
 #[test]
 fn folded_programs_compute_what_networks_compute_and_sixteen_bits_nearly_the_same() {
@@ -67,13 +69,114 @@ fn each_unit_alone_gives_the_same_in_whole_numbers_and_rounded_floats() {
 #[test]
 fn dependencies_are_symmetric_and_sensitivities_repeat() {
     let cx = Context::for_tests("unused");
-    let (quantiser, examples, _) = subject(Arch::Bert);
-    let found = quantiser.sensitivities(&examples, 1, true, &cx).unwrap();
-    let again = quantiser.sensitivities(&examples, 1, true, &cx).unwrap();
-    assert_eq!(found, again);
-    for measured in [&found.eight, &found.four] {
-        for (i, row) in measured.pair.iter().enumerate() {
-            assert!(row[i] == 0.0 && row.iter().enumerate().all(|(j, &d)| d == measured.pair[j][i]));
+    for granularity in [Granularity::Layer, Granularity::Tensor] {
+        let (quantiser, examples, _) =
+            subject_as(Arch::Bert, QuantConfig { granularity, ..QuantConfig::default() });
+        let found = quantiser.sensitivities(&examples, 1, true, &cx).unwrap();
+        let again = quantiser.sensitivities(&examples, 1, true, &cx).unwrap();
+        assert_eq!(found, again);
+        for measured in [&found.eight, &found.four] {
+            for (i, row) in measured.pair.iter().enumerate() {
+                assert!(row[i] == 0.0 && row.iter().enumerate().all(|(j, &d)| d == measured.pair[j][i]));
+            }
+            // Activations that are parts of their own have curvature and noise too.
+            let rounded = measured.noise.iter().filter(|&&noise| noise > 0.0).count();
+            let products = quantiser.program.units.iter().filter(|unit| unit.work == Work::Product).count();
+            let whole = granularity == Granularity::Layer;
+            assert_eq!(rounded, measured.noise.len() - if whole { products } else { 0 });
         }
+    }
+}
+
+#[test]
+fn tensors_apart_give_the_same_in_whole_numbers_and_rounded_floats() {
+    for arch in ALL {
+        let granularity = Granularity::Tensor;
+        let (quantiser, examples, _) =
+            subject_as(arch, QuantConfig { granularity, ..QuantConfig::default() });
+        let parts = quantiser.parts.len();
+        let tables = quantiser.program.units.iter().filter(|unit| unit.work == Work::Table).count();
+        assert_eq!(parts, 2 * quantiser.program.units.len() - tables);
+        // Neighbours of every two precisions: weights and input of a unit, or those of two units.
+        for (first, (weight, input)) in
+            (0..parts - 1).flat_map(|part| [(part, (4, 8)), (part, (8, 4)), (part, (16, 4)), (part, (4, 16))])
+        {
+            let mut bits = vec![16; parts];
+            (bits[first], bits[first + 1]) = (weight, input);
+            let whole = quantiser.real_logits(&bits, &examples).unwrap();
+            let rounded = quantiser.rounded_logits(&bits, &examples).unwrap();
+            let name = &quantiser.parts[first].name;
+            let apart = distance(&whole, &rounded);
+            assert!(apart < 0.05, "{arch:?} {name} at {weight} and {input}: {apart}");
+        }
+    }
+    assert_eq!(Pair { weight: 4, input: 16 }.wider(), 16);
+}
+
+#[test]
+fn an_equalised_network_computes_what_it_computed_with_weights_of_one_range() {
+    for (arch, pairs) in [(Arch::Resnet, 16), (Arch::Mobilenet, 24), (Arch::Bert, 0)] {
+        let (quantiser, examples, logits_before) = subject(arch);
+        let mut program = quantiser.program.clone();
+        assert_eq!(program.equalise(), pairs, "{arch:?}");
+        let ready: Vec<Ready> = program.units.iter().map(Ready::float).collect();
+        let after = logits(&program, &ready, &examples).unwrap();
+        let apart = distance(&after, &logits_before);
+        assert!(apart < 1e-4, "{arch:?}: {apart}");
+        if pairs > 0 {
+            assert_ne!(program.units[0].weight, quantiser.program.units[0].weight);
+        }
+        // What is equalised already stays as it is.
+        let mut again = program.clone();
+        again.equalise();
+        for (a, b) in again.units.iter().zip(&program.units) {
+            assert!(a.weight.iter().zip(&b.weight).all(|(a, b)| (a - b).abs() < 1e-2 * (1e-3 + b.abs())));
+        }
+    }
+}
+
+#[test]
+fn corrected_biases_take_away_the_mean_error() {
+    for arch in ALL {
+        let mean_errors = |bias_correct: bool| -> Vec<f32> {
+            let how = QuantConfig { bias_correct, scales: Scales::Tensor, ..QuantConfig::default() };
+            let (quantiser, examples, _) = subject_as(arch, how);
+            let mut bits = vec![16; quantiser.parts.len()];
+            *bits.last_mut().unwrap() = 4;
+            let found = quantiser.rounded_logits(&bits, &examples).unwrap();
+            let expected = quantiser.float_logits(&examples).unwrap();
+            let mean = |class: usize| {
+                let errors =
+                    found.iter().zip(&expected).map(|(found, expected)| found[class] - expected[class]);
+                errors.sum::<f32>() / found.len() as f32
+            };
+            (0..3).map(mean).collect()
+        };
+        let size = |errors: &[f32]| errors.iter().map(|e| e * e).sum::<f32>().sqrt();
+        let (plain, corrected) = (size(&mean_errors(false)), size(&mean_errors(true)));
+        assert!(corrected < 0.3 * plain, "{arch:?}: {corrected} and {plain}");
+    }
+}
+
+#[test]
+fn weights_in_groups_leave_inputs_alone_and_cost_their_scales() {
+    let (plain, examples, _) = subject(Arch::Bert);
+    let (quantiser, ..) = subject_as(Arch::Bert, QuantConfig { group: Some(32), ..QuantConfig::default() });
+    let four = vec![4; quantiser.parts.len()];
+    let grouped: Vec<usize> = (0..quantiser.program.units.len())
+        .filter(|&at| quantiser.program.units[at].work == Work::Linear)
+        .collect();
+    assert!(!grouped.is_empty());
+    for &at in &grouped {
+        assert_eq!(quantiser.pairs(&four)[at], Pair { weight: 4, input: 16 });
+        assert_eq!(plain.pairs(&four)[at], Pair::of(4));
+    }
+    assert!(quantiser.bytes(&four).0 >= plain.bytes(&four).0);
+    for &at in &grouped {
+        let mut bits = vec![16; four.len()];
+        bits[at] = 4;
+        let whole = quantiser.real_logits(&bits, &examples).unwrap();
+        let rounded = quantiser.rounded_logits(&bits, &examples).unwrap();
+        assert!(distance(&whole, &rounded) < 1e-4, "{}", distance(&whole, &rounded));
     }
 }

@@ -8,11 +8,16 @@ use kiln_ptq::arch::{Arch, ClassifierConfig, Input};
 use kiln_ptq::checkpoint::Trained;
 use kiln_ptq::data::{Examples, Numbers};
 use kiln_ptq::quantiser::Calibrator;
-use kiln_ptq::{Program, Quantiser};
+use kiln_ptq::{Program, QuantConfig, Quantiser};
 use rand::RngExt;
 
 /// An untrained network and random examples.
 pub fn subject(arch: Arch) -> (Quantiser, Examples, Vec<Vec<f32>>) {
+    subject_as(arch, QuantConfig { calibrator: Calibrator::Minmax, ..QuantConfig::default() })
+}
+
+/// The same, to be quantised in another way.
+pub fn subject_as(arch: Arch, how: QuantConfig) -> (Quantiser, Examples, Vec<Vec<f32>>) {
     let cx = Context::for_tests("unused");
     let mut rng = random_stream(0, "examples", 0);
     let (input, shape, values) = match arch {
@@ -33,7 +38,7 @@ pub fn subject(arch: Arch) -> (Quantiser, Examples, Vec<Vec<f32>>) {
     let logits = net.forward(examples.tensors(&all, &cx.device)).into_data();
     let logits: Vec<f32> = logits.iter::<f32>().collect();
     let program = Program::new(capture(Box::new(Trained::new(config, net))).unwrap()).unwrap();
-    let quantiser = Quantiser::calibrate(program, &examples, Calibrator::Minmax, &cx).unwrap();
+    let quantiser = Quantiser::calibrate(program, &examples, how, &cx).unwrap();
     (quantiser, examples, logits.chunks(3).map(<[f32]>::to_vec).collect())
 }
 
