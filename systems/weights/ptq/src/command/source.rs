@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kiln_compiler::{Graph, OnnxOptions, capture};
-use kiln_core::{Context, Error, ModelFolder, Result, TensorFile};
+use kiln_core::{Context, Error, ModelFolder, Result};
+use kiln_data::read_tensors;
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
@@ -23,7 +24,7 @@ use crate::unit::Scales;
 #[derive(Debug, Args)]
 pub(super) struct ModelArgs {
     /// Folder of a network that `kiln ptq train` or `kiln export` wrote, an ONNX file, or weights with --arch
-    #[arg(long, value_name = "DIR|FILE.onnx|FILE.safetensors")]
+    #[arg(long, value_name = "DIR|FILE.onnx|FILE.safetensors|FILE.pth")]
     pub model: PathBuf,
     #[command(flatten)]
     pub foreign: ForeignArgs,
@@ -32,7 +33,7 @@ pub(super) struct ModelArgs {
 /// What a file of weights does not say itself.
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
 pub(super) struct ForeignArgs {
-    /// The network whose weights a .safetensors file holds, under the names of torchvision or Hugging Face
+    /// The network whose weights a .safetensors, .pt or .pth file holds, under the names of torchvision or Hugging Face
     #[arg(long, value_enum)]
     pub arch: Option<Foreign>,
     /// Height and width of its images
@@ -162,16 +163,17 @@ impl Source {
                 .hint("quantise the network that it was made from"));
         }
         let ends_in = |wanted: &str| path.extension().is_some_and(|extension| extension == wanted);
-        if args.foreign.arch.is_some() != ends_in("safetensors") {
+        let is_weights = ["safetensors", "pt", "pth"].into_iter().any(ends_in);
+        if args.foreign.arch.is_some() != is_weights {
             return Err(Error::usage(format!(
-                "--arch belongs to weights in a .safetensors file, and these to --arch: {}",
+                "--arch belongs to weights in a .safetensors, .pt or .pth file, and these to --arch: {}",
                 path.display()
             ))
             .hint("kiln ptq quantize --model resnet18.safetensors --arch resnet18 ..."));
         }
         let (graph, input, classes, white) = if let Some(arch) = args.foreign.arch {
             let ForeignArgs { image, length, heads, .. } = args.foreign;
-            (arch.graph(TensorFile::read(path)?, Extents { image, length, heads })?, None, Vec::new(), 1.0)
+            (arch.graph(read_tensors(path)?, Extents { image, length, heads })?, None, Vec::new(), 1.0)
         } else if ends_in("onnx") {
             (Graph::from_onnx(path, &OnnxOptions::default())?, None, Vec::new(), 1.0)
         } else if path.join("graph.json").exists() {
