@@ -220,6 +220,7 @@ impl PlainUNetConfig {
 }
 
 /// A network for one condition, for capture.
+#[allow(clippy::large_enum_variant, reason = "one is opened at a time")]
 pub(crate) enum Plain {
     /// From images to logits of classes.
     Classifier(PlainConfig, Classifier),

@@ -110,7 +110,7 @@ pub(crate) fn run(card: Card, scale: Scale, cx: &Context) -> Result<Report> {
     report.notes.push(
         "The condition turns the image by 90 γ degrees; one condition a step. Networks that make all of a weight are drawn \
          with fan-in, those that add to weights with fan-out for each tensor. In registration and segmentation biases do not depend on \
-         the condition, and the default has the better of fan-in and hyperfan-in."
+         the condition, what is added is drawn by hyperfan-in, and the default has the better of fan-in and hyperfan-in."
             .into(),
     );
     report.seconds = begun.elapsed().as_secs_f64();
