@@ -326,7 +326,8 @@ impl Quantiser {
             if cx.interrupted() {
                 return Err(Error::interrupted("the search was stopped"));
             }
-            let metric = score(&self.rounded_logits(bits, validation)?, &validation.labels, plan.metric);
+            // In whole numbers, as the network will be run: rounded floats differ where a number is at the border of two steps.
+            let metric = score(&self.real_logits(bits, validation)?, &validation.labels, plan.metric);
             record(&Tried { bits: bits.clone(), metric })?;
             bar.inc(1);
             Ok(metric)
