@@ -93,7 +93,8 @@ fn digit_images(part: digits::Digits) -> Examples {
 
 /// Fashion-MNIST, 12,000 images to train on and 3,000 held out; where it is not at hand, the digits.
 fn garments(shared: Option<&Path>, cx: &Context) -> Result<(Examples, Examples)> {
-    let Some(folder) = shared.map(|shared| shared.join("data/fashion-mnist")).filter(|folder| folder.is_dir())
+    let Some(folder) =
+        shared.map(|shared| shared.join("data/fashion-mnist")).filter(|folder| folder.is_dir())
     else {
         return Ok((digit_images(digits::train()), digit_images(digits::test())));
     };
