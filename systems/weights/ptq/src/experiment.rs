@@ -93,7 +93,8 @@ fn digit_images(part: digits::Digits) -> Examples {
 
 /// Fashion-MNIST, 12,000 images to train on and 3,000 held out; where it is not at hand, the digits.
 fn garments(shared: Option<&Path>, cx: &Context) -> Result<(Examples, Examples)> {
-    let Some(folder) = shared.map(|shared| shared.join("fashion-mnist")).filter(|folder| folder.is_dir())
+    let Some(folder) =
+        shared.map(|shared| shared.join("data/fashion-mnist")).filter(|folder| folder.is_dir())
     else {
         return Ok((digit_images(digits::train()), digit_images(digits::test())));
     };
@@ -130,7 +131,7 @@ fn subjects(scale: Scale, cx: &Context) -> Result<Vec<Subject>> {
         Subject { name: "mobilenetv2-s", config: network(Arch::Mobilenet, &train), longer: 1.0, train, test },
     ];
     if let Some(folder) =
-        shared.map(|shared| shared.join("sentiment-and-question")).filter(|folder| folder.is_dir())
+        shared.map(|shared| shared.join("data/sentiment-and-question")).filter(|folder| folder.is_dir())
     {
         let (config, train, test) =
             learnt_texts(&folder.join("trec_train.csv.gz"), &folder.join("trec_test.csv.gz"), 32)?;

@@ -15,7 +15,7 @@ use crate::store::Quantised;
 use crate::unit::{Pair, Ready, Work};
 
 /// What is exactly the same counts as so many decibels.
-const EXACT: f64 = 200.0;
+pub const EXACT: f64 = 200.0;
 
 /// Examples at once.
 const BATCH: usize = 64;

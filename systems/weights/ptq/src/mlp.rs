@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn a_block_of_signs_is_orthogonal_and_other_blocks_differ() {
         let stream = |block| kiln_core::random_stream(0, "signs", block as u64);
-        for n in [1, 2, 5, 12] {
+        for n in [1usize, 2, 5, 12] {
             let block = n.next_power_of_two();
             let all: Vec<Vec<f64>> = (0..block).map(|probe| orthogonal_signs(n, probe, stream)).collect();
             for i in 0..n {

@@ -326,7 +326,8 @@ impl Quantiser {
             if cx.interrupted() {
                 return Err(Error::interrupted("the search was stopped"));
             }
-            let metric = score(&self.rounded_logits(bits, validation)?, &validation.labels, plan.metric);
+            // In whole numbers, as the network will be run: rounded floats differ where a number is at the border of two steps.
+            let metric = score(&self.real_logits(bits, validation)?, &validation.labels, plan.metric);
             record(&Tried { bits: bits.clone(), metric })?;
             bar.inc(1);
             Ok(metric)
@@ -335,18 +336,35 @@ impl Quantiser {
             let bits = search(parts, &goal, trials, evaluate)?;
             return Ok(Found { bits, baseline, target: Some(target) });
         };
-        let bits = within(parts, budget, &goal, |bits| self.bytes(bits).0).ok_or_else(|| {
-            let fewest = plan.bits.iter().copied().min().unwrap_or(16);
-            let mut bits: Bits = vec![fewest; parts];
-            plan.pinned.iter().for_each(|(&part, &pinned)| bits[part] = pinned);
-            Error::usage(format!(
-                "--max-bytes {budget}: the weights take {} at the least",
-                self.bytes(&bits).0
-            ))
-            .hint("allow more bytes, or fewer bits with --bits")
-        })?;
+        let bits = within(parts, budget, &goal, |bits| self.bytes(bits).0)
+            .ok_or_else(|| self.over_budget(budget, plan))?;
         trials.metric(&bits, &mut evaluate)?;
         Ok(Found { bits, baseline, target: None })
+    }
+
+    /// Makes sure that a budget of bytes can be kept at all.
+    ///
+    /// # Errors
+    /// When the fewest bits take more.
+    pub fn check_budget(&self, plan: &SearchPlan) -> Result<()> {
+        match plan.max_bytes {
+            Some(budget) if self.least_bytes(plan) > budget => Err(self.over_budget(budget, plan)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bytes with the fewest bits that a plan allows.
+    fn least_bytes(&self, plan: &SearchPlan) -> usize {
+        let fewest = plan.bits.iter().copied().min().unwrap_or(16);
+        let mut bits: Bits = vec![fewest; self.parts.len()];
+        plan.pinned.iter().for_each(|(&part, &pinned)| bits[part] = pinned);
+        self.bytes(&bits).0
+    }
+
+    fn over_budget(&self, budget: usize, plan: &SearchPlan) -> Error {
+        let least = self.least_bytes(plan);
+        Error::usage(format!("--max-bytes {budget}: the weights take {least} at the least"))
+            .hint("allow more bytes, or fewer bits with --bits")
     }
 
     /// The time that fewer bits save each part's unit, by the latency model.

