@@ -241,8 +241,8 @@ mod tests {
         let clean = recording();
         let mut signals = clean.clone();
         for (channel, signal) in signals.iter_mut().enumerate().take(3) {
-            for at in 3000..3200 {
-                signal[at] += 400.0 * (channel + 1) as f64 * (at as f64 * 0.3).sin();
+            for (at, x) in signal[3000..3200].iter_mut().enumerate() {
+                *x += 400.0 * (channel + 1) as f64 * (at as f64 * 0.3).sin();
             }
         }
         let before = distance(&signals, &clean, [3000, 3200]);
