@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use burn::module::{ModuleDisplay, RunningState};
+use burn::module::{Module, ModuleDisplay, RunningState};
 use burn::tensor::Tensor;
 use kiln_core::{Context, Error, HostTensor, Result, TensorFile};
 use kiln_data::Images;
@@ -39,11 +39,13 @@ impl Statistics {
     /// # Errors
     /// When one is not finite.
     pub fn compute<A: Anchor + ModuleDisplay>(
-        mut net: Stitched<A>,
+        net: Stitched<A>,
         images: &Images,
         scaling: &Scaling,
         cx: &Context,
     ) -> Result<Self> {
+        // What comes from training is a snapshot for validation, whose batch norms would not look.
+        let mut net = net.unfreeze();
         // Clones of a running state are one and the same: what is written to must not be an anchor's.
         Self::of(&mut net).write_to(&mut net);
         // On an autodiff device batch norms take the statistics of the batch.

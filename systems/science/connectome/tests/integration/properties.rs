@@ -110,15 +110,16 @@ fn the_error_never_grows_from_sweep_to_sweep() {
 fn tied_factors_recover_neurons_that_act_in_pairs() {
     let (frames, animals, neurons, rank) = (30, 4, 9, 2);
     let mut rng = random_stream(7, "tied", 0);
-    let mut matrix = |rows: usize| {
-        let values = (0..rows * rank).map(|_| if rng.random_bool(0.6) { rng.random::<f64>() } else { 0.0 });
+    let mut matrix = |rows: usize, zeros: f64| {
+        let values =
+            (0..rows * rank).map(|_| if rng.random_bool(zeros) { 0.0 } else { rng.random_range(0.2..1.0) });
         Matrix::new(rows, rank, values.collect())
     };
-    let (time, of_animals, of_neurons) = (matrix(frames), matrix(animals), matrix(neurons));
+    let (time, of_animals, of_neurons) = (matrix(frames, 0.5), matrix(animals, 0.0), matrix(neurons, 0.3));
     let places = (0..neurons).flat_map(|i| (i + 1..neurons).map(move |j| (i, j)));
     let product = |(i, j)| of_neurons.row(i).iter().zip(of_neurons.row(j)).map(|(a, b)| a * b);
     let pairs = Matrix::new(36, rank, places.flat_map(product).collect());
-    let truth = Factors { time, animals: of_animals, pairs, weights: vec![1.0; rank] };
+    let truth = Factors { time, animals: of_animals, pairs, weights: vec![1.0; rank] }.normalised();
     let entry = |at: usize| truth.at(at / (animals * 36), at / 36 % animals, at % 36);
     let values = (0..frames * animals * 36).map(entry).collect();
     let tensor = AffinityTensor { frames, animals, pairs: 36, values, mask: None };
