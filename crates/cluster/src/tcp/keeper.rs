@@ -20,6 +20,9 @@ use crate::error::ClusterError;
 /// How often everyone gives a sign of life.
 pub const BEAT: Duration = Duration::from_secs(1);
 
+/// Who has given no sign of life for longer is the reason when others wait for each other in vain.
+const SILENCE: Duration = Duration::from_millis(1500);
+
 /// What a rank says to the keeper.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToKeeper {
@@ -275,6 +278,7 @@ impl Shared {
     fn fail(&self, error: ClusterError) {
         let mut state = lock(&self.state);
         if state.failure.is_none() {
+            let error = state.blame(error);
             state.failure = Some(error.clone());
             state.tell_all(&ToRank::Failed(error));
         }
@@ -282,6 +286,21 @@ impl Shared {
 }
 
 impl State {
+    /// The error with the rank that everyone waits for in the end: where ranks wait in a row, the first to run out of patience
+    /// names its neighbour, who waits as well.
+    fn blame(&self, error: ClusterError) -> ClusterError {
+        let silence = |(rank, seat): (usize, &Option<Seat>)| {
+            let seat = seat.as_ref().filter(|seat| !seat.finished)?;
+            Some((seat.heard.elapsed(), rank)).filter(|(silence, _)| *silence > SILENCE)
+        };
+        match (error, self.seats.iter().enumerate().filter_map(silence).max()) {
+            (ClusterError::Timeout { rank: Some(_), during, after, calls }, Some((_, rank))) => {
+                ClusterError::Timeout { rank: Some(rank), during, after, calls }
+            }
+            (error, _) => error,
+        }
+    }
+
     /// Says something to everyone who is there. Who cannot be told is noticed by whoever listens to it.
     fn tell_all(&mut self, message: &ToRank) {
         for seat in self.seats.iter_mut().flatten() {
