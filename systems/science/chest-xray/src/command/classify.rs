@@ -30,7 +30,7 @@ const HOLD_OUT: usize = 5;
 pub(super) struct TrainArgs {
     #[command(flatten)]
     images: ImagesArgs,
-    /// Weights to begin with, named as in torchvision: .safetensors or .npz
+    /// Weights to begin with, named as in torchvision: .safetensors, .pth, .pt or .npz
     #[arg(long)]
     weights: Option<PathBuf>,
     /// Let the network see lungs alone, as this model of `train-seg` finds them
