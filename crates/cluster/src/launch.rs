@@ -273,7 +273,8 @@ impl Supervisor {
     }
 }
 
-/// Looks after processes until all have ended; gives the first that failed.
+/// Looks after processes until all have ended; gives the first that failed, or before that one that was killed, since the
+/// others fail for want of it and may be seen first.
 fn watch(
     mut children: Vec<(usize, Child)>,
     state: &Mutex<State>,
@@ -297,7 +298,11 @@ fn watch(
                         cause: ended.told(),
                     });
                 }
-                first.get_or_insert(ended);
+                let is_cause =
+                    |known: &Ended| known.status.signal().is_none() && ended.status.signal().is_some();
+                if first.as_ref().is_none_or(is_cause) {
+                    first = Some(ended);
+                }
             }
             false
         });
