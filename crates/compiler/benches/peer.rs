@@ -78,6 +78,9 @@ fn peak_mebibytes(folder: &Path) -> f64 {
     peak.map_or(f64::NAN, |peak| peak as f64 / f64::from(1 << 20))
 }
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     keep_freed_memory(); // as the kiln binary does
     if let Some(folder) = std::env::var_os(MEMORY_VARIABLE) {

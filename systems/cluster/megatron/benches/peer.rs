@@ -35,6 +35,9 @@ fn step((tensor, pipeline, data): (usize, usize, usize), batch: usize, micro_bat
 /// Milliseconds.
 type Measure = fn() -> f64;
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();

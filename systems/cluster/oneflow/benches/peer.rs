@@ -109,6 +109,9 @@ fn act() -> Result<f64> {
 /// A figure's value.
 type Measure = fn() -> Result<f64>;
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() -> Result<()> {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();

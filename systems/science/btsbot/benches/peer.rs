@@ -112,6 +112,9 @@ fn latency() -> Option<f64> {
 /// Milliseconds, where they can be measured.
 type Measure = fn() -> Option<f64>;
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();

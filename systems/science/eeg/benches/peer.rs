@@ -105,6 +105,9 @@ fn prepare() -> f64 {
 /// Milliseconds.
 type Measure = fn() -> f64;
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();

@@ -140,6 +140,9 @@ fn generate_peak_mib(read: usize, cx: &Context) -> f64 {
     peak.map_or(f64::NAN, |peak| peak as f64 / f64::from(1 << 20))
 }
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let cx = Context::new();

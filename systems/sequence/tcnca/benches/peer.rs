@@ -117,6 +117,9 @@ fn peak_mib(length: usize) -> f64 {
     peak.map_or(f64::NAN, |peak| peak as f64 / f64::from(1 << 20))
 }
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();

@@ -61,6 +61,9 @@ fn predict(network: &TabPfn, work: &Workload, members: usize, cx: &Context) {
     black_box(classifier.predict_proba(&work.test, cx).expect("the rows are fit"));
 }
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let cx = &Context::for_tests(".");

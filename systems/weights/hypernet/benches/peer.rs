@@ -138,6 +138,9 @@ fn peak_mebibytes_of_a_process(name: &str) -> f64 {
     String::from_utf8_lossy(&output.stdout).trim().parse().expect("it prints one number")
 }
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     if let Ok(name) = std::env::var(MEMORY_VARIABLE) {

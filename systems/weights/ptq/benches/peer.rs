@@ -28,6 +28,9 @@ fn median_milliseconds(mut work: impl FnMut()) -> f64 {
     1e3 * seconds[seconds.len() / 2]
 }
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     keep_freed_memory(); // as the kiln binary does
     let mut rng = random_stream(0, "bench", 0);

@@ -75,6 +75,9 @@ fn switch() -> f64 {
 /// A name, a unit and how to measure it.
 type Figure = (&'static str, &'static str, fn() -> f64);
 
+#[global_allocator]
+static ALLOCATOR: kiln_ops::TensorAllocator = kiln_ops::TensorAllocator;
+
 fn main() {
     kiln_ops::keep_freed_memory(); // as the kiln binary does
     let only = std::env::var("KILN_BENCH_ONLY").unwrap_or_default();
