@@ -16,6 +16,7 @@ mod progress;
 mod report;
 mod system;
 mod tensor_file;
+mod tensor_stream;
 pub mod testing;
 mod text;
 
@@ -29,3 +30,4 @@ pub use progress::Progress;
 pub use report::{Claim, Report, Table, Threshold};
 pub use system::{Card, Scale, System};
 pub use tensor_file::{HostTensor, ModulePath, TensorFile, Values};
+pub use tensor_stream::{StreamedTensor, Take};

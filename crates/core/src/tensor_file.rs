@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
@@ -195,6 +195,31 @@ impl View for Half<'_> {
     }
 }
 
+/// Reads the header of a file of `size` bytes, and where its tensors begin; they fill the rest of the file.
+pub(crate) fn read_header(mut reader: impl Read, size: u64, path: &Path) -> Result<(Metadata, u64)> {
+    let malformed = |found: String| {
+        Error::input(path.display(), found).hint("is it a complete file in the safetensors format?")
+    };
+    if size < 8 {
+        return Err(malformed(format!("has {size} bytes, too few for a header")));
+    }
+    let mut length = [0u8; 8];
+    reader.read_exact(&mut length).map_err(Error::io("read", path))?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER_BYTES || length > size - 8 {
+        return Err(malformed(format!("claims a header of {length} bytes in a file of {size}")));
+    }
+    let mut header = vec![0u8; length as usize];
+    reader.read_exact(&mut header).map_err(Error::io("read", path))?;
+    let metadata: Metadata = serde_json::from_slice(&header)
+        .map_err(|e| malformed("has a malformed header".into()).caused_by(e))?;
+    let (expected, found) = (metadata.data_len() as u64, size - 8 - length);
+    if expected != found {
+        return Err(malformed(format!("should hold {expected} bytes of tensors but holds {found}")));
+    }
+    Ok((metadata, 8 + length))
+}
+
 /// Tensors by name, as read from or written to safetensors.
 #[derive(Debug, Clone, Default)]
 pub struct TensorFile {
@@ -221,9 +246,17 @@ impl TensorFile {
     /// # Errors
     /// When the file is missing, truncated, malformed, or holds a type that Kiln does not read.
     pub fn read(path: &Path) -> Result<Self> {
+        Self::read_some(path, |_| true)
+    }
+
+    /// Reads the tensors of one file whose names `wanted` accepts, and passes over the others.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_some(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let size = file.metadata().map_err(Error::io("read", path))?.len();
-        Self::parse(BufReader::new(file), size, path)
+        Self::parse(BufReader::new(file), size, path, wanted)
     }
 
     /// Reads every tensor of a file that is in memory; messages call it `source`.
@@ -231,37 +264,24 @@ impl TensorFile {
     /// # Errors
     /// As [`read`](Self::read).
     pub fn from_bytes(bytes: &[u8], source: impl AsRef<Path>) -> Result<Self> {
-        Self::parse(bytes, bytes.len() as u64, source.as_ref())
+        Self::parse(Cursor::new(bytes), bytes.len() as u64, source.as_ref(), |_| true)
     }
 
-    fn parse(mut reader: impl Read, size: u64, path: &Path) -> Result<Self> {
-        let malformed = |found: String| {
-            Error::input(path.display(), found).hint("is it a complete file in the safetensors format?")
-        };
-        let mut buffer = vec![0u8; 8];
-        if size < 8 {
-            return Err(malformed(format!("has {size} bytes, too few for a header")));
-        }
-        reader.read_exact(&mut buffer).map_err(Error::io("read", path))?;
-        let header = u64::from_le_bytes([
-            buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], buffer[5], buffer[6], buffer[7],
-        ]);
-        if header > MAX_HEADER_BYTES || header > size - 8 {
-            return Err(malformed(format!("claims a header of {header} bytes in a file of {size}")));
-        }
-        buffer.resize(8 + header as usize, 0);
-        reader.read_exact(&mut buffer[8..]).map_err(Error::io("read", path))?;
-        let metadata: Metadata = serde_json::from_slice(&buffer[8..])
-            .map_err(|e| malformed("has a malformed header".into()).caused_by(e))?;
-        let (expected, found) = (metadata.data_len() as u64, size - 8 - header);
-        if expected != found {
-            return Err(malformed(format!("should hold {expected} bytes of tensors but holds {found}")));
-        }
-
+    fn parse(
+        mut reader: impl Read + Seek,
+        size: u64,
+        path: &Path,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
+        let (metadata, _) = read_header(&mut reader, size, path)?;
         let mut tensors = BTreeMap::new();
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else { continue };
             let (start, end) = info.data_offsets;
+            if !wanted(&name) {
+                reader.seek_relative((end - start) as i64).map_err(Error::io("read", path))?;
+                continue;
+            }
             let mut bytes = vec![0u8; end - start];
             reader.read_exact(&mut bytes).map_err(Error::io("read", path))?;
             let tensor = HostTensor::decode(info, &bytes).ok_or_else(|| {
@@ -426,6 +446,11 @@ impl TensorFile {
     /// All names in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// All tensors with their names, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&String, &HostTensor)> {
+        self.tensors.iter()
     }
 
     /// Where the tensors came from.

@@ -10,18 +10,22 @@
 //!
 //! is symmetric, lies in [0, 1], and is 0 where either neuron is at rest or one rises while the other falls.
 
+use std::path::Path;
+
 use clap::ValueEnum;
-use kiln_core::{Error, Result};
+use kiln_core::{Error, HostTensor, Result, TensorFile};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::tensor::{AffinityTensor, pair_count, pair_index};
+use crate::tensor::{AffinityTensor, Layout, as_matrices, pair_count, pair_index};
 use crate::traces::Traces;
 
 /// Added to every bandwidth, so that neurons that move in step do not divide by zero.
 const LEAST_BANDWIDTH: f64 = 1e-3;
 /// A derivative at this quantile of its absolute values counts as 1.
 const FULL_RATE_QUANTILE: f64 = 0.95;
+/// Frames that are computed before they are written.
+const FRAMES_AT_ONCE: usize = 64;
 /// The filter ends at so many σ.
 const TRUNCATE: f64 = 4.0;
 
@@ -83,40 +87,71 @@ impl AffinityConfig {
     /// # Errors
     /// When σ or k makes no filter, the recording is shorter than the filter, or no animal has two neurons.
     pub fn compute(&self, traces: &Traces) -> Result<AffinityTensor> {
+        let comparison = self.comparison(traces)?;
+        let [frames, animals, pairs] = comparison.shape;
+        let mut values = vec![0.0; frames * animals * pairs];
+        comparison.fill(0, &mut values);
+        Ok(AffinityTensor::new(comparison.shape, values, Some(comparison.mask)))
+    }
+
+    /// The same, written to a safetensors file a few frames at a time: `tensor`, `mask` [W, P], and the names in the metadata.
+    /// [`AffinityTensor::open`] reads it where pairs are laid out as such. Returns the shape of the tensor.
+    ///
+    /// # Errors
+    /// As [`compute`](Self::compute), when the file cannot be written, or those of `written`, which hears how many frames are.
+    pub fn write(
+        &self,
+        traces: &Traces,
+        layout: Layout,
+        path: &Path,
+        written: &dyn Fn(usize) -> Result<()>,
+    ) -> Result<Vec<usize>> {
+        let comparison = self.comparison(traces)?;
+        let [frames, animals, pairs] = comparison.shape;
+        let neurons = traces.neurons.len();
+        let shape = match layout {
+            Layout::Pairs => comparison.shape.to_vec(),
+            Layout::Matrix => vec![frames, animals, neurons, neurons],
+        };
+        comparison.about(traces).write_with_stream(path, "tensor", &shape, |take| {
+            let mut values = Vec::new();
+            for first in (0..frames).step_by(FRAMES_AT_ONCE) {
+                let count = FRAMES_AT_ONCE.min(frames - first);
+                values.clear();
+                values.resize(count * animals * pairs, 0.0);
+                comparison.fill(first, &mut values);
+                match layout {
+                    Layout::Pairs => take(&values)?,
+                    Layout::Matrix => take(&as_matrices(&values, neurons))?,
+                }
+                written(first + count)?;
+            }
+            Ok(())
+        })?;
+        Ok(shape)
+    }
+
+    fn comparison(&self, traces: &Traces) -> Result<Comparison<'_>> {
         self.check(traces.frames)?;
-        let (frames, animals, pairs) =
-            (traces.frames, traces.animals.len(), pair_count(traces.neurons.len()));
+        let shape = [traces.frames, traces.animals.len(), pair_count(traces.neurons.len())];
         if traces.animals.iter().all(|animal| animal.neurons.len() < 2) {
             return Err(Error::work("no animal has two neurons: there is no pair to compare")
                 .hint("check the neurons that were left out, and the names in the header"));
         }
-        let signals: Vec<Signals> =
-            traces.animals.iter().map(|animal| self.signals(&animal.traces)).collect();
-        let mut mask = vec![false; animals * pairs];
-        let places: Vec<Vec<usize>> = (traces.animals.iter().enumerate())
+        let signals = traces.animals.iter().map(|animal| self.signals(&animal.traces)).collect();
+        let mut mask = vec![false; shape[1] * shape[2]];
+        let places = (traces.animals.iter().enumerate())
             .map(|(w, animal)| {
                 let present = &animal.neurons;
                 let each = present.iter().enumerate().flat_map(|(a, &i)| {
                     present[a + 1..].iter().map(move |&j| pair_index(i, j, traces.neurons.len()))
                 });
                 let places: Vec<usize> = each.collect();
-                places.iter().for_each(|&p| mask[w * pairs + p] = true);
+                places.iter().for_each(|&p| mask[w * shape[2] + p] = true);
                 places
             })
             .collect();
-
-        let mut values = vec![0.0f32; frames * animals * pairs];
-        values.par_chunks_mut(animals * pairs).enumerate().for_each(|(t, frame)| {
-            let mut of_pairs = Vec::new();
-            for ((signals, places), row) in signals.iter().zip(&places).zip(frame.chunks_mut(pairs)) {
-                of_pairs.resize(places.len(), 0.0);
-                self.frame(signals, t, &mut of_pairs);
-                for (&place, &affinity) in places.iter().zip(&of_pairs) {
-                    row[place] = affinity as f32;
-                }
-            }
-        });
-        Ok(AffinityTensor { frames, animals, pairs, values, mask: Some(mask) })
+        Ok(Comparison { config: self, shape, signals, places, mask })
     }
 
     /// The affinities of one animal, `[T, n (n − 1) / 2]`; `traces` has one series of T numbers a neuron.
@@ -186,6 +221,49 @@ impl AffinityConfig {
                 }
             }
         }
+    }
+}
+
+/// Everything that the affinities of any frame follow from.
+struct Comparison<'a> {
+    config: &'a AffinityConfig,
+    /// T, W, P.
+    shape: [usize; 3],
+    /// Of every animal.
+    signals: Vec<Signals>,
+    /// Where the pairs of every animal stand among those of all neurons.
+    places: Vec<Vec<usize>>,
+    /// `[W, P]`
+    mask: Vec<bool>,
+}
+
+impl Comparison<'_> {
+    /// The frames from `first` on, as many as `values` has room for; `values` holds zeros.
+    fn fill(&self, first: usize, values: &mut [f32]) {
+        let [_, animals, pairs] = self.shape;
+        values.par_chunks_mut(animals * pairs).enumerate().for_each(|(t, frame)| {
+            let mut of_pairs = Vec::new();
+            for ((signals, places), row) in self.signals.iter().zip(&self.places).zip(frame.chunks_mut(pairs))
+            {
+                of_pairs.resize(places.len(), 0.0);
+                self.config.frame(signals, first + t, &mut of_pairs);
+                for (&place, &affinity) in places.iter().zip(&of_pairs) {
+                    row[place] = affinity as f32;
+                }
+            }
+        });
+    }
+
+    /// What a file says beside the affinities: the mask and the names.
+    fn about(&self, traces: &Traces) -> TensorFile {
+        let [_, animals, pairs] = self.shape;
+        let mut file = TensorFile::new();
+        let mask = self.mask.iter().map(|&there| i64::from(there)).collect();
+        file.insert("mask", HostTensor::int([animals, pairs], mask));
+        let names: Vec<&str> = traces.animals.iter().map(|animal| animal.name.as_str()).collect();
+        file.metadata.insert("neurons".into(), traces.neurons.join(","));
+        file.metadata.insert("animals".into(), names.join(","));
+        file
     }
 }
 

@@ -33,6 +33,7 @@ pub mod baselines;
 pub mod blockmodel;
 mod command;
 pub mod compare;
+pub mod entries;
 mod experiment;
 pub mod generate;
 pub mod graph;

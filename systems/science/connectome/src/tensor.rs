@@ -1,9 +1,15 @@
 //! The tensor that is factorised: time × animals × pairs of neurons.
 
-use kiln_core::{Error, HostTensor, Result, TensorFile, Values};
+use std::path::Path;
+use std::sync::Arc;
+
+use clap::ValueEnum;
+use kiln_core::{Error, HostTensor, Result, StreamedTensor, TensorFile, Values};
+
+use crate::entries::{AT_ONCE, Entries};
 
 /// A stored number: f32 to save memory, f64 for checks.
-pub trait Element: Copy + Send + Sync {
+pub trait Element: Copy + Send + Sync + From<f32> {
     /// Widened.
     fn widen(self) -> f64;
 }
@@ -23,7 +29,7 @@ impl Element for f64 {
 }
 
 /// Non-negative affinities `[time, animals, pairs]`; pairs are the upper triangle of neurons × neurons, row by row.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct AffinityTensor<E = f32> {
     /// T.
     pub frames: usize,
@@ -32,14 +38,25 @@ pub struct AffinityTensor<E = f32> {
     /// P.
     pub pairs: usize,
     /// `[T, W, P]`; zero where a pair is missing in an animal.
-    pub values: Vec<E>,
+    pub entries: Entries<E>,
     /// `[W, P]`: whether an animal has both neurons. None where every animal has all.
     pub mask: Option<Vec<bool>>,
+    /// Where it comes from, for messages.
+    pub place: String,
 }
 
 /// Pairs of n neurons.
 pub fn pair_count(n: usize) -> usize {
     n * n.saturating_sub(1) / 2
+}
+
+/// How the pairs of a written tensor are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// [time, animals, pairs]
+    Pairs,
+    /// [time, animals, neurons, neurons]
+    Matrix,
 }
 
 /// The number of neurons that have so many pairs, if there is one.
@@ -55,42 +72,93 @@ pub fn pair_index(i: usize, j: usize, n: usize) -> usize {
 }
 
 impl<E: Element> AffinityTensor<E> {
-    /// A tensor of these values, checked.
+    /// A tensor in memory.
+    ///
+    /// # Panics
+    /// When there are not as many values, or marks in the mask, as the shape has.
+    pub fn new(
+        [frames, animals, pairs]: [usize; 3],
+        values: Vec<E>,
+        mask: Option<Vec<bool>>,
+    ) -> AffinityTensor<E> {
+        assert_eq!(values.len(), frames * animals * pairs, "values of [{frames}, {animals}, {pairs}]");
+        assert!(mask.as_ref().is_none_or(|mask| mask.len() == animals * pairs), "marks of the mask");
+        Self { frames, animals, pairs, entries: Entries::Memory(values), mask, place: "the tensor".into() }
+    }
+
+    /// A tensor of these values, checked; what the mask leaves out becomes zero.
     ///
     /// # Errors
     /// When a value is negative or not finite, or the mask leaves nothing; `place` names where they come from.
     pub fn checked(
         place: &str,
-        [frames, animals, pairs]: [usize; 3],
+        shape: [usize; 3],
         mut values: Vec<E>,
         mask: Option<Vec<bool>>,
-        zero: E,
     ) -> Result<Self> {
-        let wrong = |found: String| Error::input(place, found);
-        if frames * animals * pairs == 0 {
-            return Err(wrong(format!(
-                "the tensor has the shape [{frames}, {animals}, {pairs}]: nothing in it"
-            )));
-        }
+        let [_, animals, pairs] = shape;
         if let Some(mask) = &mask {
-            if !mask.contains(&true) {
-                return Err(wrong("the mask leaves no pair in any animal".into()));
-            }
-            for (row, values) in values.chunks_mut(pairs).enumerate() {
-                let animal = row % animals;
-                for (value, &there) in values.iter_mut().zip(&mask[animal * pairs..]) {
+            for (row, values) in values.chunks_mut(pairs.max(1)).enumerate() {
+                for (value, &there) in values.iter_mut().zip(&mask[row % animals * pairs..]) {
                     if !there {
-                        *value = zero;
+                        *value = E::from(0.0);
                     }
                 }
             }
         }
-        if let Some(at) = values.iter().position(|v| !(v.widen().is_finite() && v.widen() >= 0.0)) {
-            let (t, w, p) = (at / (animals * pairs), at / pairs % animals, at % pairs);
-            return Err(wrong(format!("the entry [{t}, {w}, {p}] is {}", values[at].widen()))
-                .hint("affinities are finite and not negative; mark missing pairs in the mask"));
+        let tensor = Self { place: place.into(), ..Self::new(shape, values, mask) };
+        tensor.check()?;
+        Ok(tensor)
+    }
+
+    /// Makes sure that all entries can be affinities.
+    fn check(&self) -> Result<()> {
+        let wrong = |found: String| Error::input(&self.place, found);
+        let &Self { frames, animals, pairs, .. } = self;
+        if self.entries.is_empty() {
+            return Err(wrong(format!(
+                "the tensor has the shape [{frames}, {animals}, {pairs}]: nothing in it"
+            )));
         }
-        Ok(Self { frames, animals, pairs, values, mask })
+        if self.mask.as_ref().is_some_and(|mask| !mask.contains(&true)) {
+            return Err(wrong("the mask leaves no pair in any animal".into()));
+        }
+        self.pass(|first, rows| {
+            let at = |place: usize| {
+                let (row, p) = (first + place / pairs, place % pairs);
+                (row / animals, row % animals, p)
+            };
+            if let Some(found) = rows.iter().position(|v| !(v.widen().is_finite() && v.widen() >= 0.0)) {
+                let (t, w, p) = at(found);
+                return Err(wrong(format!("the entry [{t}, {w}, {p}] is {}", rows[found].widen()))
+                    .hint("affinities are finite and not negative; mark missing pairs in the mask"));
+            }
+            // What is in memory has zeros there.
+            let masked = |&(place, v): &(usize, &E)| {
+                let (_, w, p) = at(place);
+                v.widen() != 0.0 && !self.has(w, p)
+            };
+            match rows.iter().enumerate().find(masked) {
+                None => Ok(()),
+                Some((place, value)) => {
+                    let (t, w, p) = at(place);
+                    Err(wrong(format!(
+                        "the entry [{t}, {w}, {p}] is {}, though the mask leaves it out",
+                        value.widen()
+                    ))
+                    .hint("write 0 there, or read the tensor as a whole"))
+                }
+            }
+        })
+    }
+
+    /// One pass over the `T·W` rows of P entries: `each` gets the number of the first row of a stretch, and the stretch.
+    ///
+    /// # Errors
+    /// Those of `each`, and when a file cannot be read.
+    pub fn pass(&self, mut each: impl FnMut(usize, &[E]) -> Result<()>) -> Result<()> {
+        let frame = self.animals * self.pairs;
+        self.entries.pass(frame, |start, values| each(start / self.pairs, values))
     }
 
     /// Whether an animal has a pair.
@@ -110,35 +178,45 @@ impl<E: Element> AffinityTensor<E> {
     }
 
     /// Σ x².
-    pub fn squared_norm(&self) -> f64 {
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn squared_norm(&self) -> Result<f64> {
         let row = |row: &[E]| row.iter().map(|v| v.widen() * v.widen()).sum::<f64>();
-        self.values.chunks(self.pairs).map(row).sum()
+        let mut sum = 0.0;
+        self.pass(|_, rows| {
+            sum += rows.chunks(self.pairs).map(row).sum::<f64>();
+            Ok(())
+        })?;
+        Ok(sum)
     }
 }
 
 impl AffinityTensor {
-    /// As a file: `tensor` [T, W, P], `mask` [W, P], and the names in the metadata.
-    pub fn to_file(&self, neurons: &[String], animals: &[String]) -> TensorFile {
-        let mut file = TensorFile::new();
-        let shape = [self.frames, self.animals, self.pairs];
-        file.insert("tensor", HostTensor::float(shape, self.values.clone()));
-        let mask = (0..self.animals).flat_map(|w| (0..self.pairs).map(move |p| i64::from(self.has(w, p))));
-        file.insert("mask", HostTensor::int([self.animals, self.pairs], mask.collect()));
-        file.metadata.insert("neurons".into(), neurons.join(","));
-        file.metadata.insert("animals".into(), animals.join(","));
-        file
-    }
-
-    /// As symmetric matrices with zeros on the diagonal, `[T, W, N, N]`.
-    pub fn as_matrices(&self, neurons: usize) -> HostTensor {
-        let mut matrices = vec![0.0; self.frames * self.animals * neurons * neurons];
-        for (matrix, pairs) in matrices.chunks_mut(neurons * neurons).zip(self.values.chunks(self.pairs)) {
-            let places = (0..neurons).flat_map(|i| (i + 1..neurons).map(move |j| (i, j)));
-            for ((i, j), &value) in places.zip(pairs) {
-                (matrix[i * neurons + j], matrix[j * neurons + i]) = (value, value);
-            }
-        }
-        HostTensor::float([self.frames, self.animals, neurons, neurons], matrices)
+    /// A tensor that stays in its file, `tensor` [T, W, P] of f32 with perhaps `mask` [W, P], and is read anew by every pass:
+    /// memory holds 64 MB of it at a time. `mask` stands before that of the file.
+    ///
+    /// # Errors
+    /// When either has another shape or type, or values that no affinity has.
+    pub fn open(path: &Path, mask: Option<HostTensor>) -> Result<Self> {
+        let tensor = StreamedTensor::open(path, "tensor")?;
+        let &[frames, animals, pairs] = tensor.shape() else {
+            return Err(Error::input(
+                path.display(),
+                format!("\"tensor\" has the shape {:?}", tensor.shape()),
+            )
+            .hint("what is read piece by piece must be [time, animals, pairs]"));
+        };
+        let place = path.display().to_string();
+        let mask = match mask {
+            Some(mask) => Some(mask),
+            None => TensorFile::read_some(path, |name| name == "mask")?.take("mask").ok(),
+        };
+        let mask = mask.map(|mask| marks(&place, mask, [animals, pairs])).transpose()?;
+        let entries = Entries::File { tensor: Arc::new(tensor), at_once: AT_ONCE };
+        let tensor = Self { frames, animals, pairs, entries, mask, place };
+        tensor.check()?;
+        Ok(tensor)
     }
 
     /// From a file with `tensor` [T, W, P], or [T, W, N, N] with symmetric slices, and perhaps `mask` [W, P].
@@ -161,21 +239,36 @@ impl AffinityTensor {
                     .hint("it must be [time, animals, pairs] or [time, animals, neurons, neurons]"));
             }
         };
-        let mask = mask.map(|mask| {
-            if mask.shape != shape[1..] {
-                return Err(wrong(format!(
-                    "the mask has the shape {:?}, must have {:?}",
-                    mask.shape,
-                    &shape[1..]
-                )));
-            }
-            Ok(match mask.values {
-                Values::Float(values) => values.iter().map(|&v| v != 0.0).collect(),
-                Values::Int(values) => values.iter().map(|&v| v != 0).collect(),
-            })
-        });
-        Self::checked(&place, shape, values, mask.transpose()?, 0.0)
+        let mask = mask.map(|mask| marks(&place, mask, [shape[1], shape[2]])).transpose()?;
+        Self::checked(&place, shape, values, mask)
     }
+}
+
+/// Affinities of pairs, row by row, as symmetric matrices with zeros on the diagonal.
+pub fn as_matrices(rows: &[f32], neurons: usize) -> Vec<f32> {
+    let pairs = pair_count(neurons);
+    let mut matrices = vec![0.0; rows.len() / pairs.max(1) * neurons * neurons];
+    for (matrix, pairs) in matrices.chunks_mut(neurons * neurons).zip(rows.chunks(pairs.max(1))) {
+        let places = (0..neurons).flat_map(|i| (i + 1..neurons).map(move |j| (i, j)));
+        for ((i, j), &value) in places.zip(pairs) {
+            (matrix[i * neurons + j], matrix[j * neurons + i]) = (value, value);
+        }
+    }
+    matrices
+}
+
+/// The marks of a mask.
+fn marks(place: &str, mask: HostTensor, shape: [usize; 2]) -> Result<Vec<bool>> {
+    if mask.shape != shape {
+        return Err(Error::input(
+            place,
+            format!("the mask has the shape {:?}, must have {shape:?}", mask.shape),
+        ));
+    }
+    Ok(match mask.values {
+        Values::Float(values) => values.iter().map(|&v| v != 0.0).collect(),
+        Values::Int(values) => values.iter().map(|&v| v != 0).collect(),
+    })
 }
 
 /// The upper triangles of symmetric slices.

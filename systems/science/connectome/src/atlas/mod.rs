@@ -14,8 +14,8 @@ use crate::affinity::AffinityConfig;
 use crate::blockmodel::BlockModelConfig;
 use crate::graph::Graph;
 use crate::ntf::rank::{RankScore, choose};
-use crate::ntf::{Fit, NtfConfig};
-use crate::tensor::pair_index;
+use crate::ntf::{Fit, NtfConfig, Starts, best};
+use crate::tensor::{AffinityTensor, pair_index};
 use crate::traces::Traces;
 
 pub use files::{KIND, graphml};
@@ -96,14 +96,28 @@ impl Atlas {
     /// As [`AffinityConfig::compute`], [`NtfConfig::fit`] and [`BlockModelConfig::infer`].
     pub fn build(traces: Traces, config: AtlasConfig, cx: &Context) -> Result<Self> {
         let tensor = config.affinity.compute(&traces)?;
+        Self::of_tensor(traces, &tensor, config, &Starts::default(), cx)
+    }
+
+    /// The same from affinities that are there, without the random starts that are `kept`.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build).
+    pub fn of_tensor(
+        traces: Traces,
+        tensor: &AffinityTensor,
+        config: AtlasConfig,
+        kept: &Starts,
+        cx: &Context,
+    ) -> Result<Self> {
         let (fit, ranks) = match config.ranks.is_empty() {
-            true => (config.ntf.fit(&tensor, cx)?, Vec::new()),
-            false => {
-                let choice = choose(&config.ntf, config.ranks.iter().copied(), &tensor, cx)?;
-                let choice = choice.ok_or_else(|| Error::usage("there is no rank to choose from"))?;
-                (choice.best, choice.scores)
-            }
+            true => (best(config.ntf.fit_all(tensor, kept, cx)?), Vec::new()),
+            false => match choose(&config.ntf, config.ranks.iter().copied(), tensor, kept, cx)? {
+                Some(choice) => (Some(choice.best), choice.scores),
+                None => (None, Vec::new()),
+            },
         };
+        let fit = fit.ok_or_else(|| Error::usage("there is no rank to choose from, or no start"))?;
         Self::from_fit(traces, config, &fit, ranks, cx)
     }
 

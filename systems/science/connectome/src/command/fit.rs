@@ -1,19 +1,23 @@
 //! From traces to affinities, factors and the atlas.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use clap::{Args, ValueEnum};
-use kiln_core::{Context, Error, HostTensor, Result, write_atomic};
+use clap::Args;
+use kiln_core::{Context, Error, ErrorKind, HostTensor, Result, write_atomic};
 use kiln_data::{read_tensors, write_tensors};
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::affinity::{Affinity, AffinityConfig};
 use crate::atlas::{Atlas, AtlasConfig};
 use crate::blockmodel::{BlockModelConfig, Correction};
-use crate::ntf::{Factors, Loss, NtfConfig, Solver};
-use crate::tensor::AffinityTensor;
+use crate::ntf::{Factors, Loss, NtfConfig, Solver, Starts};
+use crate::tensor::{AffinityTensor, Layout};
 use crate::traces::{AlignConfig, Events, Traces, align, read_recordings};
+
+/// Folder within that of an atlas where finished starts are until it is complete.
+const STARTS: &str = "starts";
 
 /// A number or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,9 +144,15 @@ pub struct FitArgs {
     /// Describe the edges between communities flat, not nested
     #[arg(long)]
     flat: bool,
+    /// Keep the affinities in a file in this folder, not in memory: for tensors larger than it
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
     /// Folder to write
-    #[arg(long)]
-    out: PathBuf,
+    #[arg(long, required_unless_present = "resume")]
+    out: Option<PathBuf>,
+    /// Go on with a fit that was stopped, in its folder and with its options
+    #[arg(long, value_name = "DIR", conflicts_with = "out")]
+    resume: Option<PathBuf>,
 }
 
 pub fn fit(args: FitArgs, cx: &Context) -> Result<()> {
@@ -172,24 +182,73 @@ pub fn fit(args: FitArgs, cx: &Context) -> Result<()> {
         },
         threshold: args.threshold,
     };
-    let atlas = Atlas::build(traces, config, cx)?;
-    atlas.save(&args.out)?;
+    let (tensor, _scratch) = match &args.scratch {
+        None => (config.affinity.compute(&traces)?, None),
+        Some(folder) => {
+            let (tensor, scratch) = in_file(&config.affinity, &traces, folder, cx)?;
+            (tensor, Some(scratch))
+        }
+    };
+    for &rank in config.ranks.iter().chain(config.ranks.is_empty().then_some(&config.ntf.rank)) {
+        NtfConfig { rank, ..config.ntf.clone() }.check(&tensor)?;
+    }
+    let about = json!({
+        "config": &config,
+        "seed": cx.seed,
+        "tensor": [tensor.frames, tensor.animals, tensor.pairs],
+        "squared_norm": tensor.squared_norm()?,
+    });
+    let (out, starts) = match (&args.out, &args.resume) {
+        (_, Some(out)) => (out, Starts::resume(&out.join(STARTS), &about)?),
+        (Some(out), None) => (out, Starts::begin(&out.join(STARTS), &about)?),
+        (None, None) => return Err(Error::usage("a fit needs --out or --resume")),
+    };
+    let atlas =
+        Atlas::of_tensor(traces, &tensor, config, &starts, cx).map_err(|error| match error.kind() {
+            ErrorKind::Interrupted => error.hint(format!("go on with --resume {}", out.display())),
+            _ => error,
+        })?;
+    atlas.save(out)?;
+    starts.remove()?;
     cx.emit(&atlas.to_json(), |_| {
         let mut text = format!("{} motifs, relative error {:.4}\n", atlas.motifs.len(), atlas.relative_error);
         for (number, motif) in atlas.motifs.iter().enumerate() {
             text += &format!("motif {}   {}\n", number + 1, atlas.summary(motif));
         }
-        text + &format!("atlas in {}\n", args.out.join("atlas.html").display())
+        text + &format!("atlas in {}\n", out.join("atlas.html").display())
     })
 }
 
-/// How the pairs of a tensor are laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Layout {
-    /// [time, animals, pairs]
-    Pairs,
-    /// [time, animals, neurons, neurons]
-    Matrix,
+/// Affinities in a file of a new folder within `scratch`, which lasts as long as what is returned beside them.
+fn in_file(
+    config: &AffinityConfig,
+    traces: &Traces,
+    scratch: &Path,
+    cx: &Context,
+) -> Result<(AffinityTensor, TempDir)> {
+    let folder = tempfile::Builder::new().prefix("kiln-").tempdir_in(scratch);
+    let folder = folder.map_err(Error::io("write into", scratch))?;
+    let path = folder.path().join("affinity.safetensors");
+    write(config, traces, Layout::Pairs, &path, cx)?;
+    Ok((AffinityTensor::open(&path, None)?, folder))
+}
+
+/// Writes affinities frame by frame; returns their shape.
+fn write(
+    config: &AffinityConfig,
+    traces: &Traces,
+    layout: Layout,
+    path: &Path,
+    cx: &Context,
+) -> Result<Vec<usize>> {
+    let bar = cx.progress(traces.frames as u64, "affinities");
+    config.write(traces, layout, path, &|frames| {
+        bar.set(frames as u64);
+        match cx.interrupted() {
+            true => Err(Error::interrupted("the affinities were stopped")),
+            false => Ok(()),
+        }
+    })
 }
 
 #[derive(Debug, Args)]
@@ -206,16 +265,20 @@ pub struct AffinityArgs {
 
 pub fn affinity(args: &AffinityArgs, cx: &Context) -> Result<()> {
     let traces = args.traces.read(cx)?;
-    let tensor = args.traces.config().compute(&traces)?;
-    let animals: Vec<String> = traces.animals.iter().map(|animal| animal.name.clone()).collect();
-    let mut file = tensor.to_file(&traces.neurons, &animals);
-    if args.layout == Layout::Matrix {
-        file.insert("tensor", tensor.as_matrices(traces.neurons.len()));
-    }
-    write_tensors(&args.out, &file)?;
-    let shape = file.get("tensor").map(|tensor| tensor.shape.clone());
+    let config = args.traces.config();
+    let shape = match args.out.extension() {
+        Some(extension) if extension == "safetensors" => write(&config, &traces, args.layout, &args.out, cx)?,
+        _ => {
+            let folder = TempDir::new().map_err(Error::io("write into", std::env::temp_dir()))?;
+            let path = folder.path().join("affinity.safetensors");
+            let shape = write(&config, &traces, args.layout, &path, cx)?;
+            write_tensors(&args.out, &read_tensors(&path)?)?;
+            shape
+        }
+    };
+    let animals: Vec<&str> = traces.animals.iter().map(|animal| animal.name.as_str()).collect();
     let result = json!({ "out": args.out, "shape": shape, "neurons": traces.neurons, "animals": animals });
-    cx.emit(&result, |_| format!("affinities {:?} in {}\n", shape.unwrap_or_default(), args.out.display()))
+    cx.emit(&result, |_| format!("affinities {shape:?} in {}\n", args.out.display()))
 }
 
 #[derive(Debug, Args)]
@@ -223,6 +286,9 @@ pub struct NtfArgs {
     /// The affinities, .safetensors or .npz
     #[arg(long)]
     tensor: PathBuf,
+    /// Leave the tensor in its file and read it anew for every sweep: for .safetensors larger than memory
+    #[arg(long)]
+    out_of_core: bool,
     /// File with a "mask" [animals, pairs] that stands before that of the tensor
     #[arg(long)]
     mask: Option<PathBuf>,
@@ -260,7 +326,10 @@ pub fn ntf(args: &NtfArgs, cx: &Context) -> Result<()> {
         Some(path) => Some(read_tensors(path)?.take("mask")?),
         None => None,
     };
-    let tensor = AffinityTensor::from_file(read_tensors(&args.tensor)?, mask)?;
+    let tensor = match args.out_of_core {
+        true => AffinityTensor::open(&args.tensor, mask)?,
+        false => AffinityTensor::from_file(read_tensors(&args.tensor)?, mask)?,
+    };
     let start = match &args.init {
         Some(path) => Some(Factors::from_file(read_tensors(path)?)?),
         None => None,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use kiln_core::Result;
 use kiln_data::Matrix;
 
 use super::loss::Loss;
@@ -43,7 +44,12 @@ enum Scale {
 
 impl<'a, E: Element> Direct<'a, E> {
     /// Begins with `start`; where factors are tied, with neurons that have the root of their pairs' mean.
-    pub fn new(tensor: &'a AffinityTensor<E>, start: Factors, loss: Loss, tied: Option<usize>) -> Self {
+    pub fn new(
+        tensor: &'a AffinityTensor<E>,
+        start: Factors,
+        loss: Loss,
+        tied: Option<usize>,
+    ) -> Result<Self> {
         let start = start.absorbed();
         let rank = start.rank();
         let last = match tied {
@@ -52,19 +58,19 @@ impl<'a, E: Element> Direct<'a, E> {
         };
         let x = [&start.time.values[..], &start.animals.values, &last].concat();
         let scale = match loss {
-            Loss::Squared => Scale::Relative { squared_norm: tensor.squared_norm() },
+            Loss::Squared => Scale::Relative { squared_norm: tensor.squared_norm()? },
             _ => Scale::Mean { entries: tensor.observed() as f64 },
         };
         let curvature = VecDeque::with_capacity(REMEMBERED);
         let mut direct =
             Self { tensor, loss, rank, tied, x, value: 0.0, gradient: Vec::new(), curvature, scale };
-        (direct.value, direct.gradient) = direct.slope(&direct.x);
-        direct
+        (direct.value, direct.gradient) = direct.slope(&direct.x)?;
+        Ok(direct)
     }
 
     /// The loss, and its gradient in all numbers.
-    fn slope(&self, x: &[f64]) -> (f64, Vec<f64>) {
-        let (value, [time, animals, pairs]) = self.loss.gradient(self.tensor, &self.unfolded(x));
+    fn slope(&self, x: &[f64]) -> Result<(f64, Vec<f64>)> {
+        let (value, [time, animals, pairs]) = self.loss.gradient(self.tensor, &self.unfolded(x))?;
         let last = match self.tied {
             // c[(i,j)] = d[i] d[j]
             Some(neurons) => {
@@ -81,7 +87,7 @@ impl<'a, E: Element> Direct<'a, E> {
             }
             None => pairs.values,
         };
-        (value, [time.values, animals.values, last].concat())
+        Ok((value, [time.values, animals.values, last].concat()))
     }
 
     /// The factors that these numbers are.
@@ -128,16 +134,16 @@ impl<'a, E: Element> Direct<'a, E> {
     }
 
     /// Takes the longest of the halved steps that brings enough; whether there is one.
-    fn step(&mut self, direction: &[f64]) -> bool {
+    fn step(&mut self, direction: &[f64]) -> Result<bool> {
         let mut length = 1.0;
         for _ in 0..HALVINGS {
             let x: Vec<f64> = self.x.iter().zip(direction).map(|(x, d)| (x + length * d).max(0.0)).collect();
             let moved: Vec<f64> = x.iter().zip(&self.x).map(|(new, old)| new - old).collect();
             let promised = dot(&moved, &self.gradient);
             if promised < 0.0
-                && self.loss.total(self.tensor, &self.unfolded(&x)) <= self.value + SUFFICIENT * promised
+                && self.loss.total(self.tensor, &self.unfolded(&x))? <= self.value + SUFFICIENT * promised
             {
-                let (value, gradient) = self.slope(&x);
+                let (value, gradient) = self.slope(&x)?;
                 let turned: Vec<f64> =
                     gradient.iter().zip(&self.gradient).map(|(new, old)| new - old).collect();
                 if dot(&moved, &turned) > 1e-10 * (dot(&moved, &moved) * dot(&turned, &turned)).sqrt() {
@@ -147,27 +153,27 @@ impl<'a, E: Element> Direct<'a, E> {
                     self.curvature.push_back((moved, turned));
                 }
                 (self.x, self.value, self.gradient) = (x, value, gradient);
-                return true;
+                return Ok(true);
             }
             length /= 2.0;
         }
-        false
+        Ok(false)
     }
 }
 
 impl<E: Element> Descent for Direct<'_, E> {
-    fn sweep(&mut self) -> f64 {
+    fn sweep(&mut self) -> Result<f64> {
         let direction = self.direction();
-        if !self.step(&direction) && !self.curvature.is_empty() {
+        if !self.step(&direction)? && !self.curvature.is_empty() {
             // The memory may mislead where the set of free numbers has changed.
             self.curvature.clear();
             let direction = self.direction();
-            self.step(&direction);
+            self.step(&direction)?;
         }
-        match self.scale {
+        Ok(match self.scale {
             Scale::Relative { squared_norm } => (self.value / squared_norm).sqrt(),
             Scale::Mean { entries } => self.value / entries,
-        }
+        })
     }
 
     fn factors(&self) -> Factors {

@@ -1,5 +1,7 @@
 //! Multiplicative updates of the Kullback–Leibler divergence (Lee and Seung 2001), mode by mode.
 
+use kiln_core::Result;
+
 use super::loss::{Loss, quotients};
 use super::{Descent, Factors};
 use crate::tensor::{AffinityTensor, Element};
@@ -23,16 +25,16 @@ impl<'a, E: Element> Divergence<'a, E> {
 
 impl<E: Element> Descent for Divergence<'_, E> {
     /// `F ← F ∘ Σ x / m / Σ 1`, both sums over the observed entries and times the other factors; the mean loss afterwards.
-    fn sweep(&mut self) -> f64 {
+    fn sweep(&mut self) -> Result<f64> {
         for mode in 0..3 {
-            let [above, below] = quotients(self.tensor, &self.factors);
+            let [above, below] = quotients(self.tensor, &self.factors)?;
             let factor = self.factors.modes_mut()[mode].values.iter_mut();
             let quotients = above[mode].values.iter().zip(&below[mode].values);
             for (f, (above, below)) in factor.zip(quotients) {
                 *f *= above / (below + DAMPING);
             }
         }
-        Loss::Poisson.total(self.tensor, &self.factors) / self.entries
+        Ok(Loss::Poisson.total(self.tensor, &self.factors)? / self.entries)
     }
 
     fn factors(&self) -> Factors {

@@ -53,44 +53,46 @@ impl Loss {
     /// # Errors
     /// Names the first observed entry that it is not defined for.
     pub fn check<E: Element>(self, tensor: &AffinityTensor<E>) -> Result<()> {
-        let is_zero = |at: &usize| {
-            let (w, p) = (at / tensor.pairs % tensor.animals, at % tensor.pairs);
-            tensor.values[*at].widen() == 0.0 && tensor.has(w, p)
-        };
-        match (0..tensor.values.len()).find(is_zero) {
-            Some(at) if self == Self::Gamma => {
-                let (t, w, p) = (
-                    at / (tensor.animals * tensor.pairs),
-                    at / tensor.pairs % tensor.animals,
-                    at % tensor.pairs,
-                );
-                Err(Error::work(format!(
-                    "the entry [{t}, {w}, {p}] is 0, for which the gamma loss has no minimum"
-                ))
-                .hint("affinities are 0 where neurons are at rest; use --loss squared or poisson"))
-            }
-            _ => Ok(()),
+        if self != Self::Gamma {
+            return Ok(());
         }
+        tensor.pass(|first, rows| {
+            for (row, values) in rows.chunks(tensor.pairs).enumerate() {
+                let (t, w) = ((first + row) / tensor.animals, (first + row) % tensor.animals);
+                let is_zero = |&p: &usize| values[p].widen() == 0.0 && tensor.has(w, p);
+                if let Some(p) = (0..tensor.pairs).find(is_zero) {
+                    return Err(Error::input(
+                        &tensor.place,
+                        format!("the entry [{t}, {w}, {p}] is 0, for which the gamma loss has no minimum"),
+                    )
+                    .hint("affinities are 0 where neurons are at rest; use --loss squared or poisson"));
+                }
+            }
+            Ok(())
+        })
     }
 
     /// The loss summed over the observed entries.
-    pub fn total<E: Element>(self, tensor: &AffinityTensor<E>, factors: &Factors) -> f64 {
-        let (sum, _) = pass(tensor, factors, |x, m| (self.value(x, m), 0.0));
-        sum
+    pub fn total<E: Element>(self, tensor: &AffinityTensor<E>, factors: &Factors) -> Result<f64> {
+        Ok(pass(tensor, factors, |x, m| (self.value(x, m), 0.0))?.0)
     }
 
     /// The same, and its gradient in the factors of time, animals and pairs; weights count as 1.
-    pub fn gradient<E: Element>(self, tensor: &AffinityTensor<E>, factors: &Factors) -> (f64, [Matrix; 3]) {
+    pub fn gradient<E: Element>(
+        self,
+        tensor: &AffinityTensor<E>,
+        factors: &Factors,
+    ) -> Result<(f64, [Matrix; 3])> {
         pass(tensor, factors, |x, m| (self.value(x, m), self.slope(x, m)))
     }
 }
 
 /// `Σ x / m` and `Σ 1` over the observed entries, each times the other two factors: the quotients of the multiplicative update
 /// of the Kullback–Leibler divergence.
-pub fn quotients<E: Element>(tensor: &AffinityTensor<E>, factors: &Factors) -> [[Matrix; 3]; 2] {
-    let (_, above) = pass(tensor, factors, |x, m| (0.0, x / (m + LEAST)));
-    let (_, below) = pass(tensor, factors, |_, _| (0.0, 1.0));
-    [above, below]
+pub fn quotients<E: Element>(tensor: &AffinityTensor<E>, factors: &Factors) -> Result<[[Matrix; 3]; 2]> {
+    let (_, above) = pass(tensor, factors, |x, m| (0.0, x / (m + LEAST)))?;
+    let (_, below) = pass(tensor, factors, |_, _| (0.0, 1.0))?;
+    Ok([above, below])
 }
 
 /// Sums over the observed entries: the first of what `of(x, m)` gives, and of the second, y, the products
@@ -99,14 +101,13 @@ fn pass<E: Element>(
     tensor: &AffinityTensor<E>,
     factors: &Factors,
     of: impl Fn(f64, f64) -> (f64, f64) + Sync,
-) -> (f64, [Matrix; 3]) {
+) -> Result<(f64, [Matrix; 3])> {
     let (rank, animals, pairs) = (factors.rank(), tensor.animals, tensor.pairs);
-    let rows_of_part = tensor.frames.div_ceil(PARTS) * animals;
-    let part = |(part, values): (usize, &[E])| {
+    let part = |first: usize, values: &[E]| {
         let mut sums = Sums::new([values.len() / (animals * pairs), animals, pairs], rank);
         let (mut joint, mut contracted) = (vec![0.0; rank], vec![0.0; rank]);
         for (row, values) in values.chunks(pairs).enumerate() {
-            let (t, w) = (part * rows_of_part / animals + row / animals, row % animals);
+            let (t, w) = ((first + row) / animals, row % animals);
             let (a, b) = (factors.time.row(t), factors.animals.row(w));
             joint.iter_mut().zip(a.iter().zip(b)).for_each(|(joint, (a, b))| *joint = a * b);
             contracted.fill(0.0);
@@ -130,17 +131,22 @@ fn pass<E: Element>(
         }
         sums
     };
-    let parts: Vec<Sums> = tensor.values.par_chunks(rows_of_part * pairs).enumerate().map(part).collect();
     let add = |sum: &mut Vec<f64>, more: &[f64]| sum.iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
     let mut all = Sums::new([0, animals, pairs], rank);
-    for part in &parts {
-        all.total += part.total;
-        all.time.extend(&part.time);
-        add(&mut all.animals, &part.animals);
-        add(&mut all.pairs, &part.pairs);
-    }
+    tensor.pass(|first, rows| {
+        let rows_of_part = (rows.len() / pairs / animals).div_ceil(PARTS) * animals;
+        let parts = rows.par_chunks(rows_of_part * pairs).enumerate();
+        let parts: Vec<Sums> = parts.map(|(at, values)| part(first + at * rows_of_part, values)).collect();
+        for part in &parts {
+            all.total += part.total;
+            all.time.extend(&part.time);
+            add(&mut all.animals, &part.animals);
+            add(&mut all.pairs, &part.pairs);
+        }
+        Ok(())
+    })?;
     let matrix = |rows: usize, values: Vec<f64>| Matrix::new(rows, rank, values);
-    (all.total, [matrix(tensor.frames, all.time), matrix(animals, all.animals), matrix(pairs, all.pairs)])
+    Ok((all.total, [matrix(tensor.frames, all.time), matrix(animals, all.animals), matrix(pairs, all.pairs)]))
 }
 
 /// What one part adds.
@@ -175,16 +181,16 @@ mod tests {
         let factors = Factors { time, animals: of_animals, pairs: of_pairs, weights: vec![1.0; rank] };
         let some: Vec<bool> = (0..animals * pairs).map(|at| at % 5 != 1).collect();
         for mask in [None, Some(some)] {
-            let tensor = AffinityTensor { frames, animals, pairs, values: values.clone(), mask };
+            let tensor = AffinityTensor::new([frames, animals, pairs], values.clone(), mask);
             for loss in [Loss::Squared, Loss::Poisson, Loss::Gamma] {
-                let (total, gradient) = loss.gradient(&tensor, &factors);
-                assert!((total - loss.total(&tensor, &factors)).abs() < 1e-9);
+                let (total, gradient) = loss.gradient(&tensor, &factors).unwrap();
+                assert!((total - loss.total(&tensor, &factors).unwrap()).abs() < 1e-9);
                 for (mode, of_mode) in gradient.iter().enumerate() {
                     for at in (0..of_mode.values.len()).step_by(5) {
                         let moved = |by: f64| {
                             let mut moved = factors.clone();
                             moved.modes_mut()[mode].values[at] += by;
-                            loss.total(&tensor, &moved)
+                            loss.total(&tensor, &moved).unwrap()
                         };
                         let slope = (moved(1e-6) - moved(-1e-6)) / 2e-6;
                         let found = of_mode.values[at];
@@ -200,8 +206,7 @@ mod tests {
 
     #[test]
     fn the_gamma_loss_names_an_entry_of_zero_that_was_observed() {
-        let mut tensor =
-            AffinityTensor { frames: 1, animals: 1, pairs: 3, values: vec![1.0, 0.0, 2.0f64], mask: None };
+        let mut tensor = AffinityTensor::new([1, 1, 3], vec![1.0, 0.0, 2.0f64], None);
         assert!(Loss::Gamma.check(&tensor).unwrap_err().to_string().contains("[0, 0, 1]"));
         assert!(Loss::Poisson.check(&tensor).is_ok());
         tensor.mask = Some(vec![true, false, true]);

@@ -7,6 +7,7 @@ mod loss;
 pub mod missing;
 pub mod mttkrp;
 pub mod rank;
+mod starts;
 mod sweep;
 
 use clap::ValueEnum;
@@ -17,6 +18,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 pub use loss::Loss;
+pub use starts::Starts;
 
 use crate::tensor::{AffinityTensor, Element, neuron_count};
 
@@ -36,7 +38,10 @@ pub enum Solver {
 /// A factorisation in progress.
 trait Descent {
     /// One more sweep. The relative error afterwards where that is what is minimised, otherwise the mean loss of an entry.
-    fn sweep(&mut self) -> f64;
+    ///
+    /// # Errors
+    /// When the tensor lies in a file that cannot be read.
+    fn sweep(&mut self) -> Result<f64>;
 
     /// The factors so far.
     fn factors(&self) -> Factors;
@@ -133,21 +138,34 @@ impl NtfConfig {
     /// When the rank does not fit the tensor, the tensor is zero everywhere, or the user stops.
     pub fn fit<E: Element>(&self, tensor: &AffinityTensor<E>, cx: &Context) -> Result<Fit> {
         self.check(tensor)?;
-        let starts = self.fit_all(tensor, cx)?;
-        let best = starts.into_iter().min_by(|a, b| a.last().total_cmp(&b.last()));
-        best.ok_or_else(|| Error::usage("--inits 0 starts nothing").hint("ten starts are the default"))
+        let starts = self.fit_all(tensor, &Starts::default(), cx)?;
+        best(starts)
+            .ok_or_else(|| Error::usage("--inits 0 starts nothing").hint("ten starts are the default"))
     }
 
-    /// The fits from all random starts.
+    /// The fits from all random starts, of which those that are `kept` are not made again.
     ///
     /// # Errors
-    /// As [`fit`](Self::fit).
-    pub fn fit_all<E: Element>(&self, tensor: &AffinityTensor<E>, cx: &Context) -> Result<Vec<Fit>> {
+    /// As [`fit`](Self::fit), and when a start cannot be kept.
+    pub fn fit_all<E: Element>(
+        &self,
+        tensor: &AffinityTensor<E>,
+        kept: &Starts,
+        cx: &Context,
+    ) -> Result<Vec<Fit>> {
         self.check(tensor)?;
         let bar = cx.progress((self.inits * self.sweeps) as u64, &format!("rank {}", self.rank));
         (0..self.inits)
             .map(|start| {
-                let fit = self.fit_from(tensor, self.draw(tensor, start as u64, cx), cx, &|_| bar.inc(1))?;
+                let fit = match kept.get(self.rank, start)? {
+                    Some(fit) => fit,
+                    None => {
+                        let drawn = self.draw(tensor, start as u64, cx);
+                        let fit = self.fit_from(tensor, drawn, cx, &|_| bar.inc(1))?;
+                        kept.put(self.rank, start, &fit)?;
+                        fit
+                    }
+                };
                 bar.set(((start + 1) * self.sweeps) as u64);
                 Ok(fit)
             })
@@ -167,14 +185,14 @@ impl NtfConfig {
     ) -> Result<Fit> {
         self.check(tensor)?;
         start.check(tensor, self.rank)?;
-        let mut descent = self.descent(tensor, start);
+        let mut descent = self.descent(tensor, start)?;
         let mut errors: Vec<f64> = Vec::new();
         let mut converged = false;
         while errors.len() < self.sweeps && !converged {
             if cx.interrupted() {
                 return Err(Error::interrupted("the factorisation was stopped"));
             }
-            let error = descent.sweep();
+            let error = descent.sweep()?;
             swept(error);
             converged = errors.last().is_some_and(|last| (last - error).abs() <= self.tolerance * last.abs());
             errors.push(error);
@@ -182,7 +200,7 @@ impl NtfConfig {
         let factors = descent.factors().normalised();
         let relative_error = match (self.loss, errors.last()) {
             (Loss::Squared, Some(&error)) => error,
-            _ => factors.relative_error(tensor),
+            _ => factors.relative_error(tensor)?,
         };
         Ok(Fit { relative_error, factors, errors, converged })
     }
@@ -191,18 +209,18 @@ impl NtfConfig {
         &self,
         tensor: &'a AffinityTensor<E>,
         start: Factors,
-    ) -> Box<dyn Descent + 'a> {
-        match (self.solver, self.loss) {
-            (Solver::Hals, _) => Box::new(sweep::Sweeper::new(tensor, start, sweep::hals)),
+    ) -> Result<Box<dyn Descent + 'a>> {
+        Ok(match (self.solver, self.loss) {
+            (Solver::Hals, _) => Box::new(sweep::Sweeper::new(tensor, start, sweep::hals)?),
             (Solver::Mu, Loss::Squared) => {
-                Box::new(sweep::Sweeper::new(tensor, start, sweep::multiplicative))
+                Box::new(sweep::Sweeper::new(tensor, start, sweep::multiplicative)?)
             }
             (Solver::Mu, _) => Box::new(divergence::Divergence::new(tensor, start)),
             (Solver::Direct, loss) => {
                 let tied = self.tied.then(|| neuron_count(tensor.pairs)).flatten();
-                Box::new(direct::Direct::new(tensor, start, loss, tied))
+                Box::new(direct::Direct::new(tensor, start, loss, tied)?)
             }
-        }
+        })
     }
 
     /// Factors drawn evenly from 0 to 1.
@@ -215,7 +233,11 @@ impl NtfConfig {
         Factors { time, animals, pairs, weights: vec![1.0; self.rank] }
     }
 
-    fn check<E: Element>(&self, tensor: &AffinityTensor<E>) -> Result<()> {
+    /// Makes sure that a tensor can be factorised so.
+    ///
+    /// # Errors
+    /// When the rank or the loss does not fit the tensor, or it is zero everywhere.
+    pub fn check<E: Element>(&self, tensor: &AffinityTensor<E>) -> Result<()> {
         let most = tensor.frames.min(tensor.pairs);
         if self.rank == 0 || self.rank > most {
             return Err(Error::usage(format!(
@@ -251,12 +273,17 @@ impl NtfConfig {
             .hint("tied factors need all pairs"));
         }
         self.loss.check(tensor)?;
-        if tensor.squared_norm() == 0.0 {
+        if tensor.squared_norm()? == 0.0 {
             return Err(Error::work("the tensor is zero everywhere: there is nothing to factorise")
                 .hint("no two neurons change together; check the traces and --sigma"));
         }
         Ok(())
     }
+}
+
+/// The fit with the least error.
+pub fn best(fits: Vec<Fit>) -> Option<Fit> {
+    fits.into_iter().min_by(|a, b| a.last().total_cmp(&b.last()))
 }
 
 impl Fit {
@@ -330,13 +357,21 @@ impl Factors {
     }
 
     /// ‖x − x̂‖ / ‖x‖ over observed entries, computed entry by entry.
-    pub fn relative_error<E: Element>(&self, tensor: &AffinityTensor<E>) -> f64 {
-        let squares = tensor.values.par_chunks(tensor.pairs).enumerate().map(|(row, x)| {
-            let (t, w) = (row / tensor.animals, row % tensor.animals);
-            let seen = x.iter().enumerate().filter(|&(p, _)| tensor.has(w, p));
-            seen.map(|(p, x)| (x.widen() - self.at(t, w, p)).powi(2)).sum::<f64>()
-        });
-        (squares.collect::<Vec<f64>>().iter().sum::<f64>() / tensor.squared_norm()).sqrt()
+    ///
+    /// # Errors
+    /// When the tensor lies in a file that cannot be read.
+    pub fn relative_error<E: Element>(&self, tensor: &AffinityTensor<E>) -> Result<f64> {
+        let mut sum = 0.0;
+        tensor.pass(|first, rows| {
+            let squares = rows.par_chunks(tensor.pairs).enumerate().map(|(row, x)| {
+                let (t, w) = ((first + row) / tensor.animals, (first + row) % tensor.animals);
+                let seen = x.iter().enumerate().filter(|&(p, _)| tensor.has(w, p));
+                seen.map(|(p, x)| (x.widen() - self.at(t, w, p)).powi(2)).sum::<f64>()
+            });
+            sum += squares.collect::<Vec<f64>>().iter().sum::<f64>();
+            Ok(())
+        })?;
+        Ok((sum / tensor.squared_norm()?).sqrt())
     }
 
     /// As a file: `time`, `animals`, `pairs`, `weights`.

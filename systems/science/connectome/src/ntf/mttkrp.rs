@@ -4,6 +4,7 @@
 //! `y[t,w,r] = Σ_p x[t,w,p] c[p,r]`. The update of pairs needs `m[p,r] = Σ_tw x[t,w,p] a[t,r] b[w,r]`. Both are products
 //! of the tensor, seen as a matrix of `T·W` rows, with a narrow matrix, summed in f64.
 
+use kiln_core::Result;
 use kiln_data::Matrix;
 use kiln_ops::simd;
 use rayon::prelude::*;
@@ -20,19 +21,25 @@ const PAIRS: usize = 512;
 const ROWS_OF_TASK: usize = 64;
 
 /// `y[t,w,r] = Σ_p x[t,w,p] c[p,r]`, as `[T·W, R]`.
-pub fn contract_pairs<E: Element>(tensor: &AffinityTensor<E>, c: &Matrix) -> Matrix {
+///
+/// # Errors
+/// When the tensor lies in a file that cannot be read.
+pub fn contract_pairs<E: Element>(tensor: &AffinityTensor<E>, c: &Matrix) -> Result<Matrix> {
     let rank = c.columns;
     let lanes = in_lanes(c);
     let mut y = vec![0.0; tensor.frames * tensor.animals * rank];
-    let tasks =
-        y.par_chunks_mut(ROWS_OF_TASK * rank).zip(tensor.values.par_chunks(ROWS_OF_TASK * tensor.pairs));
-    tasks.for_each(|(y, x)| {
-        simd(
-            #[inline(always)]
-            || contract_rows_of_task(y, x, tensor.pairs, rank, &lanes),
-        )
-    });
-    Matrix::new(tensor.frames * tensor.animals, rank, y)
+    tensor.pass(|first, x| {
+        let y = &mut y[first * rank..][..x.len() / tensor.pairs * rank];
+        let tasks = y.par_chunks_mut(ROWS_OF_TASK * rank).zip(x.par_chunks(ROWS_OF_TASK * tensor.pairs));
+        tasks.for_each(|(y, x)| {
+            simd(
+                #[inline(always)]
+                || contract_rows_of_task(y, x, tensor.pairs, rank, &lanes),
+            )
+        });
+        Ok(())
+    })?;
+    Ok(Matrix::new(tensor.frames * tensor.animals, rank, y))
 }
 
 #[inline(always)]
@@ -79,26 +86,32 @@ fn dots<E: Element, const N: usize>(rows: [&[E]; N], c: &[[f64; LANES]]) -> [[f6
 }
 
 /// `m[p,r] = Σ_q x[q,p] h[q,r]` over the `T·W` rows q of the tensor, as `[P, R]`.
-pub fn contract_rows<E: Element>(tensor: &AffinityTensor<E>, h: &Matrix) -> Matrix {
+///
+/// # Errors
+/// When the tensor lies in a file that cannot be read.
+pub fn contract_rows<E: Element>(tensor: &AffinityTensor<E>, h: &Matrix) -> Result<Matrix> {
     let (rank, pairs) = (h.columns, tensor.pairs);
     let lanes = in_lanes(h);
     let mut m = vec![0.0; pairs * rank];
-    m.par_chunks_mut(PAIRS * rank).enumerate().for_each(|(block, m)| {
-        let count = m.len() / rank;
-        let mut sums = vec![[0.0; LANES]; count];
-        for (group, h) in lanes.iter().enumerate() {
-            sums.fill([0.0; LANES]);
-            simd(
-                #[inline(always)]
-                || add_rows(&mut sums, &tensor.values[block * PAIRS..], pairs, h),
-            );
-            let components = group * LANES..((group + 1) * LANES).min(rank);
-            for (m, sums) in m.chunks_mut(rank).zip(&sums) {
-                m[components.clone()].copy_from_slice(&sums[..components.len()]);
+    tensor.pass(|first, x| {
+        let rows = first..first + x.len() / pairs;
+        m.par_chunks_mut(PAIRS * rank).enumerate().for_each(|(block, m)| {
+            let mut sums = vec![[0.0; LANES]; m.len() / rank];
+            for (group, h) in lanes.iter().enumerate() {
+                sums.fill([0.0; LANES]);
+                simd(
+                    #[inline(always)]
+                    || add_rows(&mut sums, &x[block * PAIRS..], pairs, &h[rows.clone()]),
+                );
+                let components = group * LANES..((group + 1) * LANES).min(rank);
+                for (m, sums) in m.chunks_mut(rank).zip(&sums) {
+                    m[components.clone()].iter_mut().zip(sums).for_each(|(m, sum)| *m += sum);
+                }
             }
-        }
-    });
-    Matrix::new(pairs, rank, m)
+        });
+        Ok(())
+    })?;
+    Ok(Matrix::new(pairs, rank, m))
 }
 
 /// Adds all rows of the tensor, each times its row of `h`, for as many pairs as there are sums.
@@ -152,12 +165,12 @@ mod tests {
         let (frames, animals, pairs, rank) = (23, 3, 2 * PAIRS + 77, LANES + 3);
         let mut rng = kiln_core::random_stream(0, "mttkrp", 0);
         let mut draw = |n: usize| (0..n).map(|_| rng.random::<f64>()).collect::<Vec<f64>>();
-        let tensor =
-            AffinityTensor { frames, animals, pairs, values: draw(frames * animals * pairs), mask: None };
+        let values = draw(frames * animals * pairs);
+        let tensor = AffinityTensor::new([frames, animals, pairs], values.clone(), None);
         let c = Matrix::new(pairs, rank, draw(pairs * rank));
         let h = Matrix::new(frames * animals, rank, draw(frames * animals * rank));
-        let (y, m) = (contract_pairs(&tensor, &c), contract_rows(&tensor, &h));
-        let x = |q: usize, p: usize| tensor.values[q * pairs + p];
+        let (y, m) = (contract_pairs(&tensor, &c).unwrap(), contract_rows(&tensor, &h).unwrap());
+        let x = |q: usize, p: usize| values[q * pairs + p];
         for r in 0..rank {
             for q in 0..y.rows {
                 let plain: f64 = (0..pairs).map(|p| x(q, p) * c.at(p, r)).sum();

@@ -3,7 +3,7 @@
 use kiln_core::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{Factors, Fit, NtfConfig};
+use super::{Factors, Fit, NtfConfig, Starts, best};
 use crate::score::{assign, cosine};
 use crate::tensor::{AffinityTensor, Element};
 
@@ -38,15 +38,14 @@ pub fn choose<E: Element>(
     config: &NtfConfig,
     ranks: impl IntoIterator<Item = usize>,
     tensor: &AffinityTensor<E>,
+    kept: &Starts,
     cx: &Context,
 ) -> Result<Option<RankChoice>> {
     let mut tried: Vec<(RankScore, Fit)> = Vec::new();
     for rank in ranks {
-        let fits = NtfConfig { rank, ..config.clone() }.fit_all(tensor, cx)?;
+        let fits = NtfConfig { rank, ..config.clone() }.fit_all(tensor, kept, cx)?;
         let stability = stability(&fits);
-        let Some(best) = fits.into_iter().min_by(|a, b| a.last().total_cmp(&b.last())) else {
-            continue;
-        };
+        let Some(best) = best(fits) else { continue };
         cx.note(format!("rank {rank}: relative error {:.4}, stability {stability:.3}", best.relative_error));
         tried.push((RankScore { rank, relative_error: best.relative_error, stability }, best));
     }

@@ -1,5 +1,6 @@
 //! One sweep over the modes time, animals, pairs.
 
+use kiln_core::Result;
 use kiln_data::Matrix;
 
 use super::missing::{Missing, cross_gram, gram_of_rows};
@@ -23,9 +24,9 @@ pub struct Sweeper<'a, E> {
 }
 
 impl<'a, E: Element> Sweeper<'a, E> {
-    pub fn new(tensor: &'a AffinityTensor<E>, start: Factors, update: Update) -> Self {
-        let squared_norm = tensor.squared_norm();
-        Self { tensor, missing: Missing::of(tensor), factors: start.absorbed(), update, squared_norm }
+    pub fn new(tensor: &'a AffinityTensor<E>, start: Factors, update: Update) -> Result<Self> {
+        let squared_norm = tensor.squared_norm()?;
+        Ok(Self { tensor, missing: Missing::of(tensor), factors: start.absorbed(), update, squared_norm })
     }
 
     /// `‖x − x̂‖ / ‖x‖` over observed entries, from `⟨x, x̂⟩ = Σ m[p,r] c[p,r]` and the norms.
@@ -50,13 +51,13 @@ impl<E: Element> Descent for Sweeper<'_, E> {
     }
 
     /// Updates the three factors in turn; the relative error afterwards.
-    fn sweep(&mut self) -> f64 {
+    fn sweep(&mut self) -> Result<f64> {
         let rank = self.factors.rank();
         let animals = self.tensor.animals;
         let old = self.missing.as_ref().map(|_| self.factors.clone());
         let Factors { time: a, animals: b, pairs: c, .. } = &mut self.factors;
 
-        let y = contract_pairs(self.tensor, c); // [T·W, R]
+        let y = contract_pairs(self.tensor, c)?; // [T·W, R]
         let missing_grams = self.missing.as_ref().map(|missing| missing.grams(c));
         let cc = gram(c);
 
@@ -101,13 +102,13 @@ impl<E: Element> Descent for Sweeper<'_, E> {
             .chunks(rank)
             .flat_map(|a| b.values.chunks(rank).flat_map(move |b| a.iter().zip(b).map(|(a, b)| a * b)));
         let h = Matrix::new(a.rows * animals, rank, rows.collect());
-        let observed = contract_rows(self.tensor, &h); // [P, R]
+        let observed = contract_rows(self.tensor, &h)?; // [P, R]
         let mut m = observed.clone();
         if let (Some(missing), Some(old), Some(turned)) = (&self.missing, &old, &turned) {
             missing.add_to_pairs(&mut m, old, b, turned);
         }
         (self.update)(c, &m, &hadamard(&gram(a), &gram(b)));
-        self.error(&observed)
+        Ok(self.error(&observed))
     }
 }
 

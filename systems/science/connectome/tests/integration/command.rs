@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
+use std::sync::atomic::Ordering;
 
 use kiln_connectome::Connectome;
 use kiln_core::TensorFile;
@@ -93,7 +94,40 @@ fn a_tensor_is_factorised_as_in_the_fit_from_either_layout() {
     let again =
         desk.json("ntf --tensor @pairs.safetensors --init @a/factors.safetensors --sweeps 1 --out @c");
     assert!(again["relative_error"].as_f64().unwrap() <= a["relative_error"].as_f64().unwrap() + 1e-6);
+    let c =
+        desk.json("ntf --tensor @pairs.safetensors --out-of-core --rank 2 --inits 2 --sweeps 10 --out @c");
+    assert_eq!(a["relative_error"], c["relative_error"]);
     desk.assert_refused("ntf --tensor @pairs.safetensors --rank 81 --out @x", "choose a rank from 1 to 66");
+    desk.assert_refused(
+        "ntf --tensor @a/factors.safetensors --out-of-core --rank 2 --out @x",
+        "\"tensor\" is missing",
+    );
+    desk.assert_refused(
+        "ntf --tensor @pairs.safetensors --solver direct --loss gamma --rank 2 --out @x",
+        "pairs.safetensors: the entry [",
+    );
+}
+
+/// A fit that finds one of its starts on disk ends as one that made them all.
+#[test]
+fn a_fit_that_was_stopped_goes_on_to_the_same_atlas() {
+    let desk = desk();
+    let fit = "fit --traces @demo --rank auto --ranks 2..3 --inits 2 --sweeps 10";
+    let whole = desk.json(&format!("{fit} --out @a"));
+    assert!(!desk.path("a/starts").exists());
+    let stop = desk.cx.interrupt_flag();
+    stop.store(true, Ordering::Relaxed);
+    desk.assert_refused(&format!("{fit} --out @b"), "go on with --resume");
+    stop.store(false, Ordering::Relaxed);
+    assert!(desk.path("b/starts").exists());
+    desk.assert_refused("fit --traces @demo --rank 3 --resume @b", "other traces or settings");
+    let resumed = desk.json(&format!("{fit} --resume @b"));
+    assert_eq!(whole["motifs"], resumed["motifs"]);
+    assert!(!desk.path("b/starts").exists());
+    desk.assert_refused(&format!("{fit} --resume @b"), "only a fit that was stopped goes on");
+    let scratch = desk.json(&format!("{fit} --scratch @demo --out @c"));
+    assert_eq!(scratch["motifs"].as_array().unwrap().len(), whole["motifs"].as_array().unwrap().len());
+    assert_eq!(fs::read_dir(desk.path("demo")).unwrap().count(), 2, "nothing stays in the scratch folder");
 }
 
 #[test]

@@ -3,12 +3,13 @@
 
 use kiln_connectome::affinity::AffinityConfig;
 use kiln_connectome::blockmodel::{BlockModelConfig, State, description_length, sample};
+use kiln_connectome::entries::Entries;
 use kiln_connectome::generate::SimulateConfig;
 use kiln_connectome::graph::Graph;
 use kiln_connectome::ntf::{Factors, Loss, NtfConfig, Solver, rank::factor_match};
-use kiln_connectome::tensor::{AffinityTensor, pair_index};
+use kiln_connectome::tensor::{AffinityTensor, Layout, pair_index};
 use kiln_connectome::traces::{AlignConfig, Events, Traces, align, read_recordings};
-use kiln_core::{Context, random_stream};
+use kiln_core::{Context, StreamedTensor, random_stream};
 use kiln_data::Matrix;
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -17,6 +18,20 @@ fn simulated(neurons: usize) -> Traces {
     let config = SimulateConfig { neurons, frames: 80, animals: 3, ..SimulateConfig::reference() };
     let planted = config.draw(&mut random_stream(1, "test", 0)).unwrap();
     align(&planted.recordings, &Events::default(), AlignConfig::default()).unwrap()
+}
+
+fn entries<E>(tensor: &AffinityTensor<E>) -> &[E] {
+    match &tensor.entries {
+        Entries::Memory(values) => values,
+        Entries::File { .. } => unreachable!("it was computed in memory"),
+    }
+}
+
+fn entries_mut<E>(tensor: &mut AffinityTensor<E>) -> &mut [E] {
+    match &mut tensor.entries {
+        Entries::Memory(values) => values,
+        Entries::File { .. } => unreachable!("it was computed in memory"),
+    }
 }
 
 /// A sum of `rank` random rank-one tensors, each of which is in every animal.
@@ -33,7 +48,7 @@ fn exact([frames, animals, pairs]: [usize; 3], rank: usize) -> (AffinityTensor<f
     let factors = Factors { time, animals: animals_factor, pairs: pairs_factor, weights: vec![1.0; rank] };
     let values = (0..frames * animals * pairs)
         .map(|at| factors.at(at / (animals * pairs), at / pairs % animals, at % pairs));
-    let tensor = AffinityTensor { frames, animals, pairs, values: values.collect(), mask: None };
+    let tensor = AffinityTensor::new([frames, animals, pairs], values.collect(), None);
     (tensor, factors.normalised())
 }
 
@@ -49,8 +64,10 @@ fn affinities_do_not_see_scales_and_offsets() {
         }
     }
     let other = config.compute(&scaled).unwrap();
-    assert!(plain.values.iter().zip(&other.values).all(|(a, b)| (a - b).abs() < 1e-5));
-    assert!(plain.values.iter().all(|a| (0.0..=1.0).contains(a)) && plain.values.iter().any(|a| *a > 0.5));
+    assert!(entries(&plain).iter().zip(entries(&other)).all(|(a, b)| (a - b).abs() < 1e-5));
+    assert!(
+        entries(&plain).iter().all(|a| (0.0..=1.0).contains(a)) && entries(&plain).iter().any(|a| *a > 0.5)
+    );
 }
 
 #[test]
@@ -61,7 +78,7 @@ fn time_reversed_traces_have_the_reversed_tensor() {
     let config = AffinityConfig::new();
     let (a, b) = (config.compute(&traces).unwrap(), config.compute(&reversed).unwrap());
     let row = a.animals * a.pairs;
-    for (forward, backward) in a.values.chunks(row).zip(b.values.chunks(row).rev()) {
+    for (forward, backward) in entries(&a).chunks(row).zip(entries(&b).chunks(row).rev()) {
         assert!(forward.iter().zip(backward).all(|(x, y)| (x - y).abs() < 1e-5));
     }
 }
@@ -82,7 +99,10 @@ fn permuted_neurons_have_the_permuted_tensor() {
         for j in i + 1..n {
             let there = pair_index(order[i].min(order[j]), order[i].max(order[j]), n);
             for row in 0..a.frames * a.animals {
-                assert_eq!(a.values[row * a.pairs + there], b.values[row * a.pairs + pair_index(i, j, n)]);
+                assert_eq!(
+                    entries(&a)[row * a.pairs + there],
+                    entries(&b)[row * a.pairs + pair_index(i, j, n)]
+                );
             }
         }
     }
@@ -101,7 +121,7 @@ fn the_error_never_grows_from_sweep_to_sweep() {
         let config = NtfConfig::new(4).with_inits(1).with_sweeps(60).with_solver(solver).with_loss(loss);
         let fit = config.fit(&tensor, &Context::for_tests("")).unwrap();
         assert!(fit.errors.windows(2).all(|pair| pair[1] <= pair[0] + 1e-9), "{solver:?}: {:?}", fit.errors);
-        let exact = fit.factors.relative_error(&tensor);
+        let exact = fit.factors.relative_error(&tensor).unwrap();
         assert!((exact - fit.relative_error).abs() < 1e-9, "{exact} {}", fit.relative_error);
     }
 }
@@ -122,7 +142,7 @@ fn tied_factors_recover_neurons_that_act_in_pairs() {
     let truth = Factors { time, animals: of_animals, pairs, weights: vec![1.0; rank] }.normalised();
     let entry = |at: usize| truth.at(at / (animals * 36), at / 36 % animals, at % 36);
     let values = (0..frames * animals * 36).map(entry).collect();
-    let tensor = AffinityTensor { frames, animals, pairs: 36, values, mask: None };
+    let tensor = AffinityTensor::new([frames, animals, 36], values, None);
     let config = NtfConfig {
         solver: Solver::Direct,
         tied: true,
@@ -160,7 +180,7 @@ fn missing_pairs_do_not_hinder_the_recovery_of_an_exact_tensor() {
     let (mut tensor, factors) = exact([30, 5, 45], 3);
     let mut rng = random_stream(5, "mask", 0);
     let mask: Vec<bool> = (0..5 * 45).map(|_| rng.random_bool(0.85)).collect();
-    for (at, value) in tensor.values.iter_mut().enumerate() {
+    for (at, value) in entries_mut(&mut tensor).iter_mut().enumerate() {
         if !mask[at % (5 * 45)] {
             *value = 0.0;
         }
@@ -175,11 +195,38 @@ fn missing_pairs_do_not_hinder_the_recovery_of_an_exact_tensor() {
     }
 }
 
+/// Read a few frames at a time, the last stretch shorter than the others.
+#[test]
+fn a_tensor_in_a_file_has_the_factors_of_one_in_memory() {
+    let mut traces = simulated(12);
+    traces.animals[1].neurons.remove(3);
+    traces.animals[1].traces.remove(3);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    AffinityConfig::new().write(&traces, Layout::Pairs, &path, &|_| Ok(())).unwrap();
+    let whole = AffinityConfig::new().compute(&traces).unwrap();
+    let mut file = AffinityTensor::open(&path, None).unwrap();
+    let tensor = StreamedTensor::open(&path, "tensor").unwrap();
+    file.entries = Entries::File { tensor: tensor.into(), at_once: 7 * whole.animals * whole.pairs };
+    assert_eq!(file.mask, whole.mask);
+    for (solver, loss) in
+        [(Solver::Hals, Loss::Squared), (Solver::Mu, Loss::Poisson), (Solver::Direct, Loss::Squared)]
+    {
+        let config = NtfConfig::new(2).with_inits(1).with_sweeps(8).with_solver(solver).with_loss(loss);
+        let cx = Context::for_tests("");
+        let (a, b) = (config.fit(&whole, &cx).unwrap(), config.fit(&file, &cx).unwrap());
+        assert!((a.relative_error - b.relative_error).abs() < 1e-9, "{solver:?}");
+        for (a, b) in a.factors.modes().into_iter().zip(b.factors.modes()) {
+            assert!(a.values.iter().zip(&b.values).all(|(a, b)| (a - b).abs() < 1e-6), "{solver:?}");
+        }
+    }
+}
+
 #[test]
 fn all_solvers_come_to_the_same_error() {
     let (mut tensor, _) = exact([20, 4, 28], 2);
     let mut rng = random_stream(6, "noise", 0);
-    tensor.values.iter_mut().for_each(|x| *x += 0.1 * rng.random::<f64>());
+    entries_mut(&mut tensor).iter_mut().for_each(|x| *x += 0.1 * rng.random::<f64>());
     let last = |solver, loss| {
         let config = NtfConfig {
             tolerance: 1e-8,
