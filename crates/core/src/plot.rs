@@ -44,6 +44,9 @@ enum Kind {
 struct Series {
     name: String,
     points: Vec<(f64, f64)>,
+    /// (x, least, largest), behind the curve.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    band: Vec<(f64, f64, f64)>,
 }
 
 impl Plot {
@@ -140,7 +143,19 @@ impl Plot {
     /// Adds a series of (x, y). Points that are not finite, or not positive on a logarithmic axis,
     /// are left out of the picture.
     pub fn series(mut self, name: impl Into<String>, points: Vec<(f64, f64)>) -> Self {
-        self.series.push(Series { name: name.into(), points });
+        self.series.push(Series { name: name.into(), points, band: Vec::new() });
+        self
+    }
+
+    /// Adds a curve of (x, y) as [`series`](Self::series) does, and behind it in its colour the range of (x, least, largest),
+    /// such as that of several runs.
+    pub fn band(
+        mut self,
+        name: impl Into<String>,
+        points: Vec<(f64, f64)>,
+        range: Vec<(f64, f64, f64)>,
+    ) -> Self {
+        self.series.push(Series { name: name.into(), points, band: range });
         self
     }
 
@@ -184,6 +199,16 @@ impl Plot {
     /// The points of a series that have a place on the axes.
     fn drawable(&self, series: &Series) -> Vec<(f64, f64)> {
         series.points.iter().copied().filter(|&(x, y)| self.x.can_show(x) && self.y.can_show(y)).collect()
+    }
+
+    /// The outline of a series' band: its largest values from left to right, then its least ones back.
+    fn outline(&self, series: &Series) -> Vec<(f64, f64)> {
+        let shown = series.band.iter().filter(|&&(x, least, largest)| {
+            self.x.can_show(x) && self.y.can_show(least) && self.y.can_show(largest)
+        });
+        let (above, below): (Vec<_>, Vec<_>) =
+            shown.map(|&(x, least, largest)| ((x, largest), (x, least))).unzip();
+        above.into_iter().chain(below.into_iter().rev()).collect()
     }
 }
 
@@ -236,6 +261,26 @@ mod tests {
             let svg = plot.to_svg().unwrap();
             assert!(svg.contains(&plot.title) && !svg.contains("NaN"), "{svg}");
         }
+    }
+
+    #[test]
+    fn a_band_is_drawn_behind_its_curve_and_widens_the_axis() {
+        let points = vec![(0.0, 2.0), (1.0, 3.0)];
+        let range = vec![(0.0, 1.0, 4.0), (1.0, 2.0, 900.0), (2.0, 1.0, f64::NAN)];
+        let svg = Plot::lines("Loss", "step", "nats").band("runs", points.clone(), range).to_svg().unwrap();
+        let at =
+            |what: &str| svg.lines().position(|l| l.starts_with(what) && l.contains(draw::PALETTE_HEX[0]));
+        assert!(at("<polygon").unwrap() < svg.lines().count(), "{svg}");
+        let polygon = svg.lines().find(|line| line.starts_with("<polygon")).unwrap();
+        let corners = polygon.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
+        assert_eq!(
+            corners.split_whitespace().count(),
+            4,
+            "the point without a number is left out: {polygon}"
+        );
+        assert!(svg.contains(">800<") || svg.contains(">900<"), "the axis holds the band: {svg}");
+        let plain = Plot::lines("Loss", "step", "nats").series("runs", points).to_svg().unwrap();
+        assert!(!plain.contains("<polygon"));
     }
 
     #[test]
