@@ -20,7 +20,7 @@ const TARGET: f64 = 0.35;
 pub enum Axis {
     /// What follows the hypernetwork's hidden layers
     Activation,
-    /// Norms, in the network or in the hypernetwork
+    /// A batch norm in the network, a layer norm in the hypernetwork, a weight norm of what it makes, or none
     Norm,
     /// Components of a condition, of which only the first means anything
     Dim,
@@ -81,6 +81,7 @@ impl Axis {
                 setting("none", Box::new(|_| {})),
                 setting("batch", Box::new(|arm| arm.network.batch_norm = true)),
                 setting("layer", Box::new(|arm| arm.mip.hypernet.layer_norm = true)),
+                setting("weight", Box::new(|arm| arm.mip.weight_norm = true)),
             ],
             Self::Dim => [1, 2, 4, 8, 16]
                 .map(|k| setting(&k.to_string(), Box::new(move |arm| arm.mip.hypernet.gamma_dim = k)))
@@ -148,7 +149,7 @@ pub struct Summary {
     pub convergence_ratio: f64,
     /// Median of the last smoothed loss.
     pub final_loss: f64,
-    /// Runs whose loss became infinite, no number, or on average ten times the first.
+    /// Runs in which a loss was infinite, no number, or more than ten times the first.
     pub diverged: usize,
 }
 
@@ -210,6 +211,7 @@ fn train(
         gamma_dim: arm.mip.hypernet.gamma_dim,
         batch: 64,
         per_sample: false,
+        given: None,
         cx,
     };
     arm.train(&mut task, cx)
@@ -248,7 +250,7 @@ fn summarise(
     }
 }
 
-/// For every setting the median loss of each arm over seeds.
+/// For every setting the loss of each arm: the median over seeds, within the range of all.
 pub fn plots(lines: &[Line]) -> Vec<Plot> {
     let same =
         |a: &Line, b: &Line| (a.summary.axis, &a.summary.setting) == (b.summary.axis, &b.summary.setting);
@@ -259,10 +261,18 @@ pub fn plots(lines: &[Line]) -> Vec<Plot> {
             let plot = Plot::lines(format!("{axis} {setting}"), "step", "training loss, nats").log_y();
             arms.iter().fold(plot, |plot, line| {
                 let length = line.curves.iter().map(Vec::len).min().unwrap_or(0);
-                let at =
-                    |step: usize| median(&line.curves.iter().map(|curve| curve[step]).collect::<Vec<_>>());
-                let points = (0..length).step_by(5).map(|step| (step as f64, at(step))).collect();
-                plot.series(line.summary.arm.clone(), points)
+                let at = |step: usize| line.curves.iter().map(|curve| curve[step]).collect::<Vec<_>>();
+                let steps = || (0..length).step_by(5);
+                let range = |step: usize| {
+                    at(step).into_iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(least, most), loss| {
+                        (least.min(loss), most.max(loss))
+                    })
+                };
+                plot.band(
+                    line.summary.arm.clone(),
+                    steps().map(|step| (step as f64, median(&at(step)))).collect(),
+                    steps().map(|step| (step as f64, range(step).0, range(step).1)).collect(),
+                )
             })
         })
         .collect()
