@@ -28,6 +28,8 @@ pub enum Control {
     Rotation,
     /// Labels are smoothed by γ / 2
     Smoothing,
+    /// Hidden units are dropped in training with a probability of γ / 2
+    Dropout,
     /// Weights decay with a strength of 10^(4 γ - 6), from 1e-6 to 1e-2
     WeightDecay,
     /// Nothing: networks are drawn with γ, and a prior on their weights keeps them apart from certainty
@@ -108,12 +110,16 @@ impl ClassifyTask<'_> {
         if self.control == Control::Smoothing {
             options.label_smoothing = gamma / 2.0;
         }
-        let logits = net.forward(self.control.input(images, gamma, &self.cx.device));
+        let input = self.control.input(images, gamma, &self.cx.device);
+        let logits = match self.control {
+            Control::Dropout => net.forward_dropping(input, f64::from(gamma) / 2.0),
+            _ => net.forward(input),
+        };
         let loss = cross_entropy(logits, labels, &options).mean();
         let penalty = |strength: f64| theta.clone().powi_scalar(2).sum() * strength;
         match self.control {
             Control::WeightDecay | Control::Noise => loss + penalty(f64::from(self.decay(gamma))),
-            Control::Rotation | Control::Smoothing | Control::Given => loss,
+            Control::Rotation | Control::Smoothing | Control::Dropout | Control::Given => loss,
         }
     }
 
@@ -122,7 +128,7 @@ impl ClassifyTask<'_> {
         match self.control {
             Control::WeightDecay => 10f32.powf(4.0 * gamma - 6.0),
             Control::Noise => (0.5 / (PRIOR_STD * PRIOR_STD * self.train.len() as f64)) as f32,
-            Control::Rotation | Control::Smoothing | Control::Given => 0.0,
+            Control::Rotation | Control::Smoothing | Control::Dropout | Control::Given => 0.0,
         }
     }
 
@@ -153,7 +159,7 @@ impl ClassifyTask<'_> {
             Control::WeightDecay | Control::Noise => {
                 loss + (theta.powi_scalar(2).sum_dim(1) * share(&|gamma| self.decay(gamma))).mean()
             }
-            Control::Rotation | Control::Smoothing | Control::Given => loss,
+            Control::Rotation | Control::Smoothing | Control::Dropout | Control::Given => loss,
         })
     }
 }

@@ -166,6 +166,10 @@ impl Recipe {
         if !(self.val_fraction > 0.0 && self.val_fraction < 1.0) {
             return Err(Error::usage(format!("--val-fraction {} is not between 0 and 1", self.val_fraction)));
         }
+        if self.per_sample && self.control == Control::Dropout {
+            return Err(Error::usage("images of a step share what is dropped")
+                .hint("leave --per-sample out with --control dropout"));
+        }
         if self.task == TaskName::Bayes && !matches!(self.control, Control::Rotation | Control::Noise) {
             return Err(Error::usage("--task bayes draws networks by noise").hint("leave --control out"));
         }

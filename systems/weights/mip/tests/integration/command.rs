@@ -144,6 +144,23 @@ fn proportionality_is_measured_in_the_course_of_training_too() {
 }
 
 #[test]
+fn what_is_dropped_in_training_follows_the_seed_and_nothing_is_later() {
+    let desk = desk();
+    let weights = |model: &str| fs::read(desk.path(model).join("model.safetensors")).unwrap();
+    for model in ["once", "again"] {
+        desk.json(&format!("train --control dropout --data @data.csv {TINY} --steps 4 --out @{model}"));
+    }
+    desk.json(&format!("train --control smoothing --data @data.csv {TINY} --steps 4 --out @other"));
+    assert_eq!(weights("once"), weights("again"));
+    assert_ne!(weights("once"), weights("other"));
+    let table = |out: &str| {
+        desk.json(&format!("predict --model @once --data @data.csv --gamma 1 --out @{out}"));
+        fs::read_to_string(desk.path(out)).unwrap()
+    };
+    assert_eq!(table("a.csv"), table("b.csv"));
+}
+
+#[test]
 fn own_weights_learn_at_a_rate_of_their_own() {
     let desk = desk();
     let train = |rate: &str, out: &str| {
@@ -178,6 +195,7 @@ fn what_does_not_fit_is_named() {
         ("train --data @data.csv --out @x --arch unet", "add --task register or --task scale"),
         ("train --data @data.csv --out @x --task register --arch lenet", "cannot be registered"),
         ("train --data @data.csv --out @x --probe-every 0", "at least 1"),
+        ("train --data @data.csv --out @x --control dropout --per-sample", "leave --per-sample out"),
         ("train --data @data.csv --out @x --task bayes --control smoothing", "leave --control out"),
         ("train --data @data.csv --out @x --range site=cat:a,b", "which nothing draws"),
         ("train --data @data.csv --out @x --select type:Conv2d", "there are Linear"),
