@@ -270,9 +270,9 @@ mod tests {
         let svg = Plot::lines("Loss", "step", "nats").band("runs", points.clone(), range).to_svg().unwrap();
         let corners = |line: &str| -> Vec<(f64, f64)> {
             let text = line.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
-            let pair = |pair: &str| pair.split_once(',').unwrap();
-            let pairs = text.split_whitespace().map(pair);
-            pairs.map(|(x, y)| (x.parse().unwrap(), y.parse().unwrap())).collect()
+            let number = |text: &str| text.parse().unwrap();
+            let pairs = text.split_whitespace().map(|pair| pair.split_once(',').unwrap());
+            pairs.map(|(x, y)| (number(x), number(y))).collect()
         };
         let of = |kind: &str| {
             let is_coloured = |line: &&str| line.starts_with(kind) && line.contains(draw::PALETTE_HEX[0]);
