@@ -12,7 +12,8 @@ use crate::convert::{MipConfig, Parametrisation};
 use crate::encoding::Encoding;
 use crate::hypernet::Nonlinearity;
 
-/// Training has come far enough at this share of the first loss.
+/// Training has come far enough at this share of the loss of a guess, the logarithm of the number of classes: of ten classes, at
+/// 0.8 as in the experiment. (The first loss of a hypernetwork hangs on its draw.)
 const TARGET: f64 = 0.35;
 
 /// What is varied.
@@ -138,8 +139,8 @@ pub struct Summary {
     pub setting: String,
     /// Under which parametrisation.
     pub arm: String,
-    /// Median over seeds of the steps until the smoothed loss is 0.35 of the first; a run that never is counts with all its
-    /// steps.
+    /// Median over seeds of the steps until the smoothed loss is 0.35 of that of a guess; a run that never is counts with all
+    /// its steps.
     pub steps: f64,
     /// The fewest of any seed.
     pub steps_least: f64,
@@ -173,7 +174,8 @@ pub fn run(axes: &[Axis], grid: &Grid, images: &Images, cx: &Context) -> Result<
                     course
                 })
                 .collect::<Result<Vec<_>>>()?;
-            let line = summarise(setting, parametrisation, &courses, grid, &mut default_steps);
+            let target = TARGET * (images.classes.len() as f64).ln();
+            let line = summarise(setting, parametrisation, &courses, (grid, target), &mut default_steps);
             lines.push(line);
         }
     }
@@ -221,10 +223,10 @@ fn summarise(
     setting: &Setting,
     parametrisation: Parametrisation,
     courses: &[Course],
-    grid: &Grid,
+    (grid, target): (&Grid, f64),
     default_steps: &mut f64,
 ) -> Line {
-    let steps = |course: &Course| course.steps_to(TARGET * course.losses[0]).unwrap_or(grid.steps) as f64;
+    let steps = |course: &Course| course.steps_to(target).unwrap_or(grid.steps) as f64;
     let each: Vec<f64> = courses.iter().map(steps).collect();
     let steps = median(&each);
     if parametrisation == Parametrisation::Default {
