@@ -70,7 +70,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// A condition in words: categories by name, numbers by their place between the ends.
+    /// A condition in the user's own words: categories by name, numbers by their value.
     pub fn describe(&self, gamma: &[f32]) -> String {
         let words: Vec<String> = self.ranges.iter().zip(gamma).map(|(range, &x)| range.word(x)).collect();
         words.join(";")

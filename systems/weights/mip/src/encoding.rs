@@ -114,11 +114,19 @@ impl Range {
         ))
     }
 
-    /// A component of a condition in words: a category's name, or the place of a number.
+    /// The value at a place between the ends.
+    pub fn value(&self, place: f64) -> f64 {
+        match self.log {
+            true => (self.low.ln() + place * (self.high / self.low).ln()).exp(),
+            false => self.low + place * (self.high - self.low),
+        }
+    }
+
+    /// A component of a condition in the user's own words: a category's name, or the value of a number.
     pub fn word(&self, component: f32) -> String {
         match self.categories.get(component as usize) {
             Some(category) => category.clone(),
-            None => component.to_string(),
+            None => (self.value(component.into()) as f32).to_string(),
         }
     }
 }
@@ -216,7 +224,9 @@ mod tests {
     fn ranges_are_read_and_place_values() {
         let range: Range = "lambda=0.01:1:log".parse().unwrap();
         assert_eq!((range.name.as_str(), range.place(0.1)), ("lambda", 0.5));
-        assert_eq!("x=-1:3".parse::<Range>().unwrap().place(0.0), 0.25);
+        assert!((range.value(0.5) - 0.1).abs() < 1e-12);
+        let linear: Range = "x=-1:3".parse().unwrap();
+        assert_eq!((linear.place(0.0), linear.value(0.25), linear.word(0.25)), (0.25, 0.0, "0".to_string()));
         for text in
             ["x", "=0:1", "x=1:0", "x=0:1:log", "x=a:1", "x=0:1:lin", "x=0:inf", "x=cat:a", "x=cat:a,a"]
         {

@@ -166,6 +166,10 @@ impl Recipe {
         if !(self.val_fraction > 0.0 && self.val_fraction < 1.0) {
             return Err(Error::usage(format!("--val-fraction {} is not between 0 and 1", self.val_fraction)));
         }
+        if self.task.kind() != TaskKind::Classify && (self.per_sample || self.control != Control::Rotation) {
+            return Err(Error::usage("only classifiers have a --control, and a condition for every image")
+                .hint("leave --control and --per-sample out"));
+        }
         if self.per_sample && self.control == Control::Dropout {
             return Err(Error::usage("images of a step share what is dropped")
                 .hint("leave --per-sample out with --control dropout"));

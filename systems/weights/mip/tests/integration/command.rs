@@ -47,6 +47,16 @@ fn forward_gives_the_encoding_and_weights_of_the_reference() {
         assert_eq!(found.len(), expected.len());
         assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs() + 1e-6), "{name}");
     }
+    // The same conditions as NumPy saves them.
+    let gamma = golden.get("gamma").unwrap();
+    let shape = format!("({}, {})", gamma.shape[0], gamma.shape[1]);
+    let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}");
+    let header = format!("{header:<117}\n");
+    let values: Vec<u8> = floats(&golden, "gamma").iter().flat_map(|x| x.to_le_bytes()).collect();
+    desk.write("gamma.npy", [&b"\x93NUMPY\x01\x00\x76\x00"[..], header.as_bytes(), &values].concat());
+    desk.json("forward --weights %mip_forward.safetensors --gamma @gamma.npy --to @again.npz");
+    let again = kiln_data::read_npz(&desk.path("again.npz")).unwrap();
+    assert_eq!(floats(&again, "theta"), floats(&found, "theta"));
     desk.assert_refused(
         "forward --weights %mip_forward.safetensors --gamma %mip_forward.safetensors --to @o.npz",
         "names no tensor",
@@ -195,6 +205,10 @@ fn what_does_not_fit_is_named() {
         ("train --data @data.csv --out @x --arch unet", "add --task register or --task scale"),
         ("train --data @data.csv --out @x --task register --arch lenet", "cannot be registered"),
         ("train --data @data.csv --out @x --probe-every 0", "at least 1"),
+        (
+            "train --data @data.csv --out @x --task register --per-sample",
+            "leave --control and --per-sample out",
+        ),
         ("train --data @data.csv --out @x --control dropout --per-sample", "leave --per-sample out"),
         ("train --data @data.csv --out @x --task bayes --control smoothing", "leave --control out"),
         ("train --data @data.csv --out @x --range site=cat:a,b", "which nothing draws"),
@@ -278,7 +292,7 @@ fn a_category_of_each_image_decides_what_it_is() {
     let grid = grid["conditions"].as_array().unwrap();
     assert_eq!(grid.len(), 2 * 2);
     assert!(grid.iter().all(|line| line["scores"]["accuracy"] == 0.5), "{grid:?}");
-    assert!(fs::read_to_string(desk.path("grid.csv")).unwrap().contains("\nsouth;1,0.5,"));
+    assert!(fs::read_to_string(desk.path("grid.csv")).unwrap().contains("\nsouth;3,0.5,"));
     assert!(desk.path("own.svg").exists() && desk.path("grid.svg").exists());
 
     desk.json("predict --model @m --data @data.csv --gamma north,2 --out @north.csv");
