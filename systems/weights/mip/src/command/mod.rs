@@ -206,7 +206,7 @@ impl GammaArgs {
             false => vec![0.0],
         };
         let combinations =
-            ranges.iter().fold(Some(places.len()), |n, range| n?.checked_mul(range.categories.len().max(1)));
+            ranges.iter().try_fold(places.len(), |n, range| n.checked_mul(range.categories.len().max(1)));
         if combinations.is_none_or(|n| n > MOST_CONDITIONS) {
             return Err(Error::usage("there are too many combinations of categories")
                 .hint(format!("at most {MOST_CONDITIONS} conditions are looked at: name one with --gamma")));

@@ -245,6 +245,10 @@ impl ShapeArgs {
             batch_norm: self.norm == Norm::Batch,
         };
         network.check()?;
+        if control == Control::Rotation && images.shape[1] == 1 {
+            return Err(Error::usage("rows of numbers are no images, and cannot be turned")
+                .hint("choose another --control, or say with --conditions what weights depend on"));
+        }
         let components = (ranges.len(), numbers_of_categories(&ranges));
         Ok(Config {
             task: TaskKind::Classify,

@@ -232,6 +232,9 @@ fn what_does_not_fit_is_named() {
     }
     desk.write("one.csv", "a,b,label\n1,2,x\n3,4,x\n");
     desk.assert_refused("train --data @one.csv --out @x", "at least two classes");
+    desk.write("rows.csv", "a,b,label\n1,2,x\n3,4,y\n");
+    desk.assert_refused("train --data @rows.csv --out @x", "cannot be turned");
+    desk.json(&format!("train --data @rows.csv --control smoothing {TINY} --steps 1 --out @rows"));
     desk.write("other.csv", "a,b,label\n1,2,up\n3,4,down\n");
     desk.assert_refused("eval --model @m --data @other.csv", "the model was trained on [1, 3, 3]");
     assert!(!desk.path("x").exists());
@@ -341,7 +344,7 @@ fn a_category_of_each_image_decides_what_it_is() {
     ));
     let config = fs::read_to_string(desk.path("o").join("config.json")).unwrap();
     assert!(config.find("\"south\"").unwrap() < config.find("\"north\"").unwrap(), "{config}");
-    desk.json(&format!("train --data @data.csv --conditions @sites.csv --resume @o --steps 3"));
+    desk.json("train --data @data.csv --conditions @sites.csv --resume @o --steps 3");
 }
 
 #[test]

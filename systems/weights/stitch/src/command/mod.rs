@@ -102,7 +102,7 @@ Anchors are anchor0.patch_embed.weight, anchor0.blocks.0.qkv.weight, ..; the JSO
 /// The images to work on.
 #[derive(Debug, Args)]
 struct DataArgs {
-    /// Images: a folder with one folder a class, IDX, .npz or .csv
+    /// Images: a folder with one folder a class, IDX, .npz, .npy or .csv
     #[arg(long)]
     data: PathBuf,
     /// File of labels of IDX or .npy images, where it is not beside them
