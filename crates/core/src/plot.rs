@@ -44,6 +44,9 @@ enum Kind {
 struct Series {
     name: String,
     points: Vec<(f64, f64)>,
+    /// (x, least, largest), behind the curve.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    band: Vec<(f64, f64, f64)>,
 }
 
 impl Plot {
@@ -140,7 +143,19 @@ impl Plot {
     /// Adds a series of (x, y). Points that are not finite, or not positive on a logarithmic axis,
     /// are left out of the picture.
     pub fn series(mut self, name: impl Into<String>, points: Vec<(f64, f64)>) -> Self {
-        self.series.push(Series { name: name.into(), points });
+        self.series.push(Series { name: name.into(), points, band: Vec::new() });
+        self
+    }
+
+    /// Adds a curve of (x, y) as [`series`](Self::series) does, and behind it in its colour the range of (x, least, largest),
+    /// such as that of several runs.
+    pub fn band(
+        mut self,
+        name: impl Into<String>,
+        points: Vec<(f64, f64)>,
+        range: Vec<(f64, f64, f64)>,
+    ) -> Self {
+        self.series.push(Series { name: name.into(), points, band: range });
         self
     }
 
@@ -184,6 +199,16 @@ impl Plot {
     /// The points of a series that have a place on the axes.
     fn drawable(&self, series: &Series) -> Vec<(f64, f64)> {
         series.points.iter().copied().filter(|&(x, y)| self.x.can_show(x) && self.y.can_show(y)).collect()
+    }
+
+    /// The outline of a series' band: its largest values from left to right, then its least ones back.
+    fn outline(&self, series: &Series) -> Vec<(f64, f64)> {
+        let shown = series.band.iter().filter(|&&(x, least, largest)| {
+            self.x.can_show(x) && self.y.can_show(least) && self.y.can_show(largest)
+        });
+        let (above, below): (Vec<_>, Vec<_>) =
+            shown.map(|&(x, least, largest)| ((x, largest), (x, least))).unzip();
+        above.into_iter().chain(below.into_iter().rev()).collect()
     }
 }
 
@@ -236,6 +261,31 @@ mod tests {
             let svg = plot.to_svg().unwrap();
             assert!(svg.contains(&plot.title) && !svg.contains("NaN"), "{svg}");
         }
+    }
+
+    #[test]
+    fn a_band_is_drawn_behind_its_curve_and_the_axis_holds_it() {
+        let points = vec![(0.0, 2.0), (1.0, 3.0)];
+        let range = vec![(0.0, 1.0, 4.0), (1.0, 2.0, 900.0), (2.0, 1.0, f64::NAN)];
+        let svg = Plot::lines("Loss", "step", "nats").band("runs", points.clone(), range).to_svg().unwrap();
+        let corners = |line: &str| -> Vec<(f64, f64)> {
+            let text = line.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
+            let number = |text: &str| text.parse().unwrap();
+            let pairs = text.split_whitespace().map(|pair| pair.split_once(',').unwrap());
+            pairs.map(|(x, y)| (number(x), number(y))).collect()
+        };
+        let of = |kind: &str| {
+            let is_coloured = |line: &&str| line.starts_with(kind) && line.contains(draw::PALETTE_HEX[0]);
+            svg.lines().enumerate().filter(|(_, line)| is_coloured(line)).last().unwrap()
+        };
+        let ((at, band), (above, curve)) = (of("<polygon"), of("<polyline"));
+        assert!(at < above, "the curve lies on the band");
+        let (band, curve) = (corners(band), corners(curve));
+        assert_eq!(band.len(), 4, "a place without a number is left out");
+        // A larger value is further up: the band's largest is above the curve's end, and within the picture.
+        assert!(band[1].1 > 0.0 && band[1].1 < curve[1].1 - 1000.0, "{band:?} {curve:?}");
+        let plain = Plot::lines("Loss", "step", "nats").series("runs", points).to_svg().unwrap();
+        assert!(!plain.contains("<polygon"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use kiln_core::{Error, HostTensor, Result, Values};
 
-use crate::npz::read_npz;
+use crate::npz::{read_npy, read_npz};
 use crate::table::{Cells, Table, TableOptions};
 
 pub use picture::Picture;
@@ -19,7 +19,8 @@ const MAX_VALUES: u64 = 1 << 29;
 /// Where labels are, and how numbers become brightness.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ImageOptions {
-    /// The IDX file of labels; by default the images' name with `labels-idx1` for `images-idx3`.
+    /// The IDX file of labels, by default the images' name with `labels-idx1` for `images-idx3`; the `.npy` file of labels
+    /// for images in such a file.
     pub labels: Option<PathBuf>,
     /// The CSV column of labels; by default the last.
     pub target: Option<String>,
@@ -51,6 +52,7 @@ impl Images {
     /// - `.png`, `.jpg`: one image, without a label
     /// - `.npz`: `x` (or `images`), `[n, height, width]` or `[n, channels, height, width]`, and `y` (or `labels`) `[n]`;
     ///   whole numbers are taken as 0 to 255
+    /// - `.npy`: images as in an `.npz`; their labels are in the `.npy` file that the options name
     /// - `.csv`, `.tsv`, also with `.gz`: one image a row; a square number of columns is a square image
     /// - anything else: an IDX file, gzipped or not, as the MNIST family has them
     ///
@@ -63,6 +65,7 @@ impl Images {
             _ if path.is_dir() => folder::read(path, options)?,
             "png" | "jpg" | "jpeg" if options.unlabelled => folder::read_one(path)?,
             "npz" => Self::from_npz(path, options)?,
+            "npy" => Self::from_npy(path, options)?,
             "csv" | "tsv" | "txt" => Self::from_table(path, options)?,
             _ => idx::read(path, options)?,
         };
@@ -143,7 +146,30 @@ impl Images {
             let name = names.into_iter().find(|name| file.get(name).is_some()).unwrap_or(names[0]);
             file.take(name)
         };
-        let HostTensor { shape, values } = either(["x", "images"])?;
+        let images = either(["x", "images"])?;
+        let labels = match either(["y", "labels"]) {
+            Ok(labels) => Some(labels),
+            Err(_) if options.unlabelled => None,
+            Err(error) => return Err(error),
+        };
+        Self::from_arrays(images, labels, path)
+    }
+
+    fn from_npy(path: &Path, options: &ImageOptions) -> Result<Self> {
+        let labels = match &options.labels {
+            Some(labels) => Some(read_npy(labels)?),
+            None if options.unlabelled => None,
+            None => {
+                return Err(Error::input(path.display(), "has no labels beside it")
+                    .hint("name the .npy file of labels, a whole number for each image"));
+            }
+        };
+        Self::from_arrays(read_npy(path)?, labels, path)
+    }
+
+    /// Images `[n, height, width]` or `[n, channels, height, width]` and labels `[n]`; `path` names them in messages.
+    fn from_arrays(images: HostTensor, labels: Option<HostTensor>, path: &Path) -> Result<Self> {
+        let HostTensor { shape, values } = images;
         let image_shape = match shape[..] {
             [_, height, width] => [1, height, width],
             [_, channels, height, width] => [channels, height, width],
@@ -155,11 +181,6 @@ impl Images {
         let (pixels, white) = match values {
             Values::Float(pixels) => (pixels, 1.0),
             Values::Int(pixels) => (pixels.iter().map(|&x| x as f32 / 255.0).collect(), 255.0),
-        };
-        let labels = match either(["y", "labels"]) {
-            Ok(labels) => Some(labels),
-            Err(_) if options.unlabelled => None,
-            Err(error) => return Err(error),
         };
         let labels: Vec<String> = match labels {
             None => Vec::new(),

@@ -129,3 +129,28 @@ fn arrays_of_bytes_are_brightness_and_those_of_floats_stay() {
     write_npz(&path, &file).unwrap();
     assert!(refusal(&path).contains("have the shape [4]"));
 }
+
+/// A `.npy` file of bytes, as `numpy.save` writes it.
+fn npy(shape: &str, values: &[u8]) -> Vec<u8> {
+    let header = format!("{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}");
+    let header = format!("{header:<117}\n"); // 128 bytes with what comes before
+    [&b"\x93NUMPY\x01\x00\x76\x00"[..], header.as_bytes(), values].concat()
+}
+
+#[test]
+fn arrays_of_images_and_of_labels_are_read_from_a_file_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, labels) = (dir.path().join("x.npy"), dir.path().join("y.npy"));
+    std::fs::write(&path, npy("(2, 1, 2)", &[0, 255, 51, 0])).unwrap();
+    std::fs::write(&labels, npy("(2,)", &[7, 3])).unwrap();
+    let options = ImageOptions { labels: Some(labels.clone()), ..ImageOptions::default() };
+    let images = Images::read(&path, &options).unwrap();
+    assert_eq!((images.shape, &images.pixels[..]), ([1, 1, 2], &[0.0, 1.0, 0.2, 0.0][..]));
+    assert_eq!((&images.labels[..], &images.classes[..]), (&[1, 0][..], &["3".into(), "7".into()][..]));
+    let error = Images::read(&path, &ImageOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("no labels") && error.hint_text().unwrap().contains(".npy"));
+    let unlabelled = ImageOptions { unlabelled: true, ..ImageOptions::default() };
+    assert!(Images::read(&path, &unlabelled).unwrap().labels.is_empty());
+    std::fs::write(&labels, npy("(3,)", &[7, 3, 3])).unwrap();
+    assert!(Images::read(&path, &options).unwrap_err().to_string().contains("3 labels for 2 images"));
+}

@@ -23,6 +23,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, Position};
 use crate::init::StepDraws;
+use crate::lr_share::{self, LrShare};
 use crate::plateau::Course;
 use crate::train_log::{LogRow, TrainLog};
 use crate::{AdamW, Decay, Plateau, Schedule, Sgd};
@@ -87,6 +88,9 @@ pub struct TrainConfig {
     /// What makes a step; gradient descent knows no betas, and weight decay is part of its gradient.
     #[serde(default, skip_serializing_if = "Method::is_default")]
     pub method: Method,
+    /// Parameters with learning rates of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lr_shares: Vec<LrShare>,
 }
 
 fn is_zero(value: &f64) -> bool {
@@ -111,6 +115,7 @@ impl Default for TrainConfig {
             min_improvement: 0.0,
             plateau: None,
             method: Method::AdamW,
+            lr_shares: Vec::new(),
         }
     }
 }
@@ -133,6 +138,13 @@ impl TrainConfig {
         }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(Error::usage(format!("the learning rate is {}, but must be above 0", self.lr)));
+        }
+        if let Some(LrShare { pattern, share }) =
+            self.lr_shares.iter().find(|share| !(share.share.is_finite() && share.share >= 0.0))
+        {
+            return Err(Error::usage(format!(
+                "the learning rate of \"{pattern}\" is {share} times that of the others, but must be at least 0 times"
+            )));
         }
         let (first, second) = self.betas;
         if !(0.0..1.0).contains(&first) || !(0.0..1.0).contains(&second) {
@@ -357,8 +369,9 @@ impl<'a, M: Module> Run<'a, M> {
         let lr = self.course.reduced(self.schedule.at(index), config.plateau.as_ref());
         let gradients = loss.backward();
         let model = self.model.take().expect(IN_PLACE);
+        let before = lr_share::Before::of(&model, &config.lr_shares);
         let (model, grad_norm) = self.optimiser.step(model, gradients, lr);
-        self.model = Some(model);
+        self.model = Some(before.scaled(model));
         self.require_finite("gradient norm", grad_norm)?;
         self.position.step += 1;
         self.position.tokens += tokens;

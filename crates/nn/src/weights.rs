@@ -21,11 +21,12 @@
 //! A parameter holds any tensor, but Burn lets only leaves of the graph *require* a gradient; a tensor that was
 //! computed must therefore enter with `Param::initialized`, which leaves it as it is, not with `Param::from_tensor`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use kiln_core::{Error, ModulePath, Result};
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 /// Names that an error lists at most.
@@ -88,7 +89,7 @@ impl WeightSpec {
     /// # Errors
     /// When a name occurs twice, or a shape has an extent of 0.
     pub fn new(params: Vec<ParamSpec>) -> Result<Self> {
-        let mut names = std::collections::BTreeSet::new();
+        let mut names = BTreeSet::new();
         for param in &params {
             if !names.insert(&param.name) {
                 return Err(Error::usage(format!("two parameters are called \"{}\"", param.name)));
@@ -101,23 +102,34 @@ impl WeightSpec {
         Ok(Self { params, fixed: Vec::new() })
     }
 
-    /// Only the parameters whose names match one of the patterns, in which `*` stands for any characters.
+    /// Only the parameters that match one of the patterns:
+    /// - `conv*.weight`: names, in which `*` stands for any characters
+    /// - `re:^blocks\.[0-3]\.`: names that hold a match of a regular expression
+    /// - `type:Conv2d`: parameters of layers of a type
     ///
     /// # Errors
-    /// When a pattern matches none.
+    /// When a pattern matches none, or is no regular expression.
     pub fn select(&self, patterns: &[&str]) -> Result<Self> {
-        for pattern in patterns {
-            if self.params.iter().any(|param| matches(pattern, &param.name)) {
+        let read = patterns.iter().map(|pattern| Pattern::read(pattern)).collect::<Result<Vec<_>>>()?;
+        for (pattern, text) in read.iter().zip(patterns) {
+            if self.params.iter().any(|param| pattern.matches(param)) {
                 continue;
             }
-            let fixed = self.fixed.iter().find(|name| matches(pattern, name));
+            let fixed = self.fixed.iter().find(|name| pattern.matches_name(name));
+            let there_are = match pattern {
+                Pattern::Type(_) => {
+                    let types: BTreeSet<&str> = self.params.iter().map(|p| p.holder.as_str()).collect();
+                    listed(types.into_iter())
+                }
+                _ => listed(self.params.iter().map(|p| p.name.as_str())),
+            };
             return Err(match fixed {
                 Some(name) => fixed_error(name),
-                None => Error::usage(format!("no parameter matches \"{pattern}\""))
-                    .hint(format!("there are {}", listed(self.params.iter().map(|p| p.name.as_str())))),
+                None => Error::usage(format!("no parameter matches \"{text}\""))
+                    .hint(format!("there are {there_are}")),
             });
         }
-        let chosen = |param: &&ParamSpec| patterns.iter().any(|pattern| matches(pattern, &param.name));
+        let chosen = |param: &&ParamSpec| read.iter().any(|pattern| pattern.matches(param));
         Ok(Self { params: self.params.iter().filter(chosen).cloned().collect(), fixed: self.fixed.clone() })
     }
 
@@ -252,8 +264,42 @@ fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
     }
 }
 
+/// Which parameters are meant.
+enum Pattern<'a> {
+    /// Names, with `*` for any characters.
+    Name(&'a str),
+    /// Names that hold a match.
+    Regex(Regex),
+    /// Those of layers of this type.
+    Type(&'a str),
+}
+
+impl<'a> Pattern<'a> {
+    fn read(text: &'a str) -> Result<Self> {
+        match text.split_once(':') {
+            Some(("type", name)) => Ok(Self::Type(name)),
+            Some(("re", expression)) => Regex::new(expression).map(Self::Regex).map_err(|e| {
+                Error::usage(format!("\"{expression}\" is no regular expression")).caused_by(e.to_string())
+            }),
+            _ => Ok(Self::Name(text)),
+        }
+    }
+
+    fn matches(&self, param: &ParamSpec) -> bool {
+        matches!(self, Self::Type(name) if *name == param.holder) || self.matches_name(&param.name)
+    }
+
+    fn matches_name(&self, name: &str) -> bool {
+        match self {
+            Self::Name(pattern) => matches(pattern, name),
+            Self::Regex(regex) => regex.is_match(name),
+            Self::Type(_) => false,
+        }
+    }
+}
+
 /// Whether a name matches a pattern with `*` for any characters.
-fn matches(pattern: &str, name: &str) -> bool {
+pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == name,
         Some((start, rest)) => name.strip_prefix(start).is_some_and(|name| {
@@ -355,6 +401,27 @@ impl ModuleMapper for Filler {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parameters_are_chosen_by_expression_and_by_the_type_of_their_layer() {
+        let param =
+            |name: &str, holder: &str| ParamSpec { name: name.into(), shape: vec![1], holder: holder.into() };
+        let spec = WeightSpec::new(vec![
+            param("blocks.0.weight", "Conv2d"),
+            param("blocks.4.weight", "Conv2d"),
+            param("fc.weight", "Linear"),
+        ]);
+        let chosen = |pattern: &str| -> Result<Vec<String>> {
+            let found = spec.as_ref().unwrap().select(&[pattern])?;
+            Ok(found.params().iter().map(|param| param.name.clone()).collect())
+        };
+        assert_eq!(chosen("type:Linear").unwrap(), ["fc.weight"]);
+        assert_eq!(chosen(r"re:^blocks\.[0-3]\.").unwrap(), ["blocks.0.weight"]);
+        let hint = chosen("type:Conv1d").unwrap_err().hint_text().unwrap().to_string();
+        assert_eq!(hint, "there are Conv2d, Linear");
+        assert!(chosen("re:(").unwrap_err().to_string().contains("no regular expression"));
+        assert!(chosen("re:^x").unwrap_err().to_string().contains("no parameter matches"));
+    }
 
     #[test]
     fn stars_stand_for_any_characters() {

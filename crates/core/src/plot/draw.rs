@@ -152,7 +152,8 @@ fn spans(plot: &Plot) -> Option<(Span, Span)> {
         };
         return cells(&plot.x, *columns).zip(cells(&plot.y, values.len() / columns));
     }
-    let points: Vec<(f64, f64)> = plot.series.iter().flat_map(|series| plot.drawable(series)).collect();
+    let shown = plot.series.iter().flat_map(|series| [plot.drawable(series), plot.outline(series)]);
+    let points: Vec<(f64, f64)> = shown.flatten().collect();
     if points.is_empty() {
         return None;
     }
@@ -241,6 +242,13 @@ fn axes<DB: DrawingBackend>(plot: &Plot, pen: &Pen<DB>, frame: &mut Frame) -> Re
 }
 
 fn curves<DB: DrawingBackend>(plot: &Plot, pen: &Pen<DB>, frame: &Frame) -> Result<()> {
+    for (number, series) in plot.series.iter().enumerate() {
+        let corners: Vec<(f64, f64)> =
+            plot.outline(series).iter().map(|&(x, y)| (frame.x(x), frame.y(y))).collect();
+        if corners.len() > 2 {
+            pen.area_within(&corners, colour(number))?;
+        }
+    }
     for (number, series) in plot.series.iter().enumerate() {
         let points: Vec<(f64, f64)> =
             plot.drawable(series).iter().map(|&(x, y)| (frame.x(x), frame.y(y))).collect();
@@ -359,6 +367,13 @@ impl<DB: DrawingBackend> Pen<DB> {
         let points: Vec<_> = points.iter().map(|&point| self.at(point)).collect();
         let style = colour.stroke_width(self.length(width));
         self.area.draw(&PathElement::new(points, style)).map_err(failed)
+    }
+
+    /// Fills the area within corners, so lightly that what lies behind can be seen.
+    fn area_within(&self, corners: &[(f64, f64)], colour: RGBColor) -> Result<()> {
+        const COVER: f64 = 0.18;
+        let corners: Vec<_> = corners.iter().map(|&corner| self.at(corner)).collect();
+        self.area.draw(&Polygon::new(corners, colour.mix(COVER).filled())).map_err(failed)
     }
 
     fn dot(&self, centre: (f64, f64), radius: f64, colour: RGBColor) -> Result<()> {

@@ -5,7 +5,7 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use clap::ValueEnum;
 use kiln_core::{Error, Result};
 use kiln_nn::{Linear, LinearConfig};
@@ -84,6 +84,14 @@ impl Conditioning {
         }
     }
 
+    /// Width of its code as the generator sees it; with a constant norm, a descriptor has a cosine and a sine for each number.
+    pub fn code_width(&self, constant_norm: bool) -> usize {
+        match self {
+            Self::Given { dim } if constant_norm => 2 * dim,
+            _ => self.dim(),
+        }
+    }
+
     /// Whether every C that will ever occur is known, so that the weights can be kept.
     pub fn is_static(&self) -> bool {
         matches!(self, Self::Task { .. })
@@ -156,6 +164,19 @@ pub struct Conditioner {
     pub encoders: Vec<Encoder>,
     #[module(skip)]
     parts: Vec<Conditioning>,
+    /// Whether every token of a code has a constant norm.
+    constant_norm: bool,
+}
+
+/// Codes `[batch, tokens, dim]` of norm √dim: the numbers of a descriptor, whose size means something, squeezed between 0 and
+/// 1 and each as a point on a quarter of a circle (`[cos(π/2 γ), sin(π/2 γ)]`); other codes by their direction.
+fn with_constant_norm(part: &Conditioning, code: Tensor<3>) -> Tensor<3> {
+    if let Conditioning::Given { .. } = part {
+        let angle = activation::sigmoid(code) * std::f64::consts::FRAC_PI_2;
+        return Tensor::cat(vec![angle.clone().cos(), angle.sin()], 2);
+    }
+    let norm = (code.clone().powi_scalar(2).sum_dim(2) + 1e-12).sqrt();
+    code / norm * (part.dim() as f64).sqrt()
 }
 
 /// A row of data as a code.
@@ -172,7 +193,7 @@ impl Conditioner {
     ///
     /// # Errors
     /// When there are no conditionings, one occurs twice, or one has an extent of 0.
-    pub fn new(parts: &[Conditioning], device: &Device) -> Result<Self> {
+    pub fn new(parts: &[Conditioning], constant_norm: bool, device: &Device) -> Result<Self> {
         if parts.is_empty() {
             return Err(Error::usage("a hypernetwork needs at least one conditioning"));
         }
@@ -194,7 +215,7 @@ impl Conditioner {
                 Conditioning::Noise { .. } | Conditioning::Given { .. } => {}
             }
         }
-        Ok(Self { tables, encoders, parts: parts.to_vec() })
+        Ok(Self { tables, encoders, parts: parts.to_vec(), constant_norm })
     }
 
     /// The codes of a batch.
@@ -239,7 +260,11 @@ impl Conditioner {
                 Ok(given.unsqueeze_dim(1))
             }
         });
-        Ok(Code(parts.collect::<Result<_>>()?))
+        let codes = parts.collect::<Result<Vec<Tensor<3>>>>()?;
+        Ok(Code(match self.constant_norm {
+            true => self.parts.iter().zip(codes).map(|(part, code)| with_constant_norm(part, code)).collect(),
+            false => codes,
+        }))
     }
 
     /// Adds one more task; its vector begins as the mean of the others.

@@ -64,6 +64,15 @@ pub enum Init {
     Small,
     /// Learned weights of the target beside those made, drawn as usual; what is made begins near 0
     Base,
+    /// The same, and every input enters with a constant norm (magnitude invariant, arXiv 2304.07645)
+    Mip,
+}
+
+impl Init {
+    /// Whether what is made is added to weights that are learned directly.
+    fn has_base(self) -> bool {
+        matches!(self, Self::Base | Self::Mip)
+    }
 }
 
 /// Which tensors of the target come from one generator; the codes they come from are everyone's.
@@ -222,7 +231,7 @@ impl HyperNetConfig {
         self.target.select(&self.predict.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
-    /// Draws a hypernetwork. The weights of the target that are not made, and with [`Init::Base`] those that are, begin as
+    /// Draws a hypernetwork. The weights of the target that are not made, and with [`Init::Base`] or [`Init::Mip`] those that are, begin as
     /// `base [N]`, by default drawn as for the target alone.
     ///
     /// # Errors
@@ -245,9 +254,9 @@ impl HyperNetConfig {
         let makers =
             groups.iter().map(|group| Maker::new(self, group, device)).collect::<Result<Vec<_>>>()?;
         let mut hyper = HyperNet {
-            conditioner: Conditioner::new(&self.conditioning, device)?,
+            conditioner: Conditioner::new(&self.conditioning, self.init == Init::Mip, device)?,
             makers,
-            base: (partial || self.init == Init::Base).then(|| Param::from_tensor(base)),
+            base: (partial || self.init.has_base()).then(|| Param::from_tensor(base)),
             made: ranges(&self.target, &made),
             config: self.clone(),
         };

@@ -6,9 +6,9 @@ use burn::tensor::{Device, Distribution, Tensor, TensorData};
 use kiln_core::{Error, Result};
 use kiln_nn::{Linear, LinearConfig, ParamSpec};
 
-use crate::conditioning::{Code, Conditioning};
+use crate::conditioning::Code;
 use crate::generator::{Arch, Embeddings, Generator, Pieces};
-use crate::hypernet::{HyperNetConfig, OutputScheme, layer_of};
+use crate::hypernet::{HyperNetConfig, Init, OutputScheme, layer_of};
 
 /// Standard deviation of biases that share an output layer with weights, as a part of the least of those; at exactly 0
 /// they could not be learned.
@@ -66,7 +66,8 @@ impl Maker {
         if embedded && asked.embedding == 0 {
             return Err(Error::usage("pieces need embeddings of at least one number").hint("raise --emb-dim"));
         }
-        let dims: Vec<usize> = config.conditioning.iter().map(Conditioning::dim).collect();
+        let is_constant = config.init == Init::Mip;
+        let dims: Vec<usize> = config.conditioning.iter().map(|part| part.code_width(is_constant)).collect();
         let normal = Initializer::Normal { mean: 0.0, std: 1.0 };
         Ok(Self {
             embeddings: embedded.then(|| normal.init([asked.count, asked.embedding], device)),

@@ -8,7 +8,9 @@ use burn::nn::PaddingConfig2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 use kiln_core::{Error, Result};
-use kiln_nn::{BatchNorm, BatchNormConfig, Conv2d, Conv2dConfig, Linear, LinearConfig};
+use kiln_nn::{
+    BatchNorm, BatchNormConfig, Conv2d, Conv2dConfig, Dropout, DropoutConfig, Linear, LinearConfig,
+};
 use kiln_ops::max_pool2d;
 use serde::{Deserialize, Serialize};
 
@@ -217,6 +219,8 @@ struct Trace {
     activation: Nonlinearity,
     /// Mean square of what each layer put out, before the activation.
     squares: Vec<Tensor<1>>,
+    /// What happens to hidden units after the activation.
+    dropout: Option<Dropout>,
 }
 
 impl Trace {
@@ -227,7 +231,11 @@ impl Trace {
             Some(norm) => norm.forward(x),
             None => x,
         };
-        self.activation.apply(x)
+        let x = self.activation.apply(x);
+        match &self.dropout {
+            Some(dropout) => dropout.forward(x),
+            None => x,
+        }
     }
 }
 
@@ -246,9 +254,21 @@ impl Classifier {
         self.traced(x).0
     }
 
+    /// As [`forward`](Self::forward), with hidden units dropped at random in training.
+    ///
+    /// # Panics
+    /// When the probability is not in `[0, 1)`.
+    pub fn forward_dropping(&self, x: Tensor<4>, probability: f64) -> Tensor<2> {
+        self.run(x, Some(DropoutConfig::new(probability).init())).0
+    }
+
     /// Logits, and the root mean square of what each layer put out before its activation.
     pub fn traced(&self, x: Tensor<4>) -> (Tensor<2>, Vec<Tensor<1>>) {
-        let mut trace = Trace { activation: self.activation, squares: Vec::new() };
+        self.run(x, None)
+    }
+
+    fn run(&self, x: Tensor<4>, dropout: Option<Dropout>) -> (Tensor<2>, Vec<Tensor<1>>) {
+        let mut trace = Trace { activation: self.activation, squares: Vec::new(), dropout };
         let logits = match &self.net {
             Net::Mlp(mlp) => mlp.forward(x.flatten::<2>(1, 3), &mut trace),
             Net::Lenet(lenet) => lenet.forward(x, &mut trace),

@@ -81,7 +81,7 @@ pub fn forward(model: &MipHyper<Classifier>, theta: &Tensor<2>, x: Tensor<4>) ->
     let each = Each::new(model, theta)?;
     if each.tensors.keys().any(|name| name.contains("norm")) {
         return Err(Error::usage("batch norms look at images with other weights")
-            .hint("leave --batch-norm out with --per-sample"));
+            .hint("choose another --norm where every image has its condition"));
     }
     let perceptron = |place: &str, layers: usize, x: Tensor<4>| -> Result<Tensor<2>> {
         let mut x = x.flatten::<2>(1, 3).unsqueeze_dim::<3>(1);

@@ -13,6 +13,7 @@ use crate::arch::{Classifier, ClassifierConfig};
 use crate::classify::{Control, Sampling};
 use crate::convert::{MipConfig, MipHyper};
 use crate::encoding::Range;
+use crate::hypernet::HyperNetConfig;
 use crate::unet::{UNet, UNetConfig};
 
 /// The slug, and the kind of model folders.
@@ -69,6 +70,12 @@ pub struct Config {
 }
 
 impl Config {
+    /// A condition in the user's own words: categories by name, numbers by their value.
+    pub fn describe(&self, gamma: &[f32]) -> String {
+        let words: Vec<String> = self.ranges.iter().zip(gamma).map(|(range, &x)| range.word(x)).collect();
+        words.join(";")
+    }
+
     /// Draws an untrained model; its network has the weights of `base`, where there is one.
     ///
     /// # Errors
@@ -81,6 +88,14 @@ impl Config {
             None => net,
         };
         self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
+    }
+}
+
+/// The numbers of categories that [`HyperNetConfig::categories`] wants of components.
+pub fn numbers_of_categories(ranges: &[Range]) -> Vec<usize> {
+    match ranges.iter().all(Range::is_number) {
+        true => Vec::new(),
+        false => ranges.iter().map(|range| range.categories.len()).collect(),
     }
 }
 
@@ -102,15 +117,29 @@ pub struct RegisterConfig {
 }
 
 impl RegisterConfig {
-    /// Draws an untrained model.
+    /// Draws an untrained model; its network has the weights of `base`, where there are any.
     ///
     /// # Errors
     /// When the settings do not fit.
-    pub fn draw(&self, cx: &Context) -> Result<MipHyper<UNet>> {
-        self.network.check()?;
-        let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| self.network.init(device));
-        self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
+    pub fn draw(&self, base: Option<TensorFile>, cx: &Context) -> Result<MipHyper<UNet>> {
+        draw_unet(self.network, &self.mip, base, cx)
     }
+}
+
+/// Draws an untrained hypernetwork for a U-Net.
+fn draw_unet(
+    network: UNetConfig,
+    mip: &MipConfig,
+    base: Option<TensorFile>,
+    cx: &Context,
+) -> Result<MipHyper<UNet>> {
+    network.check()?;
+    let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| network.init(device));
+    let net = match base {
+        Some(weights) => weights.into_module(net)?,
+        None => net,
+    };
+    mip.draw(net, &mut cx.rng("init", 1), &cx.device)
 }
 
 /// Reads the folder of a model that registers images.
@@ -120,7 +149,7 @@ impl RegisterConfig {
 pub fn open_register(path: &Path, cx: &Context) -> Result<(RegisterConfig, MipHyper<UNet>)> {
     let folder = ModelFolder::new(path);
     let config: RegisterConfig = folder.config(KIND)?;
-    let model = folder.weights()?.into_module(config.draw(cx)?)?;
+    let model = folder.weights()?.into_module(config.draw(None, cx)?)?;
     Ok((config, model))
 }
 
@@ -140,14 +169,12 @@ pub struct ScaleConfig {
 }
 
 impl ScaleConfig {
-    /// Draws an untrained model.
+    /// Draws an untrained model; its network has the weights of `base`, where there are any.
     ///
     /// # Errors
     /// When the settings do not fit.
-    pub fn draw(&self, cx: &Context) -> Result<MipHyper<UNet>> {
-        self.network.check()?;
-        let net = initialise(&cx.device, &mut cx.rng("init", 0), |device| self.network.init(device));
-        self.mip.draw(net, &mut cx.rng("init", 1), &cx.device)
+    pub fn draw(&self, base: Option<TensorFile>, cx: &Context) -> Result<MipHyper<UNet>> {
+        draw_unet(self.network, &self.mip, base, cx)
     }
 }
 
@@ -158,7 +185,7 @@ impl ScaleConfig {
 pub fn open_scale(path: &Path, cx: &Context) -> Result<(ScaleConfig, MipHyper<UNet>)> {
     let folder = ModelFolder::new(path);
     let config: ScaleConfig = folder.config(KIND)?;
-    let model = folder.weights()?.into_module(config.draw(cx)?)?;
+    let model = folder.weights()?.into_module(config.draw(None, cx)?)?;
     Ok((config, model))
 }
 
@@ -184,7 +211,10 @@ pub fn open(path: &Path, cx: &Context) -> Result<(Config, MipHyper<Classifier>)>
     }
     let folder = ModelFolder::new(path);
     let config: Config = folder.config(KIND)?;
-    if config.ranges.len() != config.mip.hypernet.gamma_dim || config.classes.len() != config.network.classes
+    let HyperNetConfig { gamma_dim, categories, .. } = &config.mip.hypernet;
+    if config.ranges.len() != *gamma_dim
+        || *categories != numbers_of_categories(&config.ranges)
+        || config.classes.len() != config.network.classes
     {
         return Err(Error::input(
             folder.file("config.json").display(),

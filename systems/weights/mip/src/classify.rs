@@ -1,5 +1,7 @@
 //! Classification under a condition: one network for every rotation, smoothing or decay, or a distribution of networks.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use clap::ValueEnum;
 use kiln_core::{Context, Result};
@@ -26,10 +28,15 @@ pub enum Control {
     Rotation,
     /// Labels are smoothed by γ / 2
     Smoothing,
+    /// Hidden units are dropped in training with a probability of γ / 2
+    Dropout,
     /// Weights decay with a strength of 10^(4 γ - 6), from 1e-6 to 1e-2
     WeightDecay,
     /// Nothing: networks are drawn with γ, and a prior on their weights keeps them apart from certainty
     Noise,
+    /// What a table says of each image, such as where it was taken
+    #[value(skip)]
+    Given,
 }
 
 /// How conditions are drawn in training.
@@ -80,8 +87,19 @@ pub struct ClassifyTask<'a> {
     pub batch: usize,
     /// Whether every image has a condition of its own; otherwise those of a step share one.
     pub per_sample: bool,
+    /// Under [`Control::Given`], the conditions of the images: every image has its own.
+    pub given: Option<Given>,
     /// Device and random streams.
     pub cx: &'a Context,
+}
+
+/// Conditions of images, `[image][component]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Given {
+    /// Of the training images.
+    pub train: Vec<Vec<f32>>,
+    /// Of those held out.
+    pub valid: Vec<Vec<f32>>,
 }
 
 impl ClassifyTask<'_> {
@@ -92,12 +110,16 @@ impl ClassifyTask<'_> {
         if self.control == Control::Smoothing {
             options.label_smoothing = gamma / 2.0;
         }
-        let logits = net.forward(self.control.input(images, gamma, &self.cx.device));
+        let input = self.control.input(images, gamma, &self.cx.device);
+        let logits = match self.control {
+            Control::Dropout => net.forward_dropping(input, f64::from(gamma) / 2.0),
+            _ => net.forward(input),
+        };
         let loss = cross_entropy(logits, labels, &options).mean();
         let penalty = |strength: f64| theta.clone().powi_scalar(2).sum() * strength;
         match self.control {
             Control::WeightDecay | Control::Noise => loss + penalty(f64::from(self.decay(gamma))),
-            Control::Rotation | Control::Smoothing => loss,
+            Control::Rotation | Control::Smoothing | Control::Dropout | Control::Given => loss,
         }
     }
 
@@ -106,7 +128,7 @@ impl ClassifyTask<'_> {
         match self.control {
             Control::WeightDecay => 10f32.powf(4.0 * gamma - 6.0),
             Control::Noise => (0.5 / (PRIOR_STD * PRIOR_STD * self.train.len() as f64)) as f32,
-            Control::Rotation | Control::Smoothing => 0.0,
+            Control::Rotation | Control::Smoothing | Control::Dropout | Control::Given => 0.0,
         }
     }
 
@@ -137,7 +159,7 @@ impl ClassifyTask<'_> {
             Control::WeightDecay | Control::Noise => {
                 loss + (theta.powi_scalar(2).sum_dim(1) * share(&|gamma| self.decay(gamma))).mean()
             }
-            Control::Rotation | Control::Smoothing => loss,
+            Control::Rotation | Control::Smoothing | Control::Dropout | Control::Given => loss,
         })
     }
 }
@@ -193,6 +215,10 @@ impl Task<MipHyper<Classifier>> for ClassifyTask<'_> {
         let gamma = self.sampling.draw(self.gamma_dim, &mut rng);
         let chosen: Vec<usize> = (0..self.batch).map(|_| rng.random_range(0..self.train.len())).collect();
         let images = self.train.select(&chosen);
+        if let Some(given) = &self.given {
+            let gammas: Vec<Vec<f32>> = chosen.iter().map(|&image| given.train[image].clone()).collect();
+            return Ok((self.objective_each(model, &images, &gammas)?, self.batch));
+        }
         if self.per_sample {
             let gammas: Vec<Vec<f32>> =
                 (0..self.batch).map(|_| self.sampling.draw(self.gamma_dim, &mut rng)).collect();
@@ -205,6 +231,10 @@ impl Task<MipHyper<Classifier>> for ClassifyTask<'_> {
     }
 
     fn validate(&mut self, model: &MipHyper<Classifier>) -> Result<f64> {
+        if let Some(given) = &self.given {
+            let probabilities = predict_each(model, self.control, self.valid, &given.valid, self.cx)?;
+            return Ok(scores(&probabilities, &self.valid.labels).nll);
+        }
         let mut sum = 0.0;
         let conditions = [0.0, 0.25, 0.5, 0.75, 1.0];
         for gamma in conditions {
@@ -222,6 +252,9 @@ impl Task<MipHyper<Classifier>> for ClassifyTask<'_> {
         let mut settings = settings.as_object().cloned().unwrap_or_default();
         if self.per_sample {
             settings.insert("per_sample".into(), true.into());
+        }
+        if self.given.is_some() {
+            settings.insert("given".into(), true.into());
         }
         settings
     }
@@ -246,6 +279,33 @@ pub fn predict(
         let classes = logits.dims()[1];
         let values: Vec<f32> = activation::softmax(logits, 1).into_data().iter().collect();
         all.extend(values.chunks(classes).map(<[f32]>::to_vec));
+    }
+    Ok(all)
+}
+
+/// Class probabilities of images, each under a condition of its own; images with the same condition share a network.
+///
+/// # Errors
+/// As [`MipHyper::instantiate`].
+pub fn predict_each(
+    model: &MipHyper<Classifier>,
+    control: Control,
+    images: &Images,
+    gammas: &[Vec<f32>],
+    cx: &Context,
+) -> Result<Vec<Vec<f32>>> {
+    let mut groups: BTreeMap<Vec<u32>, Vec<usize>> = BTreeMap::new();
+    for (image, gamma) in gammas.iter().enumerate() {
+        groups.entry(gamma.iter().map(|x| x.to_bits()).collect()).or_default().push(image);
+    }
+    let mut all = vec![Vec::new(); images.len()];
+    let bar = cx.progress(groups.len() as u64, "predicting");
+    for places in groups.values() {
+        let found = predict(model, control, &images.select(places), &gammas[places[0]], cx)?;
+        for (&place, row) in places.iter().zip(found) {
+            all[place] = row;
+        }
+        bar.inc(1);
     }
     Ok(all)
 }
@@ -355,6 +415,7 @@ mod tests {
                 gamma_dim: 1,
                 batch: 3,
                 per_sample: true,
+                given: None,
                 cx: &cx,
             };
             let each = task.objective_each(&model, &images, &vec![vec![0.7]; 3]).unwrap();
@@ -364,6 +425,33 @@ mod tests {
             let (each, shared) = (each.into_scalar::<f32>(), shared.into_scalar::<f32>());
             assert!((each - shared).abs() < 1e-4, "{control:?}: {each} {shared}");
         }
+    }
+
+    #[test]
+    fn images_under_conditions_of_their_own_are_predicted_as_each_alone() {
+        use crate::arch::{Arch, ClassifierConfig};
+        use crate::hypernet::Nonlinearity;
+        let cx = Context::for_tests("unused");
+        let pixels: Vec<f32> = (0..36).map(|i| (i % 7) as f32 / 7.0).collect();
+        let images = Images { labels: vec![0, 1, 0, 1], ..image(&pixels, 3) };
+        let config = ClassifierConfig {
+            arch: Arch::Mlp(vec![4]),
+            image: [1, 3, 3],
+            classes: 2,
+            activation: Nonlinearity::LeakyRelu,
+            batch_norm: false,
+        };
+        let mut hyper = crate::MipConfig::new(2);
+        hyper.hypernet.categories = vec![3, 0];
+        let model = hyper.draw(config.init(&cx.device), &mut cx.rng("init", 0), &cx.device).unwrap();
+        let gammas = [vec![0.0, 0.3], vec![2.0, 0.3], vec![0.0, 0.3], vec![1.0, 0.9]];
+        let together = predict_each(&model, Control::Given, &images, &gammas, &cx).unwrap();
+        for (place, gamma) in gammas.iter().enumerate() {
+            let alone = predict(&model, Control::Given, &images.select(&[place]), gamma, &cx).unwrap();
+            let apart = alone[0].iter().zip(&together[place]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart < 1e-6, "{place}: {apart}");
+        }
+        assert_ne!(together[0], together[1]);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Any network as one whose weights depend on a condition (§4.2 of the paper: the additive formulation).
 
-use burn::module::{Module, ModuleDisplay};
+use std::path::Path;
+
+use burn::module::{Module, ModuleDisplay, Param};
 use burn::tensor::{Device, Tensor};
 use kiln_core::{Result, TensorFile, Values};
 use kiln_nn::{WeightSpec, Weights, initialise};
@@ -9,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::encoding::Encoding;
 use crate::hypernet::{HyperNet, HyperNetConfig, OutputInit};
+use crate::weight_norm;
 
 /// The four arms of the paper's comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -48,7 +51,8 @@ impl Parametrisation {
 /// How a network becomes a [`MipHyper`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MipConfig {
-    /// Which parameters depend on the condition: names, with `*` for any characters.
+    /// Which parameters depend on the condition, as [`WeightSpec::select`] reads it: names with `*` for any characters,
+    /// `re:` and a regular expression, `type:` and the type of a layer.
     pub select: Vec<String>,
     /// The hypernetwork.
     pub hypernet: HyperNetConfig,
@@ -56,6 +60,9 @@ pub struct MipConfig {
     pub additive: bool,
     /// Whether the network's own values of these parameters stay as they are in training.
     pub freeze_base: bool,
+    /// Whether of the weights that are made only the direction counts (weight norm).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub weight_norm: bool,
 }
 
 impl MipConfig {
@@ -66,6 +73,7 @@ impl MipConfig {
             hypernet: HyperNetConfig::new(gamma_dim),
             additive: true,
             freeze_base: false,
+            weight_norm: false,
         }
     }
 
@@ -105,9 +113,10 @@ impl MipConfig {
     /// As [`check`](Self::check).
     pub fn init<M: Module>(&self, module: M, device: &Device) -> Result<MipHyper<M>> {
         let spec = self.check(&module)?;
+        let lengths = if self.weight_norm { weight_norm::own_lengths(&module, &spec)? } else { Vec::new() };
         let base = if self.additive { module } else { zeroed(module, &spec)? };
         let hyper = self.hypernet.init(&spec, device);
-        Ok(MipHyper { hyper, base, spec, freeze_base: self.freeze_base })
+        Ok(MipHyper { hyper, base, lengths, spec, freeze_base: self.freeze_base })
     }
 
     /// Draws a hypernetwork for a network from a random stream, the same every time.
@@ -147,6 +156,8 @@ pub struct MipHyper<M: Module> {
     pub hyper: HyperNet,
     /// The network; its selected parameters are θ0, the others do not depend on the condition.
     pub base: M,
+    /// With weight norm, lengths of the weights of every output of a tensor.
+    pub lengths: Vec<Param<Tensor<1>>>,
     #[module(skip)]
     spec: WeightSpec,
     freeze_base: bool,
@@ -169,7 +180,12 @@ impl<M: Module> MipHyper<M> {
     pub fn generate(&self, gamma: Tensor<2>) -> Result<Tensor<2>> {
         let own = self.spec.read(&self.base)?;
         let own = if self.freeze_base { own.without_autodiff() } else { own };
-        Ok(self.hyper.forward(gamma) + own.unsqueeze_dim::<2>(0))
+        let theta = self.hyper.forward(gamma) + own.unsqueeze_dim::<2>(0);
+        Ok(if self.lengths.is_empty() {
+            theta
+        } else {
+            weight_norm::normalised(theta, &self.spec, &self.lengths)
+        })
     }
 
     /// θ by name, for one condition `[k]`.
@@ -187,5 +203,21 @@ impl<M: Module> MipHyper<M> {
     /// As [`generate`](Self::generate).
     pub fn instantiate(&self, gamma: Tensor<1>) -> Result<M> {
         self.weights(gamma)?.fill(&self.base)
+    }
+
+    /// What `run` makes of the network for one condition `[k]`, such as a loss.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn forward_with<R>(&self, gamma: Tensor<1>, run: impl FnOnce(&M) -> R) -> Result<R> {
+        Ok(run(&self.instantiate(gamma)?))
+    }
+
+    /// Writes the network for one condition `[k]` into a `.safetensors` file of its own.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate), and when the file cannot be written.
+    pub fn export(&self, gamma: Tensor<1>, path: &Path) -> Result<()> {
+        TensorFile::from_module(&self.instantiate(gamma)?).write(path)
     }
 }

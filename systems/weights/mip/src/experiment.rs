@@ -215,6 +215,7 @@ fn train_arm(
                 gamma_dim: 1,
                 batch: 64,
                 per_sample: false,
+                given: None,
                 cx,
             };
             arm.train(&mut task, cx)

@@ -2,16 +2,19 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Initializer;
-use burn::tensor::{Device, Distribution, Tensor, activation};
+use burn::tensor::{Device, Distribution, Tensor, TensorData, activation};
 use clap::ValueEnum;
 use kiln_core::{Error, Result};
-use kiln_nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig, WeightSpec};
+use kiln_nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, WeightSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::encoding::Encoding;
 
 /// Slope of LeakyReLU below 0.
 const LEAK: f64 = 0.01;
+
+/// Numbers that stand for a category.
+const CATEGORY_WIDTH: usize = 8;
 
 /// What follows a hidden layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -74,6 +77,10 @@ pub struct HyperNetConfig {
     pub output_init: OutputInit,
     /// Makes the output layer a product of two matrices with so many numbers between them.
     pub rank: Option<usize>,
+    /// For each component of a condition the number of its categories, 0 for a number; empty where all are numbers. A
+    /// category enters γ as its place among them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub categories: Vec<usize>,
 }
 
 impl HyperNetConfig {
@@ -87,6 +94,7 @@ impl HyperNetConfig {
             layer_norm: false,
             output_init: OutputInit::FanOut,
             rank: None,
+            categories: Vec::new(),
         }
     }
 
@@ -110,14 +118,28 @@ impl HyperNetConfig {
         if self.rank == Some(0) {
             return Err(Error::usage("a rank of 0 makes no weights"));
         }
-        Ok(())
+        if !self.categories.is_empty() && self.categories.len() != self.gamma_dim {
+            let (found, wanted) = (self.categories.len(), self.gamma_dim);
+            return Err(Error::usage(format!("numbers of categories for {found} of {wanted} components"))
+                .hint("give one for each component, 0 for one that is a number"));
+        }
+        match self.categories.contains(&1) {
+            true => Err(Error::usage("a single category is no condition").hint("give two or more")),
+            false => Ok(()),
+        }
+    }
+
+    /// Numbers that the first layer sees.
+    fn inputs(&self) -> usize {
+        let categories = self.categories.iter().filter(|count| **count > 0).count();
+        self.encoding.width(self.gamma_dim - categories) + categories * CATEGORY_WIDTH
     }
 
     /// Draws a hypernetwork that makes the parameters of `spec`.
     pub fn init(&self, spec: &WeightSpec, device: &Device) -> HyperNet {
         let gain = (2.0 / (1.0 + LEAK * LEAK)).sqrt();
-        let widths: Vec<usize> =
-            [self.encoding.width(self.gamma_dim)].into_iter().chain(self.hidden.iter().copied()).collect();
+        let widths: Vec<usize> = [self.inputs()].into_iter().chain(self.hidden.iter().copied()).collect();
+        let embedding = |&count: &usize| EmbeddingConfig::new(count, CATEGORY_WIDTH).init(device);
         let hidden = widths.windows(2).map(|pair| {
             let std = gain / (pair[0] as f64).sqrt();
             let config = LinearConfig::new(pair[0], pair[1]);
@@ -127,12 +149,14 @@ impl HyperNetConfig {
         });
         let norm = |&width: &usize| LayerNormConfig::new(width).init(device);
         let mut net = HyperNet {
+            embeddings: self.categories.iter().filter(|count| **count > 0).map(embedding).collect(),
             hidden: hidden.collect(),
             norms: self.hidden.iter().filter(|_| self.layer_norm).map(norm).collect(),
             factor: None,
             output: Linear { weight: Initializer::Zeros.init([1, 1], device), bias: None },
             encoding: self.encoding,
             activation: self.activation,
+            categories: self.categories.clone(),
         };
         let mut width = widths[widths.len() - 1];
         if let Some(rank) = self.rank {
@@ -165,6 +189,8 @@ impl HyperNetConfig {
 /// stands beside it, by name, in the network whose weights it makes.
 #[derive(Module, Debug)]
 pub struct HyperNet {
+    /// A vector for every category of each component that is one.
+    pub embeddings: Vec<Embedding>,
     /// Hidden layers.
     pub hidden: Vec<Linear>,
     /// A layer norm for each, or none.
@@ -177,6 +203,8 @@ pub struct HyperNet {
     encoding: Encoding,
     #[module(skip)]
     activation: Nonlinearity,
+    #[module(skip)]
+    categories: Vec<usize>,
 }
 
 impl HyperNet {
@@ -189,9 +217,43 @@ impl HyperNet {
         self.output.forward(self.features(gamma))
     }
 
+    /// What the first layer sees: the encoding of the numbers, then a vector for each category, whose norm is constant as
+    /// that of an encoding is.
+    ///
+    /// # Shapes
+    /// - gamma: `[batch, k]`
+    /// - output: `[batch, inputs]`
+    pub fn encode(&self, gamma: Tensor<2>) -> Tensor<2> {
+        if self.categories.is_empty() {
+            return self.encoding.encode(gamma);
+        }
+        let (mut numbers, mut vectors, mut embeddings) = (Vec::new(), Vec::new(), self.embeddings.iter());
+        for (index, &count) in self.categories.iter().enumerate() {
+            let component = gamma.clone().narrow(1, index, 1);
+            if count == 0 {
+                numbers.push(component);
+            } else if let Some(embedding) = embeddings.next() {
+                let place = component.round().clamp(0.0, (count - 1) as f32).int();
+                let vector = embedding.forward(place).squeeze_dim::<2>(1);
+                let norm = vector.clone().powi_scalar(2).sum_dim(1).sqrt();
+                vectors.push(vector / norm * (CATEGORY_WIDTH as f64).sqrt());
+            }
+        }
+        if !numbers.is_empty() {
+            vectors.insert(0, self.encoding.encode(Tensor::cat(numbers, 1)));
+        }
+        Tensor::cat(vectors, 1)
+    }
+
+    /// The condition whose numbers are all `gamma`, and whose categories are the first.
+    pub(crate) fn diagonal(&self, gamma: f64, gamma_dim: usize) -> Vec<f32> {
+        let is_number = |index: usize| self.categories.get(index).is_none_or(|&count| count == 0);
+        (0..gamma_dim).map(|index| if is_number(index) { gamma as f32 } else { 0.0 }).collect()
+    }
+
     /// What the output layer sees, `[batch, width]`.
     fn features(&self, gamma: Tensor<2>) -> Tensor<2> {
-        let mut a = self.encoding.encode(gamma);
+        let mut a = self.encode(gamma);
         for (index, layer) in self.hidden.iter().enumerate() {
             a = layer.forward(a);
             if let Some(norm) = self.norms.get(index) {
@@ -205,11 +267,60 @@ impl HyperNet {
         }
     }
 
-    /// Mean square of what the output layer sees, over conditions along the diagonal of their cube.
+    /// Mean square of what the output layer sees, over conditions along the diagonal of their cube and all categories.
     fn mean_square(&self, gamma_dim: usize, device: &Device) -> f64 {
-        let places: Vec<f32> = (0..64).map(|i| (i as f32 + 0.5) / 64.0).collect();
-        let gamma = Tensor::<1>::from_floats(places.as_slice(), device).unsqueeze_dim::<2>(1);
-        let square = self.features(gamma.repeat_dim(1, gamma_dim)).powi_scalar(2).mean().into_scalar::<f32>();
-        f64::from(square)
+        const PLACES: usize = 64;
+        let component = |place: usize, index: usize| match self.categories.get(index) {
+            Some(&count) if count > 0 => (place % count) as f32,
+            _ => (place as f32 + 0.5) / PLACES as f32,
+        };
+        let gammas: Vec<f32> =
+            (0..PLACES).flat_map(|place| (0..gamma_dim).map(move |index| component(place, index))).collect();
+        let gammas = Tensor::<2>::from_data(TensorData::new(gammas, [PLACES, gamma_dim]), device);
+        f64::from(self.features(gammas).powi_scalar(2).mean().into_scalar::<f32>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn categories_have_vectors_of_one_norm_beside_the_encoding_of_numbers() {
+        let device = Device::flex();
+        let config = HyperNetConfig { categories: vec![3, 0, 2], ..HyperNetConfig::new(3) };
+        config.check().unwrap();
+        let net = config.init(&WeightSpec::of(&LinearConfig::new(2, 2).init(&device)), &device);
+        let gamma = Tensor::<2>::from_floats([[0.0, 0.3, 1.0], [2.0, 0.3, 1.0], [2.0, 0.9, 0.0]], &device);
+        let encoded: Vec<f32> = net.encode(gamma).into_data().iter().collect();
+        let rows: Vec<&[f32]> = encoded.chunks(2 + 2 * CATEGORY_WIDTH).collect();
+        for row in &rows {
+            let squares: f32 = row.iter().map(|x| x * x).sum();
+            assert!((squares - (1 + 2 * CATEGORY_WIDTH) as f32).abs() < 1e-4, "{squares}");
+        }
+        let (numbers, first) = (&rows[0][..2], &rows[0][2..2 + CATEGORY_WIDTH]);
+        assert_eq!(numbers, &rows[1][..2]);
+        assert_ne!(first, &rows[1][2..2 + CATEGORY_WIDTH]);
+        assert_eq!(rows[1][2..2 + CATEGORY_WIDTH], rows[2][2..2 + CATEGORY_WIDTH]);
+        assert_eq!(net.diagonal(0.5, 3), [0.0, 0.5, 0.0]);
+        let refused =
+            |categories| HyperNetConfig { categories, ..HyperNetConfig::new(2) }.check().unwrap_err();
+        assert!(refused(vec![2]).to_string().contains("1 of 2"));
+        assert!(refused(vec![1, 0]).to_string().contains("single category"));
+    }
+
+    #[test]
+    fn vectors_of_categories_are_learned() {
+        let device = Device::flex();
+        let config = HyperNetConfig { categories: vec![3], hidden: vec![4], ..HyperNetConfig::new(1) };
+        let net = config.init(&WeightSpec::of(&LinearConfig::new(2, 2).init(&device)), &device).train();
+        let loss = net.forward(Tensor::from_floats([[1.0]], &device)).powi_scalar(2).sum();
+        let gradients = loss.backward();
+        let gradient: Vec<f32> =
+            net.embeddings[0].weight.val().grad(&gradients).unwrap().into_data().iter().collect();
+        let size = |row: usize| {
+            gradient[row * CATEGORY_WIDTH..][..CATEGORY_WIDTH].iter().map(|x| x.abs()).sum::<f32>()
+        };
+        assert!(size(0) == 0.0 && size(1) > 0.0 && size(2) == 0.0, "{gradient:?}");
     }
 }

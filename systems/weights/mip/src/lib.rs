@@ -37,10 +37,13 @@ pub mod encoding;
 mod experiment;
 pub mod golden;
 pub mod hypernet;
+pub mod label_maps;
+pub mod probing;
 pub mod proportionality;
 pub mod register;
 pub mod scale;
 pub mod unet;
+mod weight_norm;
 
 use std::path::Path;
 

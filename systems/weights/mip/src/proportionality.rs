@@ -50,7 +50,7 @@ fn covariance(x: &[f64], y: &[f64]) -> f64 {
 /// What [`measure`] found.
 #[derive(Debug, Clone, Serialize)]
 pub struct ProportionalityReport {
-    /// The conditions; each number stands for all components.
+    /// The conditions; each number stands for all components that are numbers, and categories are the first.
     pub gammas: Vec<f64>,
     /// Standard deviation of each tensor that is made.
     pub weights: Vec<Dependence>,
@@ -84,11 +84,15 @@ pub fn measure<M: Module + ModuleDisplay>(
     if gammas.len() < 2 || !gammas.iter().all(|g| g.is_finite() && *g > 0.0) {
         return Err(Error::usage("proportionality is measured over two or more positive conditions"));
     }
+    if gamma_dim > 0 && model.hyper.diagonal(1.0, gamma_dim).iter().all(|component| *component == 0.0) {
+        return Err(Error::usage("no component of the condition is a number")
+            .hint("proportionality is about numbers: categories have no size"));
+    }
     let model = model.clone().train();
     let (mut weights, mut all, mut activations, mut gradients) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for &gamma in gammas {
-        let condition = Tensor::<1>::full([gamma_dim], gamma, device);
+        let condition = Tensor::<1>::from_floats(model.hyper.diagonal(gamma, gamma_dim).as_slice(), device);
         let theta = model.generate(condition.clone().unsqueeze_dim::<2>(0))?.squeeze_dim::<1>(0);
         let values: Vec<f32> = theta.into_data().iter().collect();
         all.push(deviation(&values));
@@ -146,6 +150,13 @@ impl ModuleVisitor for GradientNorm<'_> {
 }
 
 impl ProportionalityReport {
+    /// Everything that was measured: all weights, those of each tensor, what each layer puts out, the gradient.
+    pub fn all(&self) -> impl Iterator<Item = (&'static str, &Dependence)> {
+        let named = |kind: &'static str| move |found| (kind, found);
+        let weights = [&self.all_weights].into_iter().chain(&self.weights).map(named("weights"));
+        weights.chain(self.activations.iter().map(named("activations"))).chain([("gradient", &self.gradient)])
+    }
+
     /// Sizes over the condition, relative to the largest condition's.
     pub fn plot(&self) -> Plot {
         let line = |dependence: &Dependence| {

@@ -4,9 +4,11 @@
 //! A U-Net sees a moving and a fixed image and makes a displacement `u` for every pixel; the loss is
 //! `(1 - γ) mean (moving(x + u) - fixed(x))² + γ mean |∇u|²`.
 
+use std::path::Path;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use kiln_core::{Context, Error, Result};
-use kiln_data::Images;
+use kiln_core::{Context, Error, HostTensor, Result, TensorFile, Values};
+use kiln_data::{ImageOptions, Images, read_npz};
 use kiln_nn::Task;
 use rand::{Rng, RngExt};
 use serde::Serialize;
@@ -14,6 +16,9 @@ use serde_json::{Map, Value, json};
 
 use crate::classify::Sampling;
 use crate::convert::MipHyper;
+use crate::label_maps::LabelMaps;
+use crate::proportionality::Probe;
+use crate::scale::stems;
 use crate::unet::UNet;
 
 /// Pairs that pass through a network at once when nothing is learned.
@@ -54,6 +59,76 @@ pub fn check(images: &Images) -> Result<()> {
         return Err(Error::usage("no class has two images").hint("pairs are drawn within a class"));
     }
     Ok(())
+}
+
+/// Images in pairs of one's own, the moving ones first: a folder with the folders `moving` and `fixed`, in which files have the
+/// same names, or an `.npz` with arrays of these names. Every pair is a class, so that pairs drawn within classes are these.
+/// `None` for other images.
+///
+/// # Errors
+/// When a file cannot be read, an image has no partner, or partners differ in size.
+pub fn read_pairs(path: &Path) -> Result<Option<Images>> {
+    let parts = ["moving", "fixed"];
+    let unlabelled = ImageOptions { unlabelled: true, ..ImageOptions::default() };
+    let folders = parts.map(|part| path.join(part));
+    let (images, names) = if folders.iter().all(|folder| folder.is_dir()) {
+        let [names, others] = [stems(&folders[0])?, stems(&folders[1])?];
+        if let Some(name) = names.iter().find(|name| !others.contains(name)) {
+            return Err(Error::input(folders[1].display(), format!("has no partner for \"{name}\"")));
+        }
+        if let Some(name) = others.iter().find(|name| !names.contains(name)) {
+            return Err(Error::input(folders[0].display(), format!("has no partner for \"{name}\"")));
+        }
+        ([Images::read(&folders[0], &unlabelled)?, Images::read(&folders[1], &unlabelled)?], names)
+    } else if path.extension().is_some_and(|ending| ending == "npz") {
+        let mut file = read_npz(path)?;
+        if parts.iter().any(|part| file.get(part).is_none()) {
+            return Ok(None);
+        }
+        let images = [array(&mut file, "moving", path)?, array(&mut file, "fixed", path)?];
+        let names = (1..=images[0].len()).map(|number| number.to_string()).collect();
+        (images, names)
+    } else {
+        return Ok(None);
+    };
+    let [moving, fixed] = images;
+    if moving.shape != fixed.shape || moving.len() != fixed.len() {
+        let found = format!(
+            "{} moving images of {:?}, {} fixed ones of {:?}",
+            moving.len(),
+            moving.shape,
+            fixed.len(),
+            fixed.shape
+        );
+        return Err(Error::input(path.display(), found).hint("pairs need images of the same size"));
+    }
+    let count = moving.len();
+    let pixels = [moving.pixels, fixed.pixels].concat();
+    let labels = (0..count).chain(0..count).collect();
+    Ok(Some(Images { pixels, labels, classes: names, shape: moving.shape, white: moving.white }))
+}
+
+/// Images of an array `[n, height, width]`, whole numbers from 0 to 255 or brightness from 0 to 1.
+fn array(file: &mut TensorFile, name: &str, path: &Path) -> Result<Images> {
+    let HostTensor { shape, values } = file.take(name)?;
+    let refused = |found: String| Err(Error::input(path.display(), format!("\"{name}\" {found}")));
+    let [_, height, width] = shape[..] else {
+        return refused(format!("has the shape {shape:?}, expected [n, height, width]"));
+    };
+    let (pixels, white) = match values {
+        Values::Float(pixels) => (pixels, 1.0),
+        Values::Int(pixels) => (pixels.iter().map(|&x| x as f32 / 255.0).collect(), 255.0),
+    };
+    if pixels.is_empty() || !pixels.iter().all(|x| x.is_finite()) {
+        return refused("is empty, or has a pixel that is no number".into());
+    }
+    Ok(Images { shape: [1, height, width], pixels, labels: Vec::new(), classes: Vec::new(), white })
+}
+
+/// The pairs of [`read_pairs`], moving before fixed.
+pub fn own_pairs(images: &Images) -> Vec<Pair> {
+    let count = images.classes.len();
+    (0..count).map(|pair| (pair, count + pair)).collect()
 }
 
 /// Draws pairs of different images of one class.
@@ -134,6 +209,14 @@ fn objective(net: &UNet, [moving, fixed]: [Tensor<4>; 2], gamma: f32) -> Tensor<
     (moved - fixed).powi_scalar(2).mean() * (1.0 - gamma) + roughness(field) * gamma
 }
 
+/// Runs a network on pairs, with likeness alone for a loss: what does not depend on the condition itself.
+pub fn probe(net: &UNet, images: &Images, pairs: &[Pair], cx: &Context) -> Probe {
+    let [moving, fixed] = tensors(images, pairs, &cx.device);
+    let (field, activations) = net.traced(Tensor::cat(vec![moving.clone(), fixed.clone()], 1), None);
+    let loss = (warped(moving, field) - fixed).powi_scalar(2).mean();
+    Probe { activations, loss }
+}
+
 impl Task<MipHyper<UNet>> for RegisterTask<'_> {
     fn loss(&mut self, model: &MipHyper<UNet>, step: usize) -> Result<(Tensor<1>, usize)> {
         let mut rng = self.cx.rng("step", step as u64);
@@ -172,9 +255,15 @@ pub struct Quality {
     pub roughness: f64,
     /// Share of pixels at which space is folded: the determinant of the deformation's Jacobian is not positive.
     pub folded: f64,
+    /// Dice of moved and fixed label maps, the mean over labels and pairs, where there are maps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dice: Option<f64>,
+    /// The same before registration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dice_before: Option<f64>,
 }
 
-/// Registers pairs under one condition, and measures how well.
+/// Registers pairs under one condition, and measures how well; with label maps also how their labels come to overlap.
 ///
 /// # Errors
 /// As [`MipHyper::instantiate`].
@@ -182,25 +271,34 @@ pub fn quality(
     model: &MipHyper<UNet>,
     images: &Images,
     pairs: &[Pair],
+    maps: Option<&LabelMaps>,
     gamma: f32,
     cx: &Context,
 ) -> Result<Quality> {
     let net = model.instantiate(Tensor::<1>::from_floats([gamma], &cx.device))?;
-    let mut sums = [0.0f64; 4];
+    let mut sums = [0.0f64; 6];
     for chunk in pairs.chunks(AT_ONCE) {
         let [moving, fixed] = tensors(images, chunk, &cx.device);
         let Registered { moved, field } = register(&net, moving.clone(), fixed.clone());
         let square = |a: Tensor<4>| f64::from((a - fixed.clone()).powi_scalar(2).mean().into_scalar::<f32>());
+        let overlaps = maps.map_or([0.0; 2], |maps| {
+            let displacements: Vec<f32> = field.clone().into_data().iter().collect();
+            let still = vec![0.0; displacements.len()];
+            [&displacements, &still].map(|field| maps.overlap(chunk, field))
+        });
         let found = [
             square(moved),
             square(moving),
             roughness(field.clone()).into_scalar::<f32>().into(),
             folded(field),
+            overlaps[0],
+            overlaps[1],
         ];
         sums.iter_mut().zip(found).for_each(|(sum, x)| *sum += x * chunk.len() as f64 / pairs.len() as f64);
     }
-    let [difference, difference_before, roughness, folded] = sums;
-    Ok(Quality { difference, difference_before, roughness, folded })
+    let [difference, difference_before, roughness, folded, dice, dice_before] = sums;
+    let [dice, dice_before] = [dice, dice_before].map(|dice| maps.map(|_| dice));
+    Ok(Quality { difference, difference_before, roughness, folded, dice, dice_before })
 }
 
 /// Share of pixels, the last row and column left out, whose Jacobian `∂(x + u)` has a determinant of at most 0.

@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 
 use crate::classify::Sampling;
 use crate::convert::MipHyper;
+use crate::proportionality::Probe;
 use crate::unet::UNet;
 
 /// Images that pass through a network at once when nothing is learned.
@@ -252,6 +253,12 @@ impl ScaleTask<'_> {
         };
         all.chunks(AT_ONCE).map(of).sum()
     }
+}
+
+/// Runs a network on images at half their size: what does not depend on the condition itself.
+pub fn probe(net: &UNet, scans: &Scans, cx: &Context) -> Probe {
+    let (logits, activations) = net.traced(tensor(&scans.images, &cx.device), Some(0.5));
+    Probe { activations, loss: objective(logits, scans.mask_tensor(&cx.device)) }
 }
 
 impl Task<MipHyper<UNet>> for ScaleTask<'_> {

@@ -73,7 +73,27 @@ impl UNet {
     /// - x: `[images, inputs, height, width]`, at least 4 x 4
     /// - output: `[images, outputs, height, width]`
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let act = |x| Nonlinearity::LeakyRelu.apply(x);
+        self.halving(x, &mut |x| Nonlinearity::LeakyRelu.apply(x))
+    }
+
+    /// As [`forward_at`](Self::forward_at), or as [`forward`](Self::forward) without a factor, with the root mean square of
+    /// what each convolution puts out.
+    pub fn traced(&self, x: Tensor<4>, factor: Option<f64>) -> (Tensor<4>, Vec<Tensor<1>>) {
+        let mut sizes = Vec::new();
+        let size = |x: &Tensor<4>| x.clone().powi_scalar(2).mean().sqrt();
+        let mut act = |x: Tensor<4>| {
+            sizes.push(size(&x));
+            Nonlinearity::LeakyRelu.apply(x)
+        };
+        let y = match factor {
+            Some(factor) => self.shrinking(x, factor, &mut act),
+            None => self.halving(x, &mut act),
+        };
+        sizes.push(size(&y));
+        (y, sizes)
+    }
+
+    fn halving(&self, x: Tensor<4>, act: &mut dyn FnMut(Tensor<4>) -> Tensor<4>) -> Tensor<4> {
         let pool = |x| max_pool2d(x, MaxPoolOptions::new([2, 2]));
         let first = act(self.down[0].forward(x));
         let second = act(self.down[1].forward(pool(first.clone())));
@@ -93,7 +113,10 @@ impl UNet {
     /// - x: `[images, inputs, height, width]`
     /// - output: `[images, outputs, height, width]`
     pub fn forward_at(&self, x: Tensor<4>, factor: f64) -> Tensor<4> {
-        let act = |x| Nonlinearity::LeakyRelu.apply(x);
+        self.shrinking(x, factor, &mut |x| Nonlinearity::LeakyRelu.apply(x))
+    }
+
+    fn shrinking(&self, x: Tensor<4>, factor: f64, act: &mut dyn FnMut(Tensor<4>) -> Tensor<4>) -> Tensor<4> {
         let [_, _, height, width] = x.dims();
         let [_, middle, small] = levels([height, width], factor);
         let first = act(self.down[0].forward(x));

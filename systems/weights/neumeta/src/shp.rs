@@ -561,6 +561,8 @@ mod tests {
             let descended = distances.length(&tour.path());
             let solved = ShpSolver::default().solve(&distances, &cx).unwrap();
             assert!(descended <= begun + 1e-6 && solved.length <= descended + 1e-6, "{begun} {descended}");
+            let back: Vec<usize> = solved.path.iter().rev().copied().collect();
+            assert!((distances.length(&back) - solved.length).abs() < 1e-6, "a path is as long backwards");
             let mut cities = solved.path.clone();
             cities.sort_unstable();
             assert_eq!(cities, (0..distances.cities()).collect::<Vec<_>>());

@@ -186,6 +186,38 @@ fn gradients_of_every_scheme_and_architecture_equal_finite_differences() {
 }
 
 #[test]
+fn magnitude_invariant_inputs_have_one_norm_and_keep_apart() {
+    let parts = [
+        Conditioning::Task { tasks: 2, dim: 4 },
+        Conditioning::Data { inputs: 6, dim: 4 },
+        Conditioning::Noise { dim: 4, law: NoiseLaw::Normal },
+        Conditioning::Given { dim: 4 },
+    ];
+    let (support, code) = (random([2, 3, 6]), random([2, 4]));
+    for part in parts {
+        let config = config().with_conditioning([part.clone()]).with_init(Init::Mip);
+        let hyper = init(&config, 0);
+        let at = |scale: f64| Condition {
+            tasks: Some(vec![0, 1]),
+            support: Some(support.clone() * scale),
+            noise: Some(code.clone() * scale),
+            given: Some(code.clone() * scale),
+        };
+        for scale in [0.1, 10.0] {
+            let code = &hyper.conditioner.encode(&at(scale)).unwrap().0[0];
+            let squares = floats(code.clone().square().sum_dim(2));
+            assert!(squares.iter().all(|square| (square - 4.0).abs() < 1e-3), "{part:?}: {squares:?}");
+        }
+        let theta = hyper.generate(&at(1.0)).unwrap().flat;
+        assert_ne!(floats(theta.clone().narrow(0, 0, 1)), floats(theta.clone().narrow(0, 1, 1)), "{part:?}");
+        // What is made is small beside the target's own weights.
+        let base = hyper.base.as_ref().unwrap().val().unsqueeze::<2>();
+        let size = |x: Tensor<2>| x.square().mean().sqrt().into_scalar::<f32>();
+        assert!(size(theta - base.clone()) < 0.5 * size(base), "{part:?}");
+    }
+}
+
+#[test]
 fn hyperfan_gives_the_weights_the_variance_that_the_target_wants() {
     for scheme in [
         OutputScheme::Once,

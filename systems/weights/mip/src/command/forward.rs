@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Tensor;
 use clap::Args;
-use kiln_core::{Context, Error, Result};
-use kiln_data::{read_tensors, write_tensors};
+use kiln_core::{Context, Error, Result, TensorFile};
+use kiln_data::{read_npy, read_tensors, write_tensors};
 use serde_json::json;
 
 use crate::encoding::Encoding;
@@ -16,7 +17,7 @@ pub(super) struct ForwardArgs {
     /// .safetensors or .npz file with the hypernetwork's weights
     #[arg(long)]
     weights: PathBuf,
-    /// Conditions [batch, k]: FILE.safetensors:NAME or FILE.npz:NAME
+    /// Conditions [batch, k]: FILE.safetensors:NAME, FILE.npz:NAME or FILE.npy
     #[arg(long, value_name = "FILE:NAME")]
     gamma: String,
     /// How conditions enter
@@ -38,10 +39,7 @@ pub(super) struct ForwardArgs {
 
 /// Runs a bare hypernetwork on prepared tensors.
 pub(super) fn run(args: &ForwardArgs, cx: &Context) -> Result<()> {
-    let (path, name) = args.gamma.rsplit_once(':').ok_or_else(|| {
-        Error::usage(format!("--gamma {} names no tensor", args.gamma)).hint("write FILE.safetensors:NAME")
-    })?;
-    let gamma = read_tensors(Path::new(path))?.take_float::<2>(name, &cx.device)?;
+    let gamma = conditions(&args.gamma, cx)?;
     let mut file = read_tensors(&args.weights)?;
     let examples = match &args.layout {
         Some(layout) if args.x => {
@@ -62,4 +60,18 @@ pub(super) fn run(args: &ForwardArgs, cx: &Context) -> Result<()> {
     cx.emit(&json!({ "out": args.to, "tensors": names }), |_| {
         format!("{} in {}\n", names.join(", "), args.to.display())
     })
+}
+
+/// The conditions that `--gamma` names.
+fn conditions(place: &str, cx: &Context) -> Result<Tensor<2>> {
+    if place.ends_with(".npy") {
+        let mut file = TensorFile::from_source(Path::new(place));
+        file.insert("gamma", read_npy(Path::new(place))?);
+        return file.take_float::<2>("gamma", &cx.device);
+    }
+    let (path, name) = place.rsplit_once(':').ok_or_else(|| {
+        Error::usage(format!("--gamma {place} names no tensor"))
+            .hint("write FILE.safetensors:NAME or FILE.npy")
+    })?;
+    read_tensors(Path::new(path))?.take_float::<2>(name, &cx.device)
 }

@@ -6,14 +6,18 @@ use image::GrayImage;
 use kiln_core::{Context, Error, Plot, Result, write_atomic};
 use kiln_data::{ImageOptions, Images};
 use kiln_nn::TrainRun;
-use rand::seq::SliceRandom;
 use serde_json::json;
 
-use super::{DataArgs, EvalArgs, PredictArgs, Recipe};
+use super::DataArgs;
+use super::apply::{EvalArgs, PredictArgs};
+use super::shape::ShapeArgs;
+use super::train::{PROBED, Recipe, split};
 use crate::checkpoint::{KIND, ScaleConfig, TaskKind, open_scale};
+use crate::classify::Sampling;
 use crate::encoding::Range;
-use crate::scale::{Quality, ScaleTask, Scans, check, quality, segment, stems};
-use crate::unet::{OUTPUT_INIT, UNetConfig, WEIGHTS};
+use crate::probing::Probed;
+use crate::scale::{Quality, ScaleTask, Scans, check, probe, quality, segment, stems};
+use crate::unet::UNetConfig;
 
 /// Images and masks for a model.
 fn read(data: &DataArgs, config: &ScaleConfig) -> Result<Scans> {
@@ -33,6 +37,23 @@ fn fits(data: &DataArgs, config: &ScaleConfig, images: &Images) -> Result<()> {
     Ok(())
 }
 
+/// What a new model of these images and masks will be.
+pub(super) fn configure(
+    data: &DataArgs,
+    shape: &ShapeArgs,
+    sampling: Sampling,
+) -> Result<(ScaleConfig, Scans)> {
+    let scans = Scans::read(&data.data)?;
+    let config = ScaleConfig {
+        task: TaskKind::Scale,
+        network: UNetConfig { inputs: scans.images.shape[0], outputs: 1 },
+        mip: shape.unet(TaskKind::Scale)?,
+        sampling,
+        image: scans.images.shape,
+    };
+    Ok((config, scans))
+}
+
 /// Trains a network whose weights depend on the factor by which images shrink.
 pub(super) fn train(run: &TrainRun<Recipe>, data: &DataArgs, cx: &Context) -> Result<()> {
     let recipe = &run.recipe;
@@ -41,34 +62,23 @@ pub(super) fn train(run: &TrainRun<Recipe>, data: &DataArgs, cx: &Context) -> Re
         let scans = read(data, &config)?;
         (config, scans)
     } else {
-        if recipe.shape.gamma_dim != 1 || !recipe.shape.range.is_empty() {
-            return Err(Error::usage("the condition of segmentation is one factor between 0 and 1")
-                .hint("leave --gamma-dim and --range out"));
-        }
-        let scans = Scans::read(&data.data)?;
-        let config = ScaleConfig {
-            task: TaskKind::Scale,
-            network: UNetConfig { inputs: scans.images.shape[0], outputs: 1 },
-            mip: recipe.shape.mip(WEIGHTS, OUTPUT_INIT)?,
-            sampling: recipe.gamma_sampling,
-            image: scans.images.shape,
-        };
-        (config, scans)
+        configure(data, &recipe.shape, recipe.gamma_sampling)?
     };
     check(&scans)?;
-    let mut order: Vec<usize> = (0..scans.len()).collect();
-    order.shuffle(&mut cx.rng("split", 0));
-    let held_out = ((scans.len() as f64 * recipe.val_fraction).round() as usize).clamp(1, scans.len() - 1);
-    let (valid, train) = order.split_at(held_out);
-    let (train, valid) = (scans.select(train), scans.select(valid));
+    let [valid, train] = split(scans.len(), recipe.val_fraction, cx)?;
+    let (train, valid) = (scans.select(&train), scans.select(&valid));
     let training = recipe.training(run.steps);
     training.check()?;
-    let model = config.draw(cx)?;
+    let model = config.draw(None, cx)?;
     run.save(|folder| folder.save_config(KIND, &config))?;
     cx.note(format!("{} weights depend on the factor; {} images", model.spec().numel(), train.len()));
-    let mut task =
-        ScaleTask { train: &train, valid: &valid, sampling: config.sampling, batch: recipe.batch, cx };
+    let probed = train.select(&(0..train.len().min(PROBED)).collect::<Vec<_>>());
+    let probes = recipe.probes(run, |net| probe(net, &probed, cx));
+    let condition = |step: usize| config.sampling.draw(1, &mut cx.rng("step", step as u64))[0].to_string();
+    let task = ScaleTask { train: &train, valid: &valid, sampling: config.sampling, batch: recipe.batch, cx };
+    let mut task = Probed::new(task, 1, probes, condition, cx);
     let trained = run.train(model, &mut task, &training, &format!("--data {}", data.data.display()), cx)?;
+    task.finish(&trained.last, trained.log.len())?;
     let summary = run.finish(&trained, "loss per image")?;
     cx.emit(&summary, |summary| {
         format!("{}model in {}\n", summary.to_text("an image"), summary.model.display())

@@ -121,10 +121,10 @@ impl Command {
 /// The pictures to work on.
 #[derive(Debug, Args)]
 struct DataArgs {
-    /// Pictures: a folder with one folder a class, IDX, .npz or .csv; a plain folder where no classes are needed
+    /// Pictures: a folder with one folder a class, IDX, .npz, .npy or .csv; a plain folder where no classes are needed
     #[arg(long)]
     data: PathBuf,
-    /// IDX file of labels, where it is not beside the pictures
+    /// File of labels of IDX or .npy pictures, where it is not beside them
     #[arg(long)]
     labels: Option<PathBuf>,
     /// CSV column of labels; by default the last

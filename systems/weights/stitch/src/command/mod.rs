@@ -1,7 +1,9 @@
 //! The verbs of `kiln stitch`.
 
+mod anchor;
 mod apply;
 mod train;
+mod training;
 
 use std::path::{Path, PathBuf};
 
@@ -42,7 +44,7 @@ enum Verb {
   kiln stitch anchor --family resnet --width 16 --depth 2,3,2 --data photos/ --out r16/
   kiln stitch anchor --width 192 --depth 12 --heads 3 --patch 16 --data photos/ --weights deit.safetensors --epochs 0 --out ti/
   kiln stitch anchor --data photos/ --resume s32/      after Ctrl-C or a crash")]
-    Anchor(train::AnchorArgs),
+    Anchor(anchor::AnchorArgs),
     /// List the networks that anchors can be stitched to, with their costs
     #[command(after_help = "Examples:
   kiln stitch space --anchors s16/,s32/,s64/ --out space.csv
@@ -100,10 +102,10 @@ Anchors are anchor0.patch_embed.weight, anchor0.blocks.0.qkv.weight, ..; the JSO
 /// The images to work on.
 #[derive(Debug, Args)]
 struct DataArgs {
-    /// Images: a folder with one folder a class, IDX, .npz or .csv
+    /// Images: a folder with one folder a class, IDX, .npz, .npy or .csv
     #[arg(long)]
     data: PathBuf,
-    /// IDX file of labels, where it is not beside the images
+    /// File of labels of IDX or .npy images, where it is not beside them
     #[arg(long)]
     labels: Option<PathBuf>,
     /// CSV column of labels; by default the last
@@ -253,7 +255,7 @@ impl Command {
     /// Whatever the verb's work runs into.
     pub fn run(self, cx: &Context) -> Result<()> {
         match self.verb {
-            Verb::Anchor(args) => train::anchor(args, cx),
+            Verb::Anchor(args) => anchor::anchor(args, cx),
             Verb::Space(args) => run_space(&args, cx),
             Verb::Init(args) => train::init(&args, cx),
             Verb::Train(args) => train::train(args, cx),
