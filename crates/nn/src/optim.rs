@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Shape, Tensor};
-use kiln_core::{Error, HostTensor, Result, TensorFile};
+use kiln_core::{Error, HostTensor, ModulePath, Result, TensorFile};
 use kiln_ops::{AdagradStep, AdamWStep, Parameter, SgdStep, gradient_norm};
 
 const FIRST_PREFIX: &str = "exp_avg.";
@@ -30,6 +30,9 @@ pub struct AdamW {
     pub clip_norm: f64,
     /// Each number of the gradients is first cut to this size; 0 leaves them as they are.
     pub clip_value: f64,
+    /// Factors of the learning rate, each for the parameters whose names in a [`TensorFile`] begin so; the first that
+    /// fits counts, and 1 where none does.
+    pub rates: Vec<(String, f64)>,
     /// How many steps each parameter has made: one that has no gradient in a step makes none.
     steps: HashMap<ParamId, i32>,
     /// Running means of every parameter's gradient and squared gradient, flattened.
@@ -45,6 +48,7 @@ impl AdamW {
             weight_decay,
             clip_norm,
             clip_value: 0.0,
+            rates: Vec::new(),
             steps: HashMap::new(),
             moments: HashMap::new(),
         }
@@ -60,11 +64,21 @@ impl AdamW {
             return (module, norm);
         }
         let (gradients, scale) = clipped(gradients, norm, self.clip_value, self.clip_norm);
-        let numbers: Vec<i32> = gradients.iter().map(|(id, _)| self.count(*id)).collect();
-        let step = |step| AdamWStep { lr, betas: self.betas, epsilon: self.epsilon, step, scale };
+        let rates = factors(&module, &self.rates);
+        let turns: Vec<Turn> = gradients
+            .iter()
+            .map(|(id, _)| Turn { number: self.count(*id), lr: lr * rates.get(id).unwrap_or(&1.0) })
+            .collect();
+        let step = |Turn { number: step, lr }| AdamWStep {
+            lr,
+            betas: self.betas,
+            epsilon: self.epsilon,
+            step,
+            scale,
+        };
         let decay = |axes| if axes >= 2 { self.weight_decay } else { 0.0 };
         let module = update(module, gradients, &mut self.moments, decay, |parameters| {
-            by_number(parameters, &numbers, |number, group| step(number).apply(group))
+            by_turn(parameters, &turns, |turn, group| step(turn).apply(group))
         });
         (module, norm)
     }
@@ -117,23 +131,64 @@ impl AdamW {
     }
 }
 
-/// Applies `step` to parameters whose steps have the same number, one group after another.
-fn by_number<const S: usize>(
+/// What tells the steps of parameters apart.
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    /// How many the parameter has made with this one.
+    number: i32,
+    /// The learning rate, at least 0.
+    lr: f64,
+}
+
+/// Applies `step` to parameters whose steps are alike, one group after another.
+fn by_turn<const S: usize>(
     parameters: Vec<Parameter<S>>,
-    numbers: &[i32],
-    step: impl Fn(i32, Vec<Parameter<S>>) -> Vec<Parameter<S>>,
+    turns: &[Turn],
+    step: impl Fn(Turn, Vec<Parameter<S>>) -> Vec<Parameter<S>>,
 ) -> Vec<Parameter<S>> {
-    let mut groups: BTreeMap<i32, (Vec<usize>, Vec<Parameter<S>>)> = BTreeMap::new();
-    for (place, (parameter, &number)) in parameters.into_iter().zip(numbers).enumerate() {
-        let (places, group) = groups.entry(number).or_default();
+    let mut groups: BTreeMap<(i32, u64), (Turn, Vec<usize>, Vec<Parameter<S>>)> = BTreeMap::new();
+    for (place, (parameter, &turn)) in parameters.into_iter().zip(turns).enumerate() {
+        let group = groups.entry((turn.number, turn.lr.to_bits()));
+        let (_, places, group) = group.or_insert_with(|| (turn, Vec::new(), Vec::new()));
         places.push(place);
         group.push(parameter);
     }
     let stepped =
-        groups.into_iter().flat_map(|(number, (places, group))| places.into_iter().zip(step(number, group)));
+        groups.into_values().flat_map(|(turn, places, group)| places.into_iter().zip(step(turn, group)));
     let mut stepped: Vec<(usize, Parameter<S>)> = stepped.collect();
     stepped.sort_by_key(|(place, _)| *place);
     stepped.into_iter().map(|(_, parameter)| parameter).collect()
+}
+
+/// The factors of the learning rates of those parameters that have one.
+fn factors<M: Module>(module: &M, rates: &[(String, f64)]) -> HashMap<ParamId, f64> {
+    let mut rated = Rated { path: ModulePath::default(), rates, found: HashMap::new() };
+    if !rates.is_empty() {
+        module.visit(&mut rated);
+    }
+    rated.found
+}
+
+struct Rated<'a> {
+    path: ModulePath,
+    rates: &'a [(String, f64)],
+    found: HashMap<ParamId, f64>,
+}
+
+impl ModuleVisitor for Rated<'_> {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.path.enter(name, container_type);
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let name = self.path.name();
+        let rate = self.rates.iter().find(|(prefix, _)| name.starts_with(prefix.as_str()));
+        self.found.extend(rate.map(|(_, rate)| (param.id, *rate)));
+    }
 }
 
 /// Gradient descent with momentum.
@@ -425,6 +480,19 @@ mod tests {
         let (layer, _) = optimiser.step(layer, grads, 0.01);
         let direction = (0.37 / 0.19) / (0.009991f64 / 0.001999).sqrt();
         assert_close(values(&layer), [0.989 * 0.999 - 0.01 * direction, 0.52]);
+    }
+
+    #[test]
+    fn parameters_with_a_rate_of_their_own_move_by_it() {
+        let mut optimiser = AdamW::new(0.0, 0.0);
+        optimiser.rates = vec![("bias".into(), 0.1), ("".into(), 2.0), ("weight".into(), 9.0)];
+        let mut module = layer();
+        // Gradients that stay as they are move values by the learning rate in every step.
+        for steps in [1.0, 2.0] {
+            let grads = gradients(&module, 3.0, -4.0);
+            module = optimiser.step(module, grads, 0.01).0;
+            assert_close(values(&module), [1.0 - 0.02 * steps, 0.5 + 0.001 * steps]);
+        }
     }
 
     #[test]

@@ -87,6 +87,9 @@ pub struct TrainConfig {
     /// What makes a step; gradient descent knows no betas, and weight decay is part of its gradient.
     #[serde(default, skip_serializing_if = "Method::is_default")]
     pub method: Method,
+    /// Factors of the learning rate of parameters whose names begin so, as [`AdamW::rates`]; gradient descent has none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rates: Vec<(String, f64)>,
 }
 
 fn is_zero(value: &f64) -> bool {
@@ -111,6 +114,7 @@ impl Default for TrainConfig {
             min_improvement: 0.0,
             plateau: None,
             method: Method::AdamW,
+            rates: Vec::new(),
         }
     }
 }
@@ -137,6 +141,15 @@ impl TrainConfig {
         let (first, second) = self.betas;
         if !(0.0..1.0).contains(&first) || !(0.0..1.0).contains(&second) {
             return Err(Error::usage(format!("the betas are {first} and {second}, but must be in [0, 1)")));
+        }
+        if let Some((name, rate)) = self.rates.iter().find(|(_, rate)| !(rate.is_finite() && *rate >= 0.0)) {
+            return Err(Error::usage(format!(
+                "the learning rate of {name} is {rate} times the others', but must be a number of at least 0"
+            )));
+        }
+        if !self.rates.is_empty() && self.method != Method::AdamW {
+            return Err(Error::usage("gradient descent has one learning rate")
+                .hint("learning rates of their own are for AdamW"));
         }
         if self.steps == 0 {
             return Err(Error::usage("there are 0 steps to train").hint("ask for at least one"));
@@ -479,6 +492,7 @@ impl Optimiser {
             Method::AdamW => {
                 let mut adam = AdamW::new(config.weight_decay, config.clip_norm);
                 (adam.betas, adam.clip_value) = (config.betas, config.clip_value);
+                adam.rates = config.rates.clone();
                 Self::AdamW(adam)
             }
             Method::Sgd { momentum } => {
