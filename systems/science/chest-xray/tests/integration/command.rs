@@ -334,3 +334,29 @@ fn the_same_pixels_give_the_same_prediction_from_dicom_and_png() {
     let y = labelled.get("y").unwrap().as_ints().unwrap().to_vec();
     assert_eq!(y, [[0; 20], [1; 20]].concat());
 }
+
+#[test]
+fn png_files_of_every_kind_are_read_alike() {
+    let desk = desk();
+    desk.json(&format!("{TRAIN} --folds 1 --out @w"));
+    let grey = image::open(desk.path("d/images/TB/ph00001.png")).unwrap().to_luma8();
+    fs::create_dir(desk.path("kinds")).unwrap();
+    let place = |name: &str| desk.path(&format!("kinds/{name}.png"));
+    grey.save(place("grey")).unwrap();
+    image::DynamicImage::from(grey.clone()).to_rgba8().save(place("rgba")).unwrap();
+    image::DynamicImage::from(grey.clone()).to_luma16().save(place("deep")).unwrap();
+    // A palette from bright to dark.
+    let mut encoder =
+        png::Encoder::new(fs::File::create(place("palette")).unwrap(), grey.width(), grey.height());
+    encoder.set_color(png::ColorType::Indexed);
+    encoder.set_palette((0..=255u8).rev().flat_map(|x| [x; 3]).collect::<Vec<_>>());
+    let places: Vec<u8> = grey.iter().map(|&x| 255 - x).collect();
+    encoder.write_header().unwrap().write_image_data(&places).unwrap();
+    let found = desk.json("predict --model @w --images @kinds --out @p");
+    let rows = found["predictions"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    for row in rows {
+        let off = row["p_tb"].as_f64().unwrap() - rows[0]["p_tb"].as_f64().unwrap();
+        assert!(off.abs() < 1e-5 && row["warnings"] == "", "{row}");
+    }
+}
