@@ -46,7 +46,12 @@ impl Subject {
         let client = runtime.block_on(options.connect(&self.url)).map_err(|e| {
             cannot("connect to").caused_by(e).hint("is the server running, and the address right?")
         })?;
-        Ok(Connection { context: jetstream::new(client.clone()), client, runtime, place: self.place() })
+        let context = {
+            // It starts a task of its own.
+            let _inside = runtime.enter();
+            jetstream::new(client.clone())
+        };
+        Ok(Connection { context, client, runtime, place: self.place() })
     }
 }
 
