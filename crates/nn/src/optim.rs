@@ -140,21 +140,29 @@ struct Turn {
     lr: f64,
 }
 
+/// Parameters whose steps are alike, and their places among all.
+struct Group<const S: usize> {
+    turn: Turn,
+    places: Vec<usize>,
+    parameters: Vec<Parameter<S>>,
+}
+
 /// Applies `step` to parameters whose steps are alike, one group after another.
 fn by_turn<const S: usize>(
     parameters: Vec<Parameter<S>>,
     turns: &[Turn],
     step: impl Fn(Turn, Vec<Parameter<S>>) -> Vec<Parameter<S>>,
 ) -> Vec<Parameter<S>> {
-    let mut groups: BTreeMap<(i32, u64), (Turn, Vec<usize>, Vec<Parameter<S>>)> = BTreeMap::new();
+    let mut groups: BTreeMap<(i32, u64), Group<S>> = BTreeMap::new();
     for (place, (parameter, &turn)) in parameters.into_iter().zip(turns).enumerate() {
         let group = groups.entry((turn.number, turn.lr.to_bits()));
-        let (_, places, group) = group.or_insert_with(|| (turn, Vec::new(), Vec::new()));
-        places.push(place);
-        group.push(parameter);
+        let group = group.or_insert_with(|| Group { turn, places: Vec::new(), parameters: Vec::new() });
+        group.places.push(place);
+        group.parameters.push(parameter);
     }
-    let stepped =
-        groups.into_values().flat_map(|(turn, places, group)| places.into_iter().zip(step(turn, group)));
+    let stepped = groups
+        .into_values()
+        .flat_map(|Group { turn, places, parameters }| places.into_iter().zip(step(turn, parameters)));
     let mut stepped: Vec<(usize, Parameter<S>)> = stepped.collect();
     stepped.sort_by_key(|(place, _)| *place);
     stepped.into_iter().map(|(_, parameter)| parameter).collect()

@@ -48,6 +48,7 @@ pub struct Watch {
 }
 
 /// Where packets come from.
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Packets {
     /// A folder into which they are put.
     Folder(PathBuf),

@@ -268,6 +268,7 @@ pub(super) struct FeedArgs {
 }
 
 /// What packets are appended to.
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Sink {
     Log(LogWriter),
     #[cfg(feature = "nats")]

@@ -438,12 +438,11 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
     })
 }
 
+/// What several models say of the same images, by the models' folders.
+type ByModel = Vec<(String, Vec<Scored>)>;
+
 /// Probabilities of labelled images: of all members together, and of each by its name.
-fn score(
-    ensemble: &Ensemble,
-    args: &ImagesArgs,
-    cx: &Context,
-) -> Result<(Vec<Scored>, Vec<(String, Vec<Scored>)>)> {
+fn score(ensemble: &Ensemble, args: &ImagesArgs, cx: &Context) -> Result<(Vec<Scored>, ByModel)> {
     let entries = args.list()?;
     if let Some(entry) = entries.iter().find(|entry| entry.is_tb.is_none()) {
         return Err(Error::input(args.images.display(), format!("{} has no label", entry.name))
