@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::memcheck::{self, Memcheck};
 use crate::workspace::{cargo, each_line};
-use crate::{Outcome, mpi, onnx, readme};
+use crate::{Outcome, mpi, nats, onnx, readme};
 
 /// Tests seen so far.
 #[derive(Default, Debug, PartialEq)]
@@ -31,7 +31,7 @@ pub fn run() -> Outcome {
             count.skipped += 1;
         }
     }
-    for counted in [timed(onnx::check)?, timed(mpi::check)?] {
+    for counted in [timed(onnx::check)?, timed(mpi::check)?, timed(nats::check)?] {
         count.passed += counted.passed;
         count.failed += counted.failed;
         count.skipped += counted.skipped;

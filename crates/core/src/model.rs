@@ -1,7 +1,6 @@
 //! A trained model on disk: a folder with `config.json` and `model.safetensors`.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -15,17 +14,17 @@ use crate::{Error, Result, TensorFile};
 /// # Errors
 /// When the folder is missing or not writable, or the disk is full; `path` is then as it was.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    atomic_file(path, |file| file.write_all(bytes).map_err(Error::io("write", path)))
+    write_atomic_by(path, |file| fs::write(file, bytes).map_err(Error::io("write", path)))
 }
 
-/// The same for what `write` writes into the file.
-pub(crate) fn atomic_file(path: &Path, write: impl FnOnce(&mut fs::File) -> Result<()>) -> Result<()> {
+/// The same, where `write` fills the file that will be at `path`.
+pub(crate) fn write_atomic_by(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new()
+    let file = tempfile::Builder::new()
         .prefix(".kiln-")
         .tempfile_in(folder)
         .map_err(Error::io("write into", folder))?;
-    write(file.as_file_mut())?;
+    write(file.path())?;
     file.as_file().sync_all().map_err(Error::io("write", path))?;
     set_default_permissions(file.as_file()).map_err(Error::io("write", path))?;
     file.persist(path).map_err(|e| Error::io("write", path)(e.error))?;

@@ -16,10 +16,13 @@ use half::{bf16, f16};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, View};
 
-use crate::{Error, Result, write_atomic};
+use crate::model::write_atomic_by;
+use crate::{Error, Result};
 
 /// The safetensors format allows no larger header.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Bytes of a tensor that are read at once, whole elements of every type.
+const PIECE: usize = 1 << 20;
 
 /// The elements of a [`HostTensor`]. Half precision is widened to `f32`, small integers to `i64`.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,9 +72,14 @@ impl HostTensor {
 
     /// As a Burn tensor of rank `D` on `device`; `None` for another rank or for integers.
     pub fn to_tensor<const D: usize>(&self, device: &burn::tensor::Device) -> Option<Tensor<D>> {
-        match &self.values {
+        self.clone().into_tensor(device)
+    }
+
+    /// The same without a copy of the elements.
+    fn into_tensor<const D: usize>(self, device: &burn::tensor::Device) -> Option<Tensor<D>> {
+        match self.values {
             Values::Float(values) if self.shape.len() == D => {
-                Some(Tensor::from_data(TensorData::new(values.clone(), self.shape.clone()), device))
+                Some(Tensor::from_data(TensorData::new(values, self.shape), device))
             }
             _ => None,
         }
@@ -115,26 +123,37 @@ impl HostTensor {
         Self::float([columns, rows], turned)
     }
 
-    /// Decodes the bytes of one tensor of a safetensors file.
-    fn decode(info: &TensorInfo, bytes: &[u8]) -> Option<Self> {
-        fn each<const N: usize, T>(bytes: &[u8], from: impl Fn([u8; N]) -> T) -> Vec<T> {
-            bytes.as_chunks::<N>().0.iter().map(|&chunk| from(chunk)).collect()
-        }
+    /// A tensor of a safetensors file before its elements are decoded; none for a type that is not read. The file has
+    /// room for as many elements as its header says, which was compared.
+    fn empty(info: &TensorInfo) -> Option<Self> {
+        let count = info.shape.iter().product();
         let values = match info.dtype {
-            Dtype::F32 => Values::Float(each(bytes, f32::from_le_bytes)),
-            Dtype::F16 => Values::Float(each(bytes, |b| f16::from_le_bytes(b).to_f32())),
-            Dtype::BF16 => Values::Float(each(bytes, |b| bf16::from_le_bytes(b).to_f32())),
-            Dtype::F64 => Values::Float(each(bytes, |b| f64::from_le_bytes(b) as f32)),
-            Dtype::I64 => Values::Int(each(bytes, i64::from_le_bytes)),
-            Dtype::I32 => Values::Int(each(bytes, |b| i32::from_le_bytes(b).into())),
-            Dtype::I16 => Values::Int(each(bytes, |b| i16::from_le_bytes(b).into())),
-            Dtype::I8 => Values::Int(each(bytes, |b| i8::from_le_bytes(b).into())),
-            Dtype::U8 | Dtype::BOOL => Values::Int(each(bytes, |[b]: [u8; 1]| b.into())),
-            Dtype::U16 => Values::Int(each(bytes, |b| u16::from_le_bytes(b).into())),
-            Dtype::U32 => Values::Int(each(bytes, |b| u32::from_le_bytes(b).into())),
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => Values::Float(Vec::with_capacity(count)),
+            Dtype::I64 | Dtype::I32 | Dtype::I16 | Dtype::I8 => Values::Int(Vec::with_capacity(count)),
+            Dtype::U8 | Dtype::BOOL | Dtype::U16 | Dtype::U32 => Values::Int(Vec::with_capacity(count)),
             _ => return None,
         };
         Some(Self { shape: info.shape.clone(), values })
+    }
+
+    /// Appends elements of that type from whole bytes of a safetensors file.
+    fn decode(&mut self, kind: Dtype, bytes: &[u8]) {
+        fn each<const N: usize, T>(values: &mut Vec<T>, bytes: &[u8], from: impl Fn([u8; N]) -> T) {
+            values.extend(bytes.as_chunks::<N>().0.iter().map(|&chunk| from(chunk)));
+        }
+        match (&mut self.values, kind) {
+            (Values::Float(values), Dtype::F32) => each(values, bytes, f32::from_le_bytes),
+            (Values::Float(values), Dtype::F16) => each(values, bytes, |b| f16::from_le_bytes(b).to_f32()),
+            (Values::Float(values), Dtype::BF16) => each(values, bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            (Values::Float(values), _) => each(values, bytes, |b| f64::from_le_bytes(b) as f32),
+            (Values::Int(values), Dtype::I64) => each(values, bytes, i64::from_le_bytes),
+            (Values::Int(values), Dtype::I32) => each(values, bytes, |b| i32::from_le_bytes(b).into()),
+            (Values::Int(values), Dtype::I16) => each(values, bytes, |b| i16::from_le_bytes(b).into()),
+            (Values::Int(values), Dtype::I8) => each(values, bytes, |b| i8::from_le_bytes(b).into()),
+            (Values::Int(values), Dtype::U16) => each(values, bytes, |b| u16::from_le_bytes(b).into()),
+            (Values::Int(values), Dtype::U32) => each(values, bytes, |b| u32::from_le_bytes(b).into()),
+            (Values::Int(values), _) => each(values, bytes, |[b]: [u8; 1]| b.into()),
+        }
     }
 }
 
@@ -274,7 +293,7 @@ impl TensorFile {
         wanted: impl Fn(&str) -> bool,
     ) -> Result<Self> {
         let (metadata, _) = read_header(&mut reader, size, path)?;
-        let mut tensors = BTreeMap::new();
+        let (mut tensors, mut buffer) = (BTreeMap::new(), Vec::new());
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else { continue };
             let (start, end) = info.data_offsets;
@@ -282,12 +301,19 @@ impl TensorFile {
                 reader.seek_relative((end - start) as i64).map_err(Error::io("read", path))?;
                 continue;
             }
-            let mut bytes = vec![0u8; end - start];
-            reader.read_exact(&mut bytes).map_err(Error::io("read", path))?;
-            let tensor = HostTensor::decode(info, &bytes).ok_or_else(|| {
+            let unknown = || {
                 Error::input(path.display(), format!("tensor \"{name}\" has type {:?}", info.dtype))
                     .hint("Kiln reads f64, f32, f16, bf16, integers and bool")
-            })?;
+            };
+            // Piece by piece, so that a tensor is never in memory both as bytes and as numbers.
+            let mut tensor = HostTensor::empty(info).ok_or_else(unknown)?;
+            let mut left = end - start;
+            while left > 0 {
+                buffer.resize(left.min(PIECE), 0);
+                reader.read_exact(&mut buffer).map_err(Error::io("read", path))?;
+                tensor.decode(info.dtype, &buffer);
+                left -= buffer.len();
+            }
             tensors.insert(name, tensor);
         }
         let metadata = metadata.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
@@ -347,9 +373,11 @@ impl TensorFile {
     ) -> Result<()> {
         let metadata = (!self.metadata.is_empty())
             .then(|| self.metadata.iter().map(|(k, v)| (k.clone(), v.clone())).collect());
-        let bytes = safetensors::serialize(tensors, metadata)
-            .map_err(|e| Error::work(format!("cannot lay out {}", path.display())).caused_by(e))?;
-        write_atomic(path, &bytes)
+        // Tensor by tensor, so that the file is never in memory as a whole.
+        write_atomic_by(path, |file| {
+            safetensors::serialize_to_file(tensors, metadata, file)
+                .map_err(|e| Error::work(format!("cannot write {}", path.display())).caused_by(e))
+        })
     }
 
     /// Adds or replaces a tensor.
@@ -595,8 +623,7 @@ impl Loader {
                 .hint("the training that wrote it went wrong; use an earlier checkpoint"));
         }
         let tensor = if self.path.is_transposed() { tensor.transposed() } else { tensor };
-        let device = param.lazy_device();
-        tensor.to_tensor(&device).ok_or_else(|| self.file.wrong(&name, &tensor, "floats"))
+        Ok(tensor.into_tensor(&param.lazy_device()).expect("floats of the parameter's shape, as seen above"))
     }
 }
 

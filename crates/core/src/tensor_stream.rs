@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, View};
 
-use crate::model::atomic_file;
+use crate::model::write_atomic_by;
 use crate::tensor_file::read_header;
 use crate::{Error, Result, TensorFile};
 
@@ -130,8 +130,8 @@ impl TensorFile {
         let mut header = serde_json::to_vec(&metadata).map_err(|e| unfit().caused_by(e))?;
         header.resize(header.len().next_multiple_of(8), b' ');
 
-        atomic_file(path, |file| {
-            let mut file = BufWriter::new(file);
+        write_atomic_by(path, |place| {
+            let mut file = BufWriter::new(File::create(place).map_err(Error::io("write", path))?);
             let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io("write", path));
             put(&(header.len() as u64).to_le_bytes())?;
             put(&header)?;

@@ -1,5 +1,6 @@
 //! Streams of records between programs on one machine: one appends to a [log](LogWriter), any number
-//! [read](LogReader) it, each from where it last was.
+//! [read](LogReader) it, each from where it last was. With the feature `nats`, between machines too: `NatsWriter` and
+//! `NatsReader` are the same for a subject of NATS JetStream.
 //!
 //! A log is a folder of segments, files named by the number of their first record. A record is its length in bytes, a
 //! CRC-32C of that length and the payload, and the payload. What a crash leaves half written at the end is cut off when
@@ -22,10 +23,16 @@
 //! # }
 //! ```
 
+#[cfg(feature = "nats")]
+mod nats;
 mod reader;
 mod segment;
+#[cfg(feature = "nats")]
+pub mod testing;
 mod writer;
 
+#[cfg(feature = "nats")]
+pub use nats::{NatsReader, NatsWriter, Receipts, Subject};
 pub use reader::LogReader;
 pub use segment::Record;
 pub use writer::{LogOptions, LogWriter};

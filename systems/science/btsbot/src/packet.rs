@@ -293,22 +293,35 @@ impl AlertReader {
 
     fn alert(&self, value: &AvroValue<'_>) -> Result<Alert, Fault> {
         let names = &self.names;
-        let object_id = value.get(&names.object_id).and_then(|id| match id {
+        let object_id = find(value, &names.object_id).and_then(|id| match id {
             AvroValue::Text(text) => Some((*text).to_string()),
             AvroValue::Int(number) => Some(number.to_string()),
             _ => None,
         });
-        let candid = value.get(&names.candid).and_then(AvroValue::as_int);
+        let candid = find(value, &names.candid).and_then(AvroValue::as_int);
         let fault = |reason: String| Fault { object_id: object_id.clone(), candid, reason };
         let missing = |name: &str| fault(format!("has no {name}: is it another survey's packet?"));
         let (Some(object), Some(number)) = (&object_id, candid) else {
             return Err(missing(if object_id.is_none() { &names.object_id } else { &names.candid }));
         };
-        let Some(AvroValue::Record(fields)) = value.get(&names.candidate) else {
+        let Some(record @ AvroValue::Record(fields)) = value.get(&names.candidate) else {
             return Err(missing(&names.candidate));
         };
-        let candidate: Vec<(Arc<str>, Field)> =
-            fields.iter().filter_map(|(name, value)| Some((names.ours(name), field(value)?))).collect();
+        let measured = fields.iter().filter_map(|(name, value)| {
+            let converted = names.convert(name, field(value)?, |other| self::number(record, other));
+            Some((names.ours(name), converted))
+        });
+        let mut candidate: Vec<(Arc<str>, Field)> = measured.collect();
+        // What the packet does not say: the sign of a flux, and what stands in for a measurement.
+        let sign = names.flux().and_then(|flux| self::number(record, flux));
+        let sign = sign.map(|flux| ("isdiffpos", Field::Text(if flux > 0.0 { "t" } else { "f" }.into())));
+        let absent = names.absent.iter().map(|(name, value)| (name.as_str(), Field::Number(*value)));
+        for (ours, value) in sign.into_iter().chain(absent) {
+            if !candidate.iter().any(|(name, value)| &**name == ours && *value != Field::Null) {
+                candidate.retain(|(name, _)| &**name != ours);
+                candidate.push((ours.into(), value));
+            }
+        }
         let required = |name: &str| {
             let found = candidate.iter().find(|(field, _)| &**field == name);
             let found = found.and_then(|(_, value)| value.as_number()).filter(|value| value.is_finite());
@@ -343,17 +356,32 @@ impl AlertReader {
 
     /// An entry of the packet's history, where it is a detection of a brighter source.
     fn detection(&self, entry: &AvroValue<'_>) -> Option<Detection> {
-        let get = |name: &str| entry.get(self.names.theirs(name));
-        let number = |name: &str| get(name).and_then(AvroValue::as_number).filter(|value| value.is_finite());
-        let positive = match get("isdiffpos")? {
-            AvroValue::Text(text) => is_positive(text),
-            AvroValue::Bool(value) => *value,
-            AvroValue::Int(value) => *value == 1,
+        let measured = |ours: &str| {
+            let theirs = self.names.theirs(ours);
+            let value = field(entry.get(theirs)?)?;
+            let value = self.names.convert(theirs, value, |other| number(entry, other)).as_number();
+            value.filter(|value| value.is_finite())
+        };
+        let positive = match (entry.get(self.names.theirs("isdiffpos")), self.names.flux()) {
+            (Some(AvroValue::Text(text)), _) => is_positive(text),
+            (Some(AvroValue::Bool(value)), _) => *value,
+            (Some(AvroValue::Int(value)), _) => *value == 1,
+            (_, Some(flux)) => number(entry, flux)? > 0.0,
             _ => false,
         };
-        let (jd, fid, magpsf) = (number("jd")?, number("fid")? as i64, number("magpsf")?);
+        let (jd, fid, magpsf) = (measured("jd")?, measured("fid")? as i64, measured("magpsf")?);
         positive.then_some(Detection { jd, fid, magpsf })
     }
+}
+
+/// A field of a record, or of a record in it: `record.field`.
+fn find<'v, 'b>(value: &'v AvroValue<'b>, path: &str) -> Option<&'v AvroValue<'b>> {
+    path.split('.').try_fold(value, |value, name| value.get(name))
+}
+
+/// A number of a record.
+fn number(record: &AvroValue<'_>, name: &str) -> Option<f64> {
+    record.get(name).and_then(AvroValue::as_number).filter(|value| value.is_finite())
 }
 
 /// A value without parts.

@@ -11,6 +11,7 @@ use crate::policy::{Policy, apply};
 use crate::scores::{Scored, Source};
 use crate::shift::{Compared, Sample, Shift};
 use crate::tables::CsvTable;
+use crate::train::Accuracy;
 
 /// Magnitudes of the histograms,
 const BRIGHTEST: f64 = 15.0;
@@ -39,6 +40,10 @@ pub fn diagnostics(
     report.tables.push(policy_table(sources, policies));
     if let Some(log) = log.filter(|log| log.exists()) {
         report.plots.push(learning(log)?);
+        let beside = log.with_file_name(ACCURACY);
+        if beside.exists() {
+            report.plots.push(accuracy(&read_accuracies(&beside)?));
+        }
     }
     if metrics.auc.is_some() {
         let chance = vec![(0.0, 0.0), (1.0, 1.0)];
@@ -154,6 +159,36 @@ fn learning(log: &Path) -> Result<Plot> {
     Ok(Plot::lines("Learning", "step", "weighted cross-entropy")
         .series("training, with dropout", training)
         .series("validation", validation))
+}
+
+/// The file of a model folder that holds [`Accuracy`] at every validation.
+pub const ACCURACY: &str = "accuracy.csv";
+
+/// Reads such a file.
+///
+/// # Errors
+/// When it is none.
+pub fn read_accuracies(path: &Path) -> Result<Vec<Accuracy>> {
+    const COLUMNS: [&str; 3] = ["step", "accuracy", "val_accuracy"];
+    let mut table = CsvTable::open(path, &COLUMNS)?;
+    let at = COLUMNS.map(|name| table.column(name).unwrap_or_default());
+    let mut rows = Vec::new();
+    while table.advance()? {
+        rows.push(Accuracy {
+            step: table.required(at[0])? as usize,
+            accuracy: table.required(at[1])?,
+            val_accuracy: table.required(at[2])?,
+        });
+    }
+    Ok(rows)
+}
+
+/// How often a score of 0.5 decides rightly, over steps.
+fn accuracy(rows: &[Accuracy]) -> Plot {
+    let points = |of: fn(&Accuracy) -> f64| rows.iter().map(move |row| (row.step as f64, of(row)));
+    Plot::lines("Learning: decisions at a score of 0.5", "step", "share that is right")
+        .series("training, with dropout", points(|row| row.accuracy).collect())
+        .series("validation", points(|row| row.val_accuracy).collect())
 }
 
 /// How many alerts have a score and a magnitude; the colour shows the logarithm.

@@ -4,6 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 use kiln_core::{Context, Error, Result};
 use kiln_nn::{Task, TrainConfig};
 use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::augment::Dihedral;
@@ -35,8 +36,25 @@ pub struct AlertTask<'a> {
     pub positive_weight: f64,
     /// Device and random streams.
     pub cx: &'a Context,
+    /// How often a score of 0.5 decides rightly, at every validation.
+    pub accuracies: Vec<Accuracy>,
+    /// Alerts seen since the last one, and those of them that were decided rightly.
+    seen: [usize; 2],
+    /// Steps so far.
+    steps: usize,
     /// The epoch, and the order of its alerts.
     order: Option<(usize, Vec<usize>)>,
+}
+
+/// Shares of alerts that are decided rightly at a score of 0.5.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Accuracy {
+    /// After which step.
+    pub step: usize,
+    /// Of the alerts learned from since the validation before, with dropout.
+    pub accuracy: f64,
+    /// Of those to validate with.
+    pub val_accuracy: f64,
 }
 
 impl<'a> AlertTask<'a> {
@@ -64,7 +82,8 @@ impl<'a> AlertTask<'a> {
                 .hint("give more sources, or --val-triplets and --val-candidates"));
         }
         let positive_weight = negatives as f64 / positives as f64;
-        Ok(Self { data, train, valid, batch, positive_weight, cx, order: None })
+        let (accuracies, seen) = (Vec::new(), [0; 2]);
+        Ok(Self { data, train, valid, batch, positive_weight, cx, accuracies, seen, steps: 0, order: None })
     }
 
     /// Steps that go through all alerts once; those that fill no batch are left out.
@@ -91,6 +110,12 @@ impl<'a> AlertTask<'a> {
     }
 }
 
+/// How many logits are above 0 where the label says so, and not where it does not.
+fn decided_rightly(logits: Tensor<2>, labels: &[bool]) -> usize {
+    let logits: Vec<f32> = logits.into_data().iter().collect();
+    logits.iter().zip(labels).filter(|(logit, label)| (**logit > 0.0) == **label).count()
+}
+
 /// The mean over alerts of `−w y log σ(z) − (1 − y) log(1 − σ(z))`.
 ///
 /// # Shapes
@@ -114,18 +139,28 @@ impl Task<MmCnn> for AlertTask<'_> {
         let transforms: Vec<Dihedral> = chosen.iter().map(|_| Dihedral::draw(&mut rng)).collect();
         // The batch norm takes the statistics of a batch that is on an autodiff device.
         let (images, features) = self.data.tensors(&chosen, transforms, &self.cx.device.clone().autodiff());
-        let logits = model.forward(images, features);
-        Ok((weighted_loss(logits, &self.labels(&chosen), self.positive_weight), chosen.len()))
+        let (logits, labels) = (model.forward(images, features), self.labels(&chosen));
+        self.seen[0] += chosen.len();
+        self.seen[1] += decided_rightly(logits.clone(), &labels);
+        self.steps = step + 1;
+        Ok((weighted_loss(logits, &labels, self.positive_weight), chosen.len()))
     }
 
     fn validate(&mut self, model: &MmCnn) -> Result<f64> {
-        let mut sum = 0.0;
+        let (mut sum, mut right) = (0.0, 0);
         for chosen in self.valid.chunks(AT_ONCE) {
             let (images, features) = self.data.tensors(chosen, plain(), &self.cx.device);
-            let loss =
-                weighted_loss(model.forward(images, features), &self.labels(chosen), self.positive_weight);
+            let (logits, labels) = (model.forward(images, features), self.labels(chosen));
+            right += decided_rightly(logits.clone(), &labels);
+            let loss = weighted_loss(logits, &labels, self.positive_weight);
             sum += f64::from(loss.into_scalar::<f32>()) * chosen.len() as f64;
         }
+        let [seen, well] = std::mem::take(&mut self.seen);
+        self.accuracies.push(Accuracy {
+            step: self.steps,
+            accuracy: well as f64 / seen.max(1) as f64,
+            val_accuracy: right as f64 / self.valid.len() as f64,
+        });
         Ok(sum / self.valid.len() as f64)
     }
 

@@ -1,4 +1,4 @@
-//! From packets to requests: a folder or a log is followed, its alerts are scored, and sources that a policy picks get a request.
+//! From packets to requests: a folder, a log or a subject of NATS is followed, its alerts are scored, and sources that a policy picks get a request.
 //!
 //! A batch of packets is kept as a whole with all that comes of it, the requests included, before anything is sent; each
 //! request is marked as sent before it is. Killed at any moment, a watch goes on where it was: what may have been sent is
@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use kiln_core::{Context, Error, Result};
 use kiln_stream::LogReader;
+#[cfg(feature = "nats")]
+use kiln_stream::NatsReader;
 use serde::Serialize;
 
 use crate::checkpoint::Config;
@@ -46,12 +48,15 @@ pub struct Watch {
 }
 
 /// Where packets come from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Packets {
     /// A folder into which they are put.
     Folder(PathBuf),
     /// A log to which they are appended, a packet a record; see [`kiln_stream`].
     Stream(PathBuf),
+    /// A subject of NATS JetStream, a packet a message.
+    #[cfg(feature = "nats")]
+    Nats(NatsReader),
 }
 
 /// What a round came to.
@@ -120,6 +125,8 @@ impl Watcher<'_> {
         match packets {
             Packets::Folder(folder) => self.round_of_folder(folder, round),
             Packets::Stream(log) => self.round_of_stream(log, round),
+            #[cfg(feature = "nats")]
+            Packets::Nats(subject) => self.round_of_subject(subject, round),
         }
     }
 
@@ -140,6 +147,30 @@ impl Watcher<'_> {
                 return Ok(round);
             }
             round = round.then(self.score(packets, vec![(place.clone(), reader.offset())])?);
+            round = round.then(self.send()?);
+            if self.cx.interrupted() {
+                return Err(Error::interrupted("stopped; what was done is kept"));
+            }
+        }
+    }
+
+    /// Messages are acknowledged once all that comes of them is kept, so that none is lost; one that comes twice, the store
+    /// knows by its candid.
+    #[cfg(feature = "nats")]
+    fn round_of_subject(&self, subject: &NatsReader, mut round: Round) -> Result<Round> {
+        loop {
+            let (records, receipts) = subject.take(BATCH)?;
+            if records.is_empty() {
+                if !subject.is_connected() {
+                    self.cx.note(format!("{}: no connection; it is tried again", subject.place()));
+                }
+                return Ok(round);
+            }
+            let name = |offset: u64| format!("{}, message {offset}", subject.place());
+            let packets =
+                records.into_iter().map(|record| (name(record.offset), Ok(record.payload))).collect();
+            round = round.then(self.score(packets, Vec::new())?);
+            subject.acknowledge(receipts);
             round = round.then(self.send()?);
             if self.cx.interrupted() {
                 return Err(Error::interrupted("stopped; what was done is kept"));

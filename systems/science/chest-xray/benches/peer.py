@@ -1,5 +1,5 @@
 """What the benchmarks of this crate compare with: torchvision's classifiers, a U-Net of the same layers in PyTorch, and
-Score-CAM over torchvision's ResNet-18, in batches of 32 masked images.
+pytorch-grad-cam's Score-CAM of torchvision's ResNet-18, in batches of 32 masked images.
 
 Prints one JSON object a line, {"name", "unit", "value"}; every value is the median of several repetitions after a
 warm-up. KILN_BENCH_ONLY=substring runs only the figures whose name contains it.
@@ -13,7 +13,6 @@ import time
 import torch
 import torchvision
 from torch import nn
-from torch.nn.functional import interpolate
 
 THREADS = 2
 REPETITIONS = 5
@@ -70,23 +69,14 @@ def segment():
 
 
 def explain():
+    from pytorch_grad_cam import ScoreCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+
     network = torchvision.models.resnet18(num_classes=2).eval()
-    trunk = nn.Sequential(*list(network.children())[:-2])
     x = torch.randn(1, 3, 224, 224)
-
-    def work():
-        maps = trunk(x)[0].unsqueeze(1)
-        baseline = network(torch.zeros_like(x)).softmax(1)[0, 1]
-        scores = []
-        for part in maps.split(MAPS):
-            part = interpolate(part, size=224, mode="bilinear", align_corners=False)
-            low, high = part.amin((2, 3), keepdim=True), part.amax((2, 3), keepdim=True)
-            part = (part - low) / (high - low).clamp(min=1e-12)
-            scores.append(network(x * part).softmax(1)[:, 1] - baseline)
-        weights = torch.cat(scores).softmax(0)
-        return (weights[:, None, None] * maps[:, 0]).sum(0).relu()
-
-    return median_milliseconds(work)
+    cam = ScoreCAM(model=network, target_layers=[network.layer4[-1]])
+    cam.batch_size = MAPS
+    return median_milliseconds(lambda: cam(input_tensor=x, targets=[ClassifierOutputSoftmaxTarget(1)]))
 
 
 def main():

@@ -50,6 +50,22 @@ impl Map {
         Self { shape, values }
     }
 
+    /// The mean of maps over images of `size`, each as [`over`](Self::over) draws it; one alone stays as it is.
+    ///
+    /// # Panics
+    /// When there are none.
+    pub fn mean(mut maps: Vec<Self>, size: [usize; 2]) -> Self {
+        assert!(!maps.is_empty(), "there is no map");
+        if maps.len() == 1 {
+            return maps.swap_remove(0);
+        }
+        let mut values = vec![0.0; size[0] * size[1]];
+        for map in &maps {
+            values.iter_mut().zip(map.over(size)).for_each(|(sum, value)| *sum += value / maps.len() as f32);
+        }
+        Self { shape: size, values }
+    }
+
     /// Over an image of `size`, from 0 at the lowest to 1 at the highest as the methods' authors draw it; all 0 where the map
     /// is the same everywhere.
     pub fn over(&self, size: [usize; 2]) -> Vec<f32> {
@@ -70,7 +86,14 @@ impl Map {
     }
 }
 
-/// Grad-CAM of one image and class: `ReLU(Σ_k w_k A_k)`, `w_k` the mean of the logit's gradient over map `k`.
+/// Whether an image is the same everywhere, as one is in which no lungs were found.
+fn is_blank(x: &Tensor<4>) -> bool {
+    let planes = x.clone().flatten::<3>(2, 3);
+    (planes.clone().max_dim(2) - planes.min_dim(2)).max().into_scalar::<f32>() == 0.0
+}
+
+/// Grad-CAM of one image and class: `ReLU(Σ_k w_k A_k)`, `w_k` the mean of the logit's gradient over map `k`. An image that
+/// is the same everywhere has the map 0.
 ///
 /// # Shapes
 /// - x: `[1, 3, height, width]`
@@ -78,7 +101,7 @@ impl Map {
 /// # Errors
 /// When the network does not depend on its activations.
 pub fn grad_cam(network: &Classifier, x: Tensor<4>, class: usize) -> Result<Map> {
-    let activations = network.activations(x);
+    let activations = network.activations(x.clone());
     let [_, channels, rows, columns] = activations.dims();
     // The head alone is differentiated, and computes as it does where nothing learns.
     let leaf = Tensor::<4>::from_data(activations.clone().into_data(), &activations.device().autodiff())
@@ -89,8 +112,11 @@ pub fn grad_cam(network: &Classifier, x: Tensor<4>, class: usize) -> Result<Map>
     let gradient = leaf
         .grad(&gradients)
         .ok_or_else(|| Error::work("the network's output does not depend on its activations"))?;
-    let weights: Vec<f32> =
+    let mut weights: Vec<f32> =
         gradient.reshape([channels, rows * columns]).mean_dim(1).into_data().iter().collect();
+    if is_blank(&x) {
+        weights.fill(0.0);
+    }
     let values: Vec<f32> = activations.into_data().iter().collect();
     Ok(Map::weighted(&values, &weights, [rows, columns]))
 }
@@ -106,8 +132,8 @@ pub struct ScoreCam {
     pub scores: Vec<f32>,
 }
 
-/// Score-CAM of one image and class, of all activation maps or the `most` that vary most over the image. An image that is 0
-/// everywhere is what others are compared with, and has the map 0.
+/// Score-CAM of one image and class, of all activation maps or the `most` that vary most over the image. An image that is the
+/// same everywhere has the map 0.
 ///
 /// # Shapes
 /// - x: `[1, 3, height, width]`
@@ -162,8 +188,7 @@ pub fn score_cam_of(
         let covered = x.clone() * unit_range(resize(maps, [height, width]));
         scores.extend(probabilities(network, covered, class).iter().map(|p| p - baseline));
     }
-    let is_blank = x.abs().max().into_scalar::<f32>() == 0.0;
-    let weights = if is_blank { vec![0.0; scores.len()] } else { softmax(&scores) };
+    let weights = if is_blank(&x) { vec![0.0; scores.len()] } else { softmax(&scores) };
     ScoreCam { map: Map::weighted(&maps, &weights, [rows, columns]), channels, scores }
 }
 
@@ -232,6 +257,17 @@ impl Faithfulness {
             p.into_iter().enumerate().map(|(step, p)| (step as f64 / STEPS as f64, p.into())).collect()
         };
         Self { deletion: curve(first.clone().neg() + 1.0), insertion: curve(first) }
+    }
+
+    /// The means of curves, step by step.
+    pub fn mean(all: &[Self]) -> Option<Self> {
+        let first = all.first()?;
+        let mean = |of: fn(&Self) -> &Vec<(f64, f64)>| {
+            let sum = |step: usize| all.iter().map(|curves| of(curves)[step].1).sum::<f64>();
+            let steps = of(first).iter().enumerate();
+            steps.map(|(step, &(share, _))| (share, sum(step) / all.len() as f64)).collect()
+        };
+        Some(Self { deletion: mean(|curves| &curves.deletion), insertion: mean(|curves| &curves.insertion) })
     }
 
     /// Area under a curve.

@@ -264,7 +264,7 @@ impl Images {
     }
 
     /// What must stay together: a number for each image, the same for images of one patient and for copies.
-    fn groups(&self) -> Vec<usize> {
+    pub fn groups(&self) -> Vec<usize> {
         let mut root: Vec<usize> = (0..self.len()).collect();
         fn find(root: &mut [usize], mut at: usize) -> usize {
             while root[at] != at {

@@ -60,19 +60,30 @@ pub struct Metrics {
     pub tn: usize,
     /// Share of right decisions.
     pub accuracy: Option<f64>,
-    /// Half of its 95 % interval, `1.96 √(a (1 - a) / n)` as in the paper.
+    /// Half of its 95 % interval, `1.96 √(m (1 - m) / n)` as the paper has it for every figure `m`.
     pub accuracy_ci95: Option<f64>,
     /// Precision, sensitivity, F1 and specificity for tuberculosis.
     #[serde(flatten)]
     pub tb: ClassMetrics,
     /// Area under the ROC curve: how often a tuberculous image has a higher probability than a normal one.
     pub auc: Option<f64>,
+    /// Half of its 95 % interval.
+    pub auc_ci95: Option<f64>,
+    /// Halves of the 95 % intervals of precision, sensitivity, F1 and specificity.
+    pub ci95: ClassMetrics,
+    /// The same figures where normal is what is looked for.
+    pub normal: ClassMetrics,
     /// Both classes, weighted by their frequency.
     pub weighted: ClassMetrics,
 }
 
 fn ratio(a: usize, b: usize) -> Option<f64> {
     (b > 0).then(|| a as f64 / b as f64)
+}
+
+/// `1.96 √(m (1 - m) / n)`
+fn half_width(m: f64, n: usize) -> f64 {
+    NORMAL_95 * (m * (1.0 - m) / n as f64).sqrt()
 }
 
 impl ClassMetrics {
@@ -82,6 +93,17 @@ impl ClassMetrics {
             sensitivity: ratio(tp, tp + missed),
             f1: ratio(2 * tp, 2 * tp + fp + missed),
             specificity: ratio(tn, tn + fp),
+        }
+    }
+
+    /// Halves of the 95 % intervals in the paper's form.
+    fn half_widths(&self, n: usize) -> Self {
+        let half = |m: Option<f64>| m.map(|m| half_width(m, n));
+        Self {
+            precision: half(self.precision),
+            sensitivity: half(self.sensitivity),
+            f1: half(self.f1),
+            specificity: half(self.specificity),
         }
     }
 
@@ -117,6 +139,7 @@ impl Metrics {
         let accuracy = ratio(tp + tn, n);
         let tb = ClassMetrics::of(tp, fp, missed, tn);
         let normal = ClassMetrics::of(tn, missed, fp, tp);
+        let auc = auc(scores);
         Self {
             n,
             tp,
@@ -124,9 +147,12 @@ impl Metrics {
             missed,
             tn,
             accuracy,
-            accuracy_ci95: accuracy.map(|a| NORMAL_95 * (a * (1.0 - a) / n as f64).sqrt()),
+            accuracy_ci95: accuracy.map(|a| half_width(a, n)),
             tb,
-            auc: auc(scores),
+            auc,
+            auc_ci95: auc.map(|auc| half_width(auc, n)),
+            ci95: tb.half_widths(n),
+            normal,
             weighted: ClassMetrics::weighted([(tp + missed, tb), (tn + fp, normal)]),
         }
     }
@@ -147,8 +173,12 @@ pub fn roc(scores: &[Scored]) -> Vec<(f64, f64)> {
 pub struct Intervals {
     /// Of the accuracy.
     pub accuracy: Option<[f64; 2]>,
+    /// Of the precision.
+    pub precision: Option<[f64; 2]>,
     /// Of the sensitivity.
     pub sensitivity: Option<[f64; 2]>,
+    /// Of F1.
+    pub f1: Option<[f64; 2]>,
     /// Of the specificity.
     pub specificity: Option<[f64; 2]>,
     /// Of the area under the ROC curve.
@@ -157,21 +187,21 @@ pub struct Intervals {
 
 /// See [`Intervals`].
 pub fn intervals(scores: &[Scored], threshold: f64, rng: &mut impl Rng) -> Intervals {
-    let mut draws: [Vec<f64>; 4] = Default::default();
+    let mut draws: [Vec<f64>; 6] = Default::default();
     for _ in 0..DRAWS {
         let drawn: Vec<Scored> =
             scores.iter().map(|_| scores[rng.random_range(0..scores.len())].clone()).collect();
         let m = Metrics::of(&drawn, threshold);
-        let figures = [m.accuracy, m.tb.sensitivity, m.tb.specificity, m.auc];
+        let figures = [m.accuracy, m.tb.precision, m.tb.sensitivity, m.tb.f1, m.tb.specificity, m.auc];
         draws.iter_mut().zip(figures).for_each(|(draws, figure)| draws.extend(figure));
     }
-    let [accuracy, sensitivity, specificity, auc] = draws.map(|mut draws| {
+    let [accuracy, precision, sensitivity, f1, specificity, auc] = draws.map(|mut draws| {
         draws.sort_by(f64::total_cmp);
         let at =
             |share: f64| draws.get((share * draws.len().saturating_sub(1) as f64).round() as usize).copied();
         Some([at(TAIL)?, at(1.0 - TAIL)?])
     });
-    Intervals { accuracy, sensitivity, specificity, auc }
+    Intervals { accuracy, precision, sensitivity, f1, specificity, auc }
 }
 
 /// A threshold and what it brings.

@@ -9,6 +9,8 @@ use clap::Args;
 use kiln_core::{Context, Error, ErrorKind, Result, write_atomic};
 use kiln_data::write_csv;
 use kiln_stream::{LogOptions, LogWriter};
+#[cfg(feature = "nats")]
+use kiln_stream::{NatsReader, NatsWriter, Subject};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -29,11 +31,19 @@ pub(super) struct WatchArgs {
     #[arg(long)]
     model: PathBuf,
     /// Folder of packets to follow
-    #[arg(long, value_name = "DIR", required_unless_present = "stream")]
+    #[arg(long, value_name = "DIR")]
+    #[cfg_attr(feature = "nats", arg(conflicts_with = "nats"))]
     packets: Option<PathBuf>,
     /// Log of packets to follow, in place of a folder: what `feed` appends to
     #[arg(long, value_name = "DIR", conflicts_with = "packets")]
     stream: Option<PathBuf>,
+    #[cfg(feature = "nats")]
+    #[command(flatten)]
+    nats: NatsArgs,
+    /// The name under which the server remembers how far this watch is
+    #[cfg(feature = "nats")]
+    #[arg(long, default_value = "kiln-btsbot", requires = "nats")]
+    durable: String,
     /// Which sources become targets
     #[arg(long, default_value = "bts_p1")]
     policy: Policy,
@@ -56,6 +66,36 @@ pub(super) struct WatchArgs {
     #[arg(long)]
     out: Option<PathBuf>,
 }
+
+/// A subject on a server of NATS.
+#[cfg(feature = "nats")]
+#[derive(Debug, Clone, Args)]
+struct NatsArgs {
+    /// NATS server with a stream of packets, in place of a folder or log, such as nats://localhost:4222
+    #[arg(long, value_name = "URL", conflicts_with = "stream", requires = "subject")]
+    nats: Option<String>,
+    /// Subject of the packets
+    #[arg(long, requires = "nats")]
+    subject: Option<String>,
+    /// File that holds the server's token
+    #[arg(long, value_name = "FILE", requires = "nats")]
+    nats_token_file: Option<PathBuf>,
+}
+
+#[cfg(feature = "nats")]
+impl NatsArgs {
+    fn subject(&self) -> Result<Option<Subject>> {
+        let (Some(url), Some(name)) = (&self.nats, &self.subject) else { return Ok(None) };
+        let token = self.nats_token_file.as_deref().map(|path| {
+            fs::read_to_string(path).map(|token| token.trim().to_string()).map_err(Error::io("read", path))
+        });
+        Ok(Some(Subject { url: url.clone(), name: name.clone(), token: token.transpose()? }))
+    }
+}
+
+/// Seconds after which the server sends a packet again that the watch has not kept.
+#[cfg(feature = "nats")]
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// Where requests go.
 #[derive(Debug, Clone, Args)]
@@ -130,16 +170,30 @@ fn seconds(option: &str, value: f64) -> Result<Duration> {
     }
 }
 
+impl WatchArgs {
+    fn source(&self) -> Result<Packets> {
+        #[cfg(feature = "nats")]
+        if let Some(subject) = self.nats.subject()? {
+            return Ok(Packets::Nats(NatsReader::open(&subject, &self.durable, AGAIN)?));
+        }
+        let (folder, packets) = match (&self.packets, &self.stream) {
+            (_, Some(log)) => (log, Packets::Stream(log.clone())),
+            (Some(folder), None) => (folder, Packets::Folder(folder.clone())),
+            (None, None) => {
+                return Err(Error::usage("there is nothing to follow")
+                    .hint("give --packets or --stream, or --nats where Kiln was built with it"));
+            }
+        };
+        match folder.is_dir() {
+            true => Ok(packets),
+            false => Err(Error::input(folder.display(), "is no folder")),
+        }
+    }
+}
+
 pub(super) fn watch(args: &WatchArgs, cx: &Context) -> Result<()> {
     let (config, model) = open(&args.model, cx)?;
-    let (packets, folder) = match (&args.packets, &args.stream) {
-        (_, Some(log)) => (Packets::Stream(log.clone()), log),
-        (Some(folder), None) => (Packets::Folder(folder.clone()), folder),
-        (None, None) => return Err(Error::usage("--packets or --stream is needed")),
-    };
-    if !folder.is_dir() {
-        return Err(Error::input(folder.display(), "is no folder"));
-    }
+    let packets = args.source()?;
     let interval = seconds("--interval", args.interval)?;
     let follow_up = args.request.follow_up(cx)?;
     let watch = Watch {
@@ -204,13 +258,61 @@ pub(super) struct FeedArgs {
     packets: Vec<PathBuf>,
     /// Log to append to; made where there is none
     #[arg(long, value_name = "DIR")]
-    stream: PathBuf,
+    stream: Option<PathBuf>,
+    #[cfg(feature = "nats")]
+    #[command(flatten)]
+    nats: NatsArgs,
     /// Packets a second at most, as a survey would send them [default: as fast as they go]
     #[arg(long)]
     rate: Option<f64>,
 }
 
-/// Appends packets to a log, one a record.
+/// What packets are appended to.
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
+enum Sink {
+    Log(LogWriter),
+    #[cfg(feature = "nats")]
+    Subject(NatsWriter),
+}
+
+impl Sink {
+    fn open(args: &FeedArgs, cx: &Context) -> Result<(Self, String)> {
+        #[cfg(feature = "nats")]
+        if let Some(subject) = args.nats.subject()? {
+            return Ok((Self::Subject(NatsWriter::open(&subject)?), format!("subject {}", subject.name)));
+        }
+        let Some(folder) = &args.stream else {
+            return Err(Error::usage("there is nothing to append to")
+                .hint("give --stream, or --nats where Kiln was built with it"));
+        };
+        // Packets are still where they came from if the machine fails, so that the disk need not confirm each.
+        let log = LogWriter::open(folder, LogOptions { sync_every: None, ..LogOptions::default() })?;
+        if log.cut_off() > 0 {
+            cx.note(format!("{} bytes of a record that was not whole were cut off", log.cut_off()));
+        }
+        Ok((Self::Log(log), folder.display().to_string()))
+    }
+
+    /// Appends a packet and returns its number.
+    fn append(&mut self, packet: Vec<u8>) -> Result<u64> {
+        match self {
+            Self::Log(log) => log.append(&packet),
+            #[cfg(feature = "nats")]
+            Self::Subject(subject) => subject.append(packet),
+        }
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        match self {
+            Self::Log(log) => log.sync(),
+            // A packet is the server's once it has a number.
+            #[cfg(feature = "nats")]
+            Self::Subject(_) => Ok(()),
+        }
+    }
+}
+
+/// Appends packets to a log or a subject, one a record.
 pub(super) fn feed(args: &FeedArgs, cx: &Context) -> Result<()> {
     let pause = match args.rate {
         Some(rate) if rate.is_finite() && rate > 0.0 => seconds("--rate", rate.recip())?,
@@ -218,16 +320,14 @@ pub(super) fn feed(args: &FeedArgs, cx: &Context) -> Result<()> {
         None => Duration::ZERO,
     };
     let paths = find(&args.packets)?;
-    // Packets are still where they came from if the machine fails, so that the disk need not confirm each.
-    let mut log = LogWriter::open(&args.stream, LogOptions { sync_every: None, ..LogOptions::default() })?;
-    if log.cut_off() > 0 {
-        cx.note(format!("{} bytes of a record that was not whole were cut off", log.cut_off()));
-    }
-    let begin = log.end();
-    let mut unreadable = 0;
+    let (mut sink, name) = Sink::open(args, cx)?;
+    let (mut count, mut unreadable, mut end) = (0, 0, None);
     visit(&paths, |(name, bytes)| {
         match bytes {
-            Ok(bytes) => _ = log.append(&bytes)?,
+            Ok(bytes) => {
+                end = Some(sink.append(bytes)? + 1);
+                count += 1;
+            }
             Err(reason) => {
                 unreadable += 1;
                 cx.note(format!("left out: {name} {reason}"));
@@ -235,14 +335,12 @@ pub(super) fn feed(args: &FeedArgs, cx: &Context) -> Result<()> {
         }
         match wait(pause, cx) {
             true => Ok(()),
-            false => Err(Error::interrupted(format!("stopped after {} packets", log.end() - begin))),
+            false => Err(Error::interrupted(format!("stopped after {count} packets"))),
         }
     })?;
-    log.sync()?;
-    let count = log.end() - begin;
-    let result =
-        json!({ "stream": args.stream, "packets": count, "unreadable": unreadable, "end": log.end() });
-    cx.emit(&result, |_| format!("{count} packets appended to {}\n", args.stream.display()))
+    sink.sync()?;
+    let result = json!({ "stream": name, "packets": count, "unreadable": unreadable, "end": end });
+    cx.emit(&result, |_| format!("{count} packets appended to {name}\n"))
 }
 
 /// False when the user stopped.

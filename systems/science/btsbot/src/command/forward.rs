@@ -1,4 +1,4 @@
-//! `kiln btsbot forward`
+//! `kiln btsbot forward` and `import`
 
 use std::path::PathBuf;
 
@@ -8,9 +8,11 @@ use kiln_core::{Context, Error, HostTensor, Result, TensorFile};
 use kiln_data::{read_tensors, write_tensors};
 use serde_json::json;
 
-use crate::features::FEATURES;
+use crate::checkpoint::{Config, save};
+use crate::features::{FEATURES, FeatureOptions};
 use crate::model::{MmCnnConfig, Mode};
 use crate::names::from_elsewhere;
+use crate::triplet::SIDE;
 
 #[derive(Debug, Args)]
 pub(super) struct ForwardArgs {
@@ -66,6 +68,40 @@ pub(super) fn run(args: &ForwardArgs, cx: &Context) -> Result<()> {
     let logits = outputs.get("logit").and_then(HostTensor::as_floats).unwrap_or_default().to_vec();
     cx.emit(&json!({ "out": args.out, "logits": logits }), |_| {
         format!("{} logits and scores in {}\n", logits.len(), args.out.display())
+    })
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImportArgs {
+    /// Weights of the public PyTorch package: .pth, .pt, .safetensors or .npz
+    #[arg(long)]
+    weights: PathBuf,
+    /// Which network
+    #[arg(long, value_enum, default_value = "mm_cnn")]
+    model: Mode,
+    /// Rows and columns of the stamps that it sees
+    #[arg(long, default_value_t = SIDE)]
+    crop: usize,
+    /// Model folder to write
+    #[arg(long)]
+    out: PathBuf,
+}
+
+/// Makes a model folder of weights from elsewhere.
+pub(super) fn import(args: &ImportArgs, cx: &Context) -> Result<()> {
+    if args.out.join("config.json").exists() {
+        return Err(Error::usage(format!("{} already holds a model", args.out.display()))
+            .hint("choose another --out"));
+    }
+    let mut weights = read_tensors(&args.weights)?;
+    from_elsewhere(&mut weights, args.model);
+    let network = config_of(&weights, args.model, Some(args.crop));
+    network.check()?;
+    let model = weights.into_module(network.init(&cx.device))?;
+    let parameters = model.parameters();
+    save(&args.out, &Config::new(network, FeatureOptions::default()), &model)?;
+    cx.emit(&json!({ "out": args.out, "parameters": parameters }), |_| {
+        format!("{parameters} parameters in {}\n", args.out.display())
     })
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use kiln_core::{Context, Error, Result};
+use kiln_data::write_csv;
 use kiln_nn::{Decay, Plateau, TrainConfig, TrainRun};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -14,7 +15,8 @@ use crate::checkpoint::{Config, KIND, new_model};
 use crate::dataset::{Dataset, Rejected};
 use crate::features::FeatureOptions;
 use crate::model::{MmCnnConfig, Mode};
-use crate::train::{AlertTask, BATCH, LEARNING_RATE, MOST_ALERTS, SHARES, training};
+use crate::page::{ACCURACY, read_accuracies};
+use crate::train::{Accuracy, AlertTask, BATCH, LEARNING_RATE, MOST_ALERTS, SHARES, training};
 use crate::triplet::SIDE;
 
 /// The command whose runs a model folder keeps.
@@ -230,12 +232,24 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         held_out.len()
     ));
     let words = format!("--triplets {} --candidates {}", triplets.display(), candidates.display());
-    let trained = run.train(model, &mut task, &training, &words, cx)?;
+    let trained = run.train(model, &mut task, &training, &words, cx);
+    // Of a run that was stopped, too.
+    keep_accuracies(&run.folder.file(ACCURACY), &task.accuracies)?;
+    let trained = trained?;
     let summary = run.finish(&trained, "weighted cross-entropy")?;
     cx.emit(
         &json!({ "summary": summary, "parameters": parameters, "train": train.len(), "valid": valid.len() }),
         |_| format!("{}model in {}\n", summary.to_text("an alert"), summary.model.display()),
     )
+}
+
+/// Adds what a run found to what it had found before it was stopped.
+fn keep_accuracies(path: &Path, found: &[Accuracy]) -> Result<()> {
+    let Some(first) = found.first() else { return Ok(()) };
+    let mut all = if path.exists() { read_accuracies(path)? } else { Vec::new() };
+    all.retain(|row| row.step < first.step);
+    all.extend(found);
+    write_csv(path, &all)
 }
 
 /// The production network, or what a file says differently; --model and --crop come last.

@@ -110,6 +110,12 @@ one less for sources known for 30 days.")]
   kiln btsbot simulate --sources 120 --out survey/
   kiln btsbot extract --packets survey/packets --labels survey/sources.csv --out arrays/")]
     Simulate(follow::SimulateArgs),
+    /// Make a model of weights of the public PyTorch package
+    #[command(after_help = "Examples:
+  kiln btsbot import --weights best_model.pth --out m/
+  kiln btsbot import --weights um_nn.safetensors --model um_nn --out m/
+The file holds the state dictionary, with names such as conv_layers.0.weight; sizes of layers are taken from it.")]
+    Import(forward::ImportArgs),
     /// Run a network on prepared tensors
     #[command(after_help = "Examples:
   kiln btsbot forward --weights w.safetensors --input io.safetensors --out logits.safetensors
@@ -134,6 +140,7 @@ impl Command {
             Verb::Watch(args) => follow::watch(&args, cx),
             Verb::Feed(args) => follow::feed(&args, cx),
             Verb::Simulate(args) => follow::simulate(&args, cx),
+            Verb::Import(args) => forward::import(&args, cx),
             Verb::Forward(args) => forward::run(&args, cx),
         }
     }

@@ -3,7 +3,8 @@
 
 use std::fs;
 
-use kiln_btsbot::Btsbot;
+use kiln_btsbot::names::to_public;
+use kiln_btsbot::{Btsbot, Mode};
 use kiln_core::testing::Desk;
 use kiln_core::{HostTensor, TensorFile};
 use kiln_data::{read_npy, write_npz};
@@ -38,6 +39,22 @@ fn a_survey_is_simulated_learned_scored_and_judged() {
         desk.json(&format!("predict --model @{model} {ARRAYS} --out @{model}.csv"));
     }
     assert!(desk.path("mm_cnn/loss.svg").exists());
+    let curve = fs::read_to_string(desk.path("mm_cnn/accuracy.csv")).unwrap();
+    assert!(curve.starts_with("step,accuracy,val_accuracy\n") && curve.lines().count() > 1, "{curve}");
+    // Under the names of the public package, and back.
+    let mut weights = TensorFile::read(&desk.path("mm_cnn/model.safetensors")).unwrap();
+    to_public(&mut weights, Mode::MmCnn);
+    assert!(weights.get("conv_layers.0.weight").is_some());
+    weights.write(&desk.path("public.safetensors")).unwrap();
+    desk.json("import --weights @public.safetensors --crop 15 --out @imported");
+    desk.json(&format!("predict --model @imported {ARRAYS} --out @imported.csv"));
+    let text = |name: &str| fs::read_to_string(desk.path(name)).unwrap();
+    assert_eq!(text("imported.csv"), text("mm_cnn.csv"));
+    desk.assert_refused(
+        "import --weights @public.safetensors --crop 15 --out @imported",
+        "already holds a model",
+    );
+    desk.assert_refused("import --weights @public.safetensors --crop 63 --out @x", "comb_fc.0.weight");
     // The same alerts from packets: the same scores, in the order of the files.
     let found = desk.json("predict --model @mm_cnn --packets @survey/packets --negative --out @p.csv");
     assert_eq!(found["scored"], rows);

@@ -7,6 +7,7 @@ use kiln_btsbot::packets::triplet;
 use kiln_btsbot::simulate::{Season, sources};
 use kiln_btsbot::{Alert, AlertReader, FeatureHistory};
 use kiln_core::{Context, random_stream};
+use kiln_data::avro::{AvroSchema, AvroValue, write_avro};
 use kiln_data::fits::gzip;
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -57,6 +58,72 @@ fn another_brokers_names_are_translated() {
     assert_eq!((back.magpsf, &back.object_id), (alert.magpsf, &alert.object_id));
     let magnitudes = |alert: &Alert| alert.prior.iter().map(|d| d.magpsf as f32).collect::<Vec<_>>();
     assert_eq!(magnitudes(&back), magnitudes(&alert));
+}
+
+/// Packets of a survey that gives fluxes and letters, as the Rubin observatory's do.
+const RUBIN: &str = r#"{"type": "record", "name": "alert", "namespace": "lsst.v9_0", "fields": [
+  {"name": "diaSourceId", "type": "long"},
+  {"name": "diaSource", "type": {"type": "record", "name": "diaSource", "fields": [
+    {"name": "diaSourceId", "type": "long"}, {"name": "diaObjectId", "type": ["null", "long"]},
+    {"name": "midpointMjdTai", "type": "double"}, {"name": "band", "type": ["null", "string"]},
+    {"name": "psfFlux", "type": ["null", "float"]}, {"name": "psfFluxErr", "type": ["null", "float"]},
+    {"name": "ra", "type": "double"}, {"name": "dec", "type": "double"}]}},
+  {"name": "prvDiaSources", "type": ["null", {"type": "array", "items": "lsst.v9_0.diaSource"}]}]}"#;
+
+#[test]
+fn fluxes_dates_and_filters_of_another_survey_are_converted() {
+    let schema = AvroSchema::parse(RUBIN).unwrap();
+    let source = |mjd: f64, band: &'static str, flux: f64| {
+        AvroValue::Record(vec![
+            ("diaSourceId", AvroValue::Int(170)),
+            ("diaObjectId", AvroValue::Int(42)),
+            ("midpointMjdTai", AvroValue::Number(mjd)),
+            ("band", AvroValue::Text(band)),
+            ("psfFlux", AvroValue::Number(flux)),
+            ("psfFluxErr", AvroValue::Number(200.0)),
+            ("ra", AvroValue::Number(10.0)),
+            ("dec", AvroValue::Number(-5.0)),
+        ])
+    };
+    let packet = |flux: f64, prior| {
+        let packet = AvroValue::Record(vec![
+            ("diaSourceId", AvroValue::Int(171)),
+            ("diaSource", source(61_000.25, "r", flux)),
+            ("prvDiaSources", prior),
+        ]);
+        write_avro(RUBIN, &schema, &[packet])
+    };
+    let names = r#"{
+      "object_id": "diaSource.diaObjectId", "candid": "diaSourceId", "candidate": "diaSource", "prior": "prvDiaSources",
+      "fields": {"midpointMjdTai": "jd", "band": "fid", "psfFlux": "magpsf", "psfFluxErr": "sigmapsf"},
+      "units": {"midpointMjdTai": "MJD", "band": "band", "psfFlux": "nJy", "psfFluxErr": {"error_of": "psfFlux"}},
+      "absent": {"sgscore1": -999, "ra": 3.0}}"#;
+    let reader = AlertReader::with_names(serde_json::from_str::<Names>(names).unwrap());
+    // 36,307.8 nJy are magnitude 20 (Oke and Gunn 1983), ten times as much 17.5.
+    let prior = AvroValue::Array(vec![
+        source(60_998.0, "g", 36_307.805),
+        source(60_999.0, "i", -500.0),
+        source(60_999.5, "q", 500.0),
+    ]);
+    let alert = reader.read(&packet(363_078.05, prior).unwrap()).remove(0).unwrap();
+    assert_eq!((alert.object_id.as_str(), alert.candid, alert.jd), ("42", 171, 2_461_000.75));
+    assert!((alert.magpsf - 17.5).abs() < 1e-6 && alert.is_positive(), "{}", alert.magpsf);
+    // Δm = 2.5 / ln 10 · Δf / f
+    assert!((alert.number("sigmapsf").unwrap() - 1.085_736_2 * 200.0 / 363_078.05).abs() < 1e-9);
+    assert_eq!(
+        (alert.number("fid"), alert.number("sgscore1"), alert.number("ra")),
+        (Some(2.0), Some(-999.0), Some(10.0))
+    );
+    // Earlier: a detection, one of a source that became fainter, and one through an unknown filter.
+    assert_eq!(alert.prior.len(), 1);
+    let first = alert.prior[0];
+    assert!(first.jd == 2_460_998.5 && first.fid == 1 && (first.magpsf - 20.0).abs() < 1e-6, "{first:?}");
+
+    let fainter = reader.read(&packet(-363_078.05, AvroValue::Null).unwrap()).remove(0).unwrap();
+    assert!(!fainter.is_positive() && (fainter.magpsf - 17.5).abs() < 1e-6);
+    let fault = reader.read(&packet(0.0, AvroValue::Null).unwrap()).remove(0).unwrap_err();
+    assert!(fault.reason.contains("has no diaSource.magpsf"), "{fault:?}");
+    assert!(serde_json::from_str::<Names>(r#"{"units": {"psfFlux": "furlong"}}"#).is_err());
 }
 
 #[test]

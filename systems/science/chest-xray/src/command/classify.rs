@@ -7,7 +7,7 @@ use burn::module::Module;
 use clap::Args;
 use kiln_core::{Context, Error, Plot, Result};
 use kiln_data::{read_tensors, write_csv};
-use kiln_nn::{TrainRun, initialise};
+use kiln_nn::{LrShare, TrainRun, initialise};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -79,6 +79,10 @@ struct Recipe {
     /// Learning rate
     #[arg(long, default_value_t = 1e-4, conflicts_with = "resume")]
     lr: f64,
+    /// Learning rate of the classifier, where it is to have another than what comes before it [default: that of --lr]
+    #[arg(long, conflicts_with = "resume")]
+    #[serde(default)]
+    head_lr: Option<f64>,
     /// Epochs without a lower validation loss after which a run stops
     #[arg(long, default_value_t = 6, conflicts_with = "resume")]
     patience: usize,
@@ -94,6 +98,14 @@ struct Recipe {
 }
 
 impl Recipe {
+    /// The classifier's learning rate over that of the rest, where it has one of its own.
+    fn lr_shares(&self) -> Vec<LrShare> {
+        let head = self.net.head().iter().map(|name| format!("{name}*"));
+        self.head_lr.map_or(Vec::new(), |lr| {
+            head.map(|pattern| LrShare { pattern, share: lr / self.lr }).collect()
+        })
+    }
+
     fn config(&self, has_weights: bool, is_segmented: bool) -> Result<ClassifyConfig> {
         let network = ClassifierConfig {
             width: self.width,
@@ -103,6 +115,9 @@ impl Recipe {
         network.check()?;
         if self.batch == 0 || self.epochs == 0 || !(1..=100).contains(&self.folds) {
             return Err(Error::usage("--batch and --epochs must be at least 1, --folds between 1 and 100"));
+        }
+        if let Some(rate) = self.head_lr.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
+            return Err(Error::usage(format!("--head-lr {rate} must be a number above 0")));
         }
         if self.crop && !is_segmented {
             return Err(Error::usage("--crop cuts to lungs, which only --seg finds"));
@@ -146,7 +161,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
     let begun = Instant::now();
     let (mut rows, mut scores, mut curves, mut fold_metrics) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut judged_seconds = 0.0;
+    let (mut judged_seconds, mut trained_seconds, mut trained_images) = (0.0, 0.0, 0);
     for fold in 0..recipe.folds {
         let folder = if recipe.folds == 1 { out.clone() } else { out.join(fold_name(fold + 1)) };
         let [train, valid, test] = images.split(&folds, fold, &mut cx.rng("split", fold as u64))?;
@@ -169,6 +184,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         let mut plan = training(run.steps, recipe.lr, Fall::None);
         (plan.eval_every, plan.checkpoint_every) = (per_epoch, per_epoch);
         plan.patience = Some(recipe.patience);
+        plan.lr_shares = recipe.lr_shares();
         plan.check()?;
         let model = begin_with(&config, &args, cx, fold == 0)?;
         let model = recipe.freeze.apply(model, recipe.net.head())?;
@@ -184,6 +200,8 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         let words = format!("--images {}", args.images.images.display());
         let trained = run.train(model, &mut task, &plan, &words, cx)?;
         run.finish(&trained, "cross-entropy")?;
+        trained_seconds += trained.log.last().map_or(0.0, |row| row.seconds);
+        trained_images += trained.log.last().map_or(0, |row| row.tokens);
         let clock = Instant::now();
         let margins = judge(&trained.model, &images, &test, cx)?;
         judged_seconds += clock.elapsed().as_secs_f64();
@@ -223,6 +241,7 @@ pub(super) fn train(args: TrainArgs, cx: &Context) -> Result<()> {
         "folds": fold_metrics,
         "seconds": begun.elapsed().as_secs_f64(),
         "milliseconds_per_image": 1e3 * judged_seconds / scores.len().max(1) as f64,
+        "training_milliseconds_per_image": 1e3 * trained_seconds / trained_images.max(1) as f64,
     });
     result["note"] = Value::from(NOTICE);
     write_json(&out.join("metrics.json"), &result)?;

@@ -3,20 +3,17 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Tensor;
 use clap::{Args, ValueEnum};
 use kiln_core::{Context, Error, Plot, Result, write_atomic};
 use kiln_data::write_csv;
-use rand::seq::SliceRandom;
 use serde::Serialize;
 use serde_json::json;
 
-use super::judge::{Ensemble, ModelArgs, picture};
+use super::judge::{Ensemble, ModelArgs, mean_votes, picture};
 use super::{ImagesArgs, escape, make_folder, page, picture_path, shown};
 use crate::NOTICE;
 use crate::cam::{Faithfulness, Layer, grad_cam, score_cam};
 use crate::masks::Mask;
-use crate::train::judge;
 use crate::tsne;
 
 /// Neighbours that count in t-SNE.
@@ -80,9 +77,6 @@ pub(super) fn run(args: &ExplainArgs, cx: &Context) -> Result<()> {
         return Err(Error::usage("--max-maps must be at least 1"));
     }
     let ensemble = Ensemble::open(&args.model, cx)?;
-    if ensemble.members.len() > 1 {
-        cx.note(format!("the first of {} models is explained", ensemble.members.len()));
-    }
     match args.method {
         Method::Tsne => map_of_images(args, &ensemble, cx),
         Method::ScoreCam | Method::GradCam => attention(args, &ensemble, cx),
@@ -90,37 +84,42 @@ pub(super) fn run(args: &ExplainArgs, cx: &Context) -> Result<()> {
 }
 
 fn attention(args: &ExplainArgs, ensemble: &Ensemble, cx: &Context) -> Result<()> {
-    let (config, model) = &ensemble.members[0];
+    ensemble.require_one_square()?;
     let entries = args.images.list()?;
     let lungs = ensemble.lungs(&entries, cx)?;
-    let images = ensemble.prepare(config, &entries, lungs.as_deref(), cx)?;
-    let all: Vec<usize> = (0..images.len()).collect();
-    let margins = judge(model, &images, &all, cx)?;
+    let views = ensemble.views(&entries, lungs.as_deref(), cx)?;
+    let probabilities = mean_votes(&ensemble.votes(&views, cx)?);
+    let threshold = ensemble.threshold();
+    let (config, images) = (&ensemble.members[0].0, views.of(0));
     make_folder(&args.out)?;
     let bar = cx.progress(images.len() as u64, "explaining");
     let (mut rows, mut curves) = (Vec::new(), Vec::new());
-    for (index, margin) in margins.into_iter().enumerate() {
+    for (index, p_tb) in probabilities.into_iter().enumerate() {
         if cx.interrupted() {
             return Err(Error::interrupted(format!("stopped after {index} images")));
         }
-        let p_tb = config.probability(margin);
-        let is_tb = p_tb >= config.threshold;
+        let is_tb = p_tb >= threshold;
         let class = match args.class.as_str() {
             "tb" => 1,
             "normal" => 0,
             _ => usize::from(is_tb),
         };
-        let plane = images.plane(index);
-        let x: Tensor<4> = config.cxr.to_tensor([&plane[..]], &cx.device);
-        let map = match args.method {
-            Method::GradCam => grad_cam(model, x.clone(), class)?,
-            _ => score_cam(model, x.clone(), class, args.layer, args.max_maps).map,
-        };
+        let inputs = ensemble.inputs(&views, index, cx);
+        let map = ensemble.map(&inputs, |model, x| match args.method {
+            Method::GradCam => grad_cam(model, x, class),
+            _ => Ok(score_cam(model, x, class, args.layer, args.max_maps).map),
+        })?;
         // A cut image no longer lies where the mask does.
         let mask = lungs.as_ref().filter(|_| !config.crop).map(|lungs| &lungs[index]);
         let path = picture_path(&args.out.join("overlays"), &entries[index].name)?;
-        picture(&plane, config.cxr.size, &map, mask).write_png(&path)?;
-        let faithful = args.curves.then(|| Faithfulness::of(model, &x, class, &map));
+        picture(&images.plane(index), config.cxr.size, &map, mask).write_png(&path)?;
+        let faithful = args.curves.then(|| {
+            let members = ensemble.members.iter().zip(&inputs);
+            let each: Vec<_> =
+                members.map(|((_, model), x)| Faithfulness::of(model, x, class, &map)).collect();
+            Faithfulness::mean(&each)
+        });
+        let faithful = faithful.flatten();
         let truth = entries[index].is_tb;
         rows.push(ExplainedRow {
             image: entries[index].name.clone(),
@@ -136,16 +135,10 @@ fn attention(args: &ExplainArgs, ensemble: &Ensemble, cx: &Context) -> Result<()
         curves.extend(faithful);
         bar.inc(1);
     }
-    if !curves.is_empty() {
-        let mean = |of: fn(&Faithfulness) -> &Vec<(f64, f64)>| -> Vec<(f64, f64)> {
-            let points = of(&curves[0]).iter().enumerate().map(|(step, &(share, _))| {
-                (share, curves.iter().map(|curve| of(curve)[step].1).sum::<f64>() / curves.len() as f64)
-            });
-            points.collect()
-        };
+    if let Some(mean) = Faithfulness::mean(&curves) {
         Plot::lines("Deletion and insertion", "share of pixels", "probability of the class")
-            .series("deletion", mean(|curve| &curve.deletion))
-            .series("insertion", mean(|curve| &curve.insertion))
+            .series("deletion", mean.deletion)
+            .series("insertion", mean.insertion)
             .save(&args.out.join("curves.svg"))?;
     }
     write_csv(&args.out.join("explain.csv"), &rows)?;
@@ -250,28 +243,28 @@ struct PlaceRow {
 }
 
 fn map_of_images(args: &ExplainArgs, ensemble: &Ensemble, cx: &Context) -> Result<()> {
-    let (config, model) = &ensemble.members[0];
-    let mut entries = args.images.list()?;
-    if entries.len() > tsne::MOST {
-        cx.note(format!("{} of {} images are drawn, chosen at random", tsne::MOST, entries.len()));
-        entries.shuffle(&mut cx.rng("tsne-choice", 0));
-        entries.truncate(tsne::MOST);
-    }
+    let entries = args.images.list()?;
     if entries.len() < 3 {
         return Err(Error::input(args.images.images.display(), format!("holds {} images", entries.len()))
             .hint("a map needs at least 3"));
     }
     let lungs = ensemble.lungs(&entries, cx)?;
-    let images = ensemble.prepare(config, &entries, lungs.as_deref(), cx)?;
-    let bar = cx.progress(images.len() as u64, "reading features");
-    let mut features = Vec::with_capacity(images.len());
-    for index in 0..images.len() {
-        let plane = images.plane(index);
-        let x = config.cxr.to_tensor([&plane[..]], &cx.device);
-        features.push(model.embed(model.activations(x)).into_data().iter().collect::<Vec<f32>>());
+    let views = ensemble.views(&entries, lungs.as_deref(), cx)?;
+    let bar = cx.progress(entries.len() as u64, "reading features");
+    let mut features = Vec::with_capacity(entries.len());
+    for index in 0..entries.len() {
+        if cx.interrupted() {
+            return Err(Error::interrupted(format!("stopped after the features of {index} images")));
+        }
+        // Those of all members, one after another.
+        let mut of_image: Vec<f32> = Vec::new();
+        for ((_, model), x) in ensemble.members.iter().zip(ensemble.inputs(&views, index, cx)) {
+            of_image.extend(model.embed(model.activations(x)).into_data().iter::<f32>());
+        }
+        features.push(of_image);
         bar.inc(1);
     }
-    let places = tsne::embed(&features, PERPLEXITY, &mut cx.rng("tsne", 0));
+    let places = tsne::embed(&features, PERPLEXITY, cx)?;
     make_folder(&args.out)?;
     let mut plot = Plot::points("Images as the network sees them (t-SNE)", "", "");
     for (name, class) in [("TB", Some(true)), ("Normal", Some(false)), ("no label", None)] {

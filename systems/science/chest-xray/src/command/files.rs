@@ -1,14 +1,15 @@
-//! `kiln chest-xray phantom` and `kiln chest-xray duplicates`
+//! `kiln chest-xray phantom`, `duplicates` and `arrays`
 
 use std::path::PathBuf;
 
 use clap::Args;
-use kiln_core::{Context, Error, Result};
-use kiln_data::{Picture, write_csv};
+use kiln_core::{Context, Error, HostTensor, Result, TensorFile};
+use kiln_data::{Picture, write_csv, write_tensors};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
+use super::judge::{Ensemble, ModelArgs};
 use super::{ImagesArgs, make_folder};
 use crate::NOTICE;
 use crate::bilinear::resize_plane;
@@ -149,6 +150,46 @@ pub(super) fn duplicates(args: &DuplicatesArgs, cx: &Context) -> Result<()> {
             entries.len(),
             args.out.display()
         )
+    })
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ArraysArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    images: ImagesArgs,
+    /// .npz or .safetensors file to write
+    #[arg(long)]
+    out: PathBuf,
+}
+
+/// Writes images as a model's network takes them, for what runs its graph: `kiln ptq`, `kiln graph`, other runtimes.
+pub(super) fn arrays(args: &ArraysArgs, cx: &Context) -> Result<()> {
+    let ensemble = Ensemble::open(&args.model, cx)?;
+    if ensemble.members.len() > 1 {
+        return Err(Error::usage(format!("there are {} models", ensemble.members.len()))
+            .hint("give one, such as fold-1 of several"));
+    }
+    let entries = args.images.list()?;
+    let lungs = ensemble.lungs(&entries, cx)?;
+    let views = ensemble.views(&entries, lungs.as_deref(), cx)?;
+    let images = views.of(0);
+    let planes: Vec<Vec<f32>> = (0..images.len()).map(|index| images.plane(index)).collect();
+    let x = images.cxr.to_tensor(planes.iter().map(Vec::as_slice), &cx.device);
+    let shape = x.dims();
+    let mut file = TensorFile::new();
+    file.insert("x", HostTensor::from_tensor(x));
+    // Labels as the network counts its classes.
+    let labels: Option<Vec<i64>> = entries.iter().map(|entry| entry.is_tb.map(i64::from)).collect();
+    if let Some(labels) = &labels {
+        file.insert("y", HostTensor::int([labels.len()], labels.clone()));
+    }
+    write_tensors(&args.out, &file)?;
+    let result = json!({ "out": args.out, "x": shape, "labelled": labels.is_some(), "note": NOTICE });
+    cx.emit(&result, |_| {
+        let labels = if labels.is_some() { " and their labels y" } else { "" };
+        format!("{} images x {shape:?}{labels} in {}\n", entries.len(), args.out.display())
     })
 }
 

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
+use burn::tensor::Tensor;
 use clap::Args;
 use kiln_core::{Context, Error, ModelFolder, Plot, Result, TensorFile, write_atomic};
 use kiln_data::write_csv;
@@ -18,7 +19,7 @@ use crate::checkpoint::{
     ClassifyConfig, Config, KIND, SegmentConfig, model_folders, open_classifier, open_segmenter,
 };
 use crate::dataset::{Entry, Images, class_of};
-use crate::image::{Radiograph, segmented};
+use crate::image::{Cxr, Radiograph, segmented};
 use crate::masks::Mask;
 use crate::metrics::{
     DECISION, Metrics, OperatingPoint, Reliability, Scored, TRIAGE_SENSITIVITY, intervals, operating_point,
@@ -45,12 +46,14 @@ pub(super) struct ModelArgs {
 /// Networks and what they need.
 pub(super) struct Ensemble {
     pub members: Vec<(ClassifyConfig, Classifier)>,
+    /// The members' folders.
+    names: Vec<String>,
     segmenter: Option<(SegmentConfig, UNet)>,
 }
 
 impl Ensemble {
     pub(super) fn open(args: &ModelArgs, cx: &Context) -> Result<Self> {
-        let mut members: Vec<(ClassifyConfig, Classifier)> = Vec::new();
+        let (mut members, mut names) = (Vec::new(), Vec::new());
         for path in &args.model {
             for folder in model_folders(path)? {
                 let (config, model) = open_classifier(&folder, cx)?;
@@ -59,14 +62,15 @@ impl Ensemble {
                         .hint("give the model that finds them with --seg"));
                 }
                 members.push((config, model));
+                names.push(folder.display().to_string());
             }
         }
         let segmenter = args.seg.as_deref().map(|path| open_segmenter(path, cx)).transpose()?;
-        Ok(Self { members, segmenter })
+        Ok(Self { members, names, segmenter })
     }
 
     /// Mean of the members' thresholds.
-    fn threshold(&self) -> f64 {
+    pub(super) fn threshold(&self) -> f64 {
         self.members.iter().map(|(config, _)| config.threshold).sum::<f64>() / self.members.len() as f64
     }
 
@@ -78,37 +82,85 @@ impl Ensemble {
         find_lungs(model, &images, &all, cx).map(Some)
     }
 
-    /// Images as one of the members sees them.
-    pub(super) fn prepare(
-        &self,
-        config: &ClassifyConfig,
-        entries: &[Entry],
-        lungs: Option<&[Mask]>,
-        cx: &Context,
-    ) -> Result<Images> {
-        let mut images = Images::read(entries.to_vec(), config.cxr, cx)?;
-        if let Some(lungs) = lungs.filter(|_| config.segmented) {
-            cover(&mut images, lungs, config.crop);
+    /// Images as the members see them.
+    pub(super) fn views(&self, entries: &[Entry], lungs: Option<&[Mask]>, cx: &Context) -> Result<Views> {
+        let mut views = Views { distinct: Vec::new(), of_member: Vec::new() };
+        let mut seen: Vec<(Cxr, bool, bool)> = Vec::new();
+        for (config, _) in &self.members {
+            let sight = (config.cxr, config.segmented, config.crop);
+            let known = seen.iter().position(|other| *other == sight);
+            views.of_member.push(known.unwrap_or(seen.len()));
+            if known.is_none() {
+                let mut images = Images::read(entries.to_vec(), config.cxr, cx)?;
+                if let Some(lungs) = lungs.filter(|_| config.segmented) {
+                    cover(&mut images, lungs, config.crop);
+                }
+                seen.push(sight);
+                views.distinct.push(images);
+            }
         }
-        Ok(images)
+        Ok(views)
     }
 
-    /// Mean probability of tuberculosis for every image.
-    pub(super) fn probabilities(
-        &self,
-        entries: &[Entry],
-        lungs: Option<&[Mask]>,
-        cx: &Context,
-    ) -> Result<Vec<f64>> {
-        let mut sums = vec![0.0; entries.len()];
-        let all: Vec<usize> = (0..entries.len()).collect();
-        for (config, model) in &self.members {
-            let images = self.prepare(config, entries, lungs, cx)?;
-            let margins = judge(model, &images, &all, cx)?;
-            sums.iter_mut().zip(margins).for_each(|(sum, margin)| *sum += config.probability(margin));
-        }
-        Ok(sums.into_iter().map(|sum| sum / self.members.len() as f64).collect())
+    /// Probabilities of tuberculosis, by member and image.
+    pub(super) fn votes(&self, views: &Views, cx: &Context) -> Result<Vec<Vec<f64>>> {
+        let vote = |(member, (config, model)): (usize, &(ClassifyConfig, Classifier))| {
+            let images = views.of(member);
+            let all: Vec<usize> = (0..images.len()).collect();
+            let margins = judge(model, images, &all, cx)?;
+            Ok(margins.into_iter().map(|margin| config.probability(margin)).collect())
+        };
+        self.members.iter().enumerate().map(vote).collect()
     }
+
+    /// An image as every member's network takes it, `[1, 3, size, size]`.
+    pub(super) fn inputs(&self, views: &Views, index: usize, cx: &Context) -> Vec<Tensor<4>> {
+        let input = |(member, (config, _)): (usize, &(ClassifyConfig, Classifier))| {
+            config.cxr.to_tensor([&views.of(member).plane(index)[..]], &cx.device)
+        };
+        self.members.iter().enumerate().map(input).collect()
+    }
+
+    /// The mean of the members' maps of an image, over the square that the first sees.
+    pub(super) fn map(
+        &self,
+        inputs: &[Tensor<4>],
+        cam: impl Fn(&Classifier, Tensor<4>) -> Result<Map>,
+    ) -> Result<Map> {
+        let maps = self.members.iter().zip(inputs).map(|((_, model), x)| cam(model, x.clone()));
+        Ok(Map::mean(maps.collect::<Result<_>>()?, [self.members[0].0.cxr.size; 2]))
+    }
+
+    /// Makes sure that maps of all members lie over each other.
+    pub(super) fn require_one_square(&self) -> Result<()> {
+        let square = |config: &ClassifyConfig| (config.cxr.fit, config.crop);
+        let first = square(&self.members[0].0);
+        match self.members.iter().all(|(config, _)| square(config) == first) {
+            true => Ok(()),
+            false => Err(Error::usage("the models see images in different squares (--fit, --crop)")
+                .hint("maps of such models do not lie over each other; give one model at a time")),
+        }
+    }
+}
+
+/// Images as members of an [`Ensemble`] see them; those that see the same share it.
+pub(super) struct Views {
+    distinct: Vec<Images>,
+    /// Which of them each member sees.
+    of_member: Vec<usize>,
+}
+
+impl Views {
+    /// What a member sees.
+    pub(super) fn of(&self, member: usize) -> &Images {
+        &self.distinct[self.of_member[member]]
+    }
+}
+
+/// The mean over members, for every image.
+pub(super) fn mean_votes(votes: &[Vec<f64>]) -> Vec<f64> {
+    let count = votes.first().map_or(0, Vec::len);
+    (0..count).map(|index| votes.iter().map(|vote| vote[index]).sum::<f64>() / votes.len() as f64).collect()
 }
 
 /// Blacks out what is no lung.
@@ -161,6 +213,9 @@ struct PredictionRow {
 
 pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
     let ensemble = Ensemble::open(&args.model, cx)?;
+    if args.overlays {
+        ensemble.require_one_square()?;
+    }
     // What cannot be read gets a row that says so, and the others go on.
     let (mut entries, mut unreadable) = (Vec::new(), Vec::new());
     for entry in args.images.list()? {
@@ -177,10 +232,10 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         ));
     }
     let lungs = ensemble.lungs(&entries, cx)?;
-    let probabilities = ensemble.probabilities(&entries, lungs.as_deref(), cx)?;
+    let views = ensemble.views(&entries, lungs.as_deref(), cx)?;
+    let probabilities = mean_votes(&ensemble.votes(&views, cx)?);
     let threshold = ensemble.threshold();
-    let (config, model) = &ensemble.members[0];
-    let images = ensemble.prepare(config, &entries, lungs.as_deref(), cx)?;
+    let (config, images) = (&ensemble.members[0].0, views.of(0));
     make_folder(&args.out)?;
     let mut rows = Vec::new();
     let bar = cx.progress(entries.len() as u64, "writing");
@@ -196,10 +251,10 @@ pub(super) fn predict(args: &PredictArgs, cx: &Context) -> Result<()> {
         };
         warnings.extend(no_lungs);
         if args.overlays {
-            let plane = images.plane(index);
-            let x = config.cxr.to_tensor([&plane[..]], &cx.device);
-            let map = score_cam(model, x, 1, Layer::Last, Some(WORKLIST_MAPS)).map;
-            picture(&plane, config.cxr.size, &map, mask.filter(|_| !config.crop))
+            let map = ensemble.map(&ensemble.inputs(&views, index, cx), |model, x| {
+                Ok(score_cam(model, x, 1, Layer::Last, Some(WORKLIST_MAPS)).map)
+            })?;
+            picture(&images.plane(index), config.cxr.size, &map, mask.filter(|_| !config.crop))
                 .write_png(&picture_path(&args.out.join("overlays"), &entries[index].name)?)?;
         }
         let lung_fraction = mask.map(Mask::fraction);
@@ -330,14 +385,15 @@ struct Judgement {
 }
 
 pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
-    let (scores, threshold) = match (&args.scores, &args.images) {
-        (Some(table), _) => (read_scores(table)?, args.threshold.unwrap_or(DECISION)),
+    let (scores, each, threshold) = match (&args.scores, &args.images) {
+        (Some(table), _) => (read_scores(table)?, Vec::new(), args.threshold.unwrap_or(DECISION)),
         (None, Some(images)) => {
             let model = ModelArgs { model: args.model.clone(), seg: args.seg.clone() };
             let ensemble = Ensemble::open(&model, cx)?;
             let images =
                 ImagesArgs { images: images.clone(), labels: args.labels.clone(), patient_regex: None };
-            (score(&ensemble, &images, cx)?, args.threshold.unwrap_or(ensemble.threshold()))
+            let (scores, each) = score(&ensemble, &images, cx)?;
+            (scores, each, args.threshold.unwrap_or(ensemble.threshold()))
         }
         (None, None) => {
             return Err(Error::usage("there is nothing to judge").hint("give --images or --scores"));
@@ -355,8 +411,13 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
         note: NOTICE,
     };
     write_json(&args.out, &judgement)?;
-    Plot::lines("ROC", "1 - specificity", "sensitivity")
-        .series("network", roc(&scores))
+    let mut curves = Plot::lines("ROC", "1 - specificity", "sensitivity");
+    if each.len() > 1 {
+        curves = each.iter().fold(curves, |curves, (name, scores)| curves.series(name.clone(), roc(scores)));
+    }
+    let whole = if each.len() > 1 { "all together" } else { "network" };
+    curves
+        .series(whole, roc(&scores))
         .series("chance", vec![(0.0, 0.0), (1.0, 1.0)])
         .save(&args.out.with_extension("roc.svg"))?;
     Plot::lines("Reliability", "probability of tuberculosis", "share of tuberculosis")
@@ -377,19 +438,30 @@ pub(super) fn eval(args: &EvalArgs, cx: &Context) -> Result<()> {
     })
 }
 
-/// Probabilities of labelled images.
-fn score(ensemble: &Ensemble, args: &ImagesArgs, cx: &Context) -> Result<Vec<Scored>> {
+/// What several models say of the same images, by the models' folders.
+type ByModel = Vec<(String, Vec<Scored>)>;
+
+/// Probabilities of labelled images: of all members together, and of each by its name.
+fn score(ensemble: &Ensemble, args: &ImagesArgs, cx: &Context) -> Result<(Vec<Scored>, ByModel)> {
     let entries = args.list()?;
     if let Some(entry) = entries.iter().find(|entry| entry.is_tb.is_none()) {
         return Err(Error::input(args.images.display(), format!("{} has no label", entry.name))
             .hint("expected the folders TB and Normal, or a table with --labels"));
     }
     let lungs = ensemble.lungs(&entries, cx)?;
-    let probabilities = ensemble.probabilities(&entries, lungs.as_deref(), cx)?;
-    let scored = entries.into_iter().zip(probabilities);
-    Ok(scored
-        .map(|(entry, p_tb)| Scored { image: entry.name, is_tb: entry.is_tb == Some(true), p_tb })
-        .collect())
+    let votes = ensemble.votes(&ensemble.views(&entries, lungs.as_deref(), cx)?, cx)?;
+    let scored = |probabilities: &[f64]| -> Vec<Scored> {
+        let scored = entries.iter().zip(probabilities);
+        scored
+            .map(|(entry, &p_tb)| Scored {
+                image: entry.name.clone(),
+                is_tb: entry.is_tb == Some(true),
+                p_tb,
+            })
+            .collect()
+    };
+    let each = ensemble.names.iter().zip(&votes).map(|(name, votes)| (name.clone(), scored(votes))).collect();
+    Ok((scored(&mean_votes(&votes)), each))
 }
 
 fn read_scores(path: &Path) -> Result<Vec<Scored>> {
@@ -479,7 +551,7 @@ pub(super) fn calibrate(args: &CalibrateArgs, cx: &Context) -> Result<()> {
             .hint("calibrate one of its folds, such as fold-1"));
     }
     ensemble.members[0].0.platt = None;
-    let before = score(&ensemble, &args.images, cx)?;
+    let (before, _) = score(&ensemble, &args.images, cx)?;
     let Some(found) = platt(&before) else {
         return Err(Error::input(args.images.images.display(), "lacks one of the classes"));
     };

@@ -1,6 +1,6 @@
 //! `kiln chest-xray train-seg`, `segment` and `mask-eval`
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -145,6 +145,17 @@ struct FoldRow {
     accuracy: f64,
 }
 
+/// How well the mask of one image fits.
+#[derive(Serialize)]
+struct MaskRow {
+    image: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fold: Option<usize>,
+    dice: f64,
+    iou: f64,
+    accuracy: f64,
+}
+
 pub(super) fn train(args: TrainSegArgs, cx: &Context) -> Result<()> {
     let out = args.resume.clone().or(args.out.clone()).unwrap_or_default();
     let folder_of =
@@ -174,20 +185,31 @@ pub(super) fn train(args: TrainSegArgs, cx: &Context) -> Result<()> {
     if parts > images.len() {
         return Err(Error::usage(format!("{} images cannot be divided into {parts} folds", images.len())));
     }
-    let mut rows = Vec::new();
+    // An image goes where its original does.
+    let original = images.groups();
+    let mut part = vec![0; images.len()];
+    order.iter().enumerate().for_each(|(place, &index)| part[index] = place % parts);
+    let (mut rows, mut image_rows) = (Vec::new(), Vec::new());
     for fold in 0..recipe.folds {
-        let (mut test, mut rest) = (Vec::new(), Vec::new());
-        for (place, &index) in order.iter().enumerate() {
-            if place % parts == fold { test.push(index) } else { rest.push(index) }
+        let (test, rest): (Vec<usize>, Vec<usize>) =
+            order.iter().partition(|&&index| part[original[index]] == fold);
+        let kept: HashSet<usize> =
+            rest.iter().take((rest.len() / 10).max(1)).map(|&index| original[index]).collect();
+        let (valid, train): (Vec<usize>, Vec<usize>) =
+            rest.iter().partition(|&&index| kept.contains(&original[index]));
+        if test.is_empty() || train.is_empty() {
+            return Err(Error::input(
+                args.images.display(),
+                "holds too few images that are no copies of others",
+            )
+            .hint("use fewer folds, or more images"));
         }
-        let kept = (rest.len() / 10).max(1);
-        let (valid, train) = rest.split_at(kept);
         let folder = folder_of(fold, recipe.folds);
         let mut run = match args.resume.is_some() && folder.join("train.json").exists() {
             true => TrainRun::<Recipe>::resume(TRAIN, &folder, None)?,
             false => TrainRun::begin(TRAIN, &folder, 1, recipe.clone(), cx),
         };
-        let mut task = SegmentTask::new(&images, &masks, [train, valid], recipe.batch, recipe.augment, cx);
+        let mut task = SegmentTask::new(&images, &masks, [&train, &valid], recipe.batch, recipe.augment, cx);
         let per_epoch = task.steps_per_epoch();
         if !run.resumed {
             run.steps = recipe.epochs * per_epoch;
@@ -208,6 +230,16 @@ pub(super) fn train(args: TrainSegArgs, cx: &Context) -> Result<()> {
         let truth = |&index: &usize| Mask::of(&masks[index], [cxr.size; 2]);
         let metrics: Vec<MaskMetrics> =
             lungs.iter().zip(&test).map(|(found, index)| MaskMetrics::of(found, &truth(index))).collect();
+        image_rows.extend(test.iter().zip(&metrics).map(|(&index, metrics)| {
+            let image = images.entries[index].name.clone();
+            MaskRow {
+                image,
+                fold: Some(fold + 1),
+                dice: metrics.dice,
+                iou: metrics.iou,
+                accuracy: metrics.accuracy,
+            }
+        }));
         if let Some(mean) = MaskMetrics::mean(&metrics) {
             let MaskMetrics { dice, iou, accuracy } = mean;
             rows.push(FoldRow {
@@ -222,6 +254,7 @@ pub(super) fn train(args: TrainSegArgs, cx: &Context) -> Result<()> {
     }
     let result = json!({ "model": out, "folds": rows, "note": NOTICE });
     write_json(&out.join("test.json"), &result)?;
+    write_csv(&out.join("test.csv"), &image_rows)?;
     cx.emit(&result, |_| {
         let line = |row: &FoldRow| {
             format!(
@@ -365,6 +398,20 @@ pub(super) fn eval(args: &MaskEvalArgs, cx: &Context) -> Result<()> {
             ("accuracy".to_string(), mean.accuracy.into()),
         ]);
     }
+    let row = |((pred, _), metrics): (&(PathBuf, PathBuf), &MaskMetrics)| MaskRow {
+        image: pred
+            .strip_prefix(&args.pred)
+            .ok()
+            .filter(|name| name.as_os_str() != "")
+            .unwrap_or(pred)
+            .display()
+            .to_string(),
+        fold: None,
+        dice: metrics.dice,
+        iou: metrics.iou,
+        accuracy: metrics.accuracy,
+    };
+    result["each"] = json!(pairs.iter().zip(&metrics).map(row).collect::<Vec<_>>());
     if let Some(out) = &args.out {
         write_json(out, &result)?;
     }

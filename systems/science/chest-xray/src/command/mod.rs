@@ -67,6 +67,7 @@ The folder gets masks, segmented images, pictures with outlines and quality.csv.
     #[command(after_help = "Examples:
   kiln chest-xray train --images d/images --net squeezenet --folds 5 --out m/
   kiln chest-xray train --images d/images --net resnet18 --weights resnet18.safetensors --seg seg/ --out m/
+  kiln chest-xray train --images d/images --net chexnet --weights densenet121.pth --lr 1e-5 --head-lr 1e-3 --out m/
   kiln chest-xray train --images all/ --labels labels.csv --net mobilenet --freeze backbone --folds 1 --out m/
   kiln chest-xray train --images d/images --seg seg/ --resume m/                   after Ctrl-C
 Without a table, images lie in the folders TB and Normal. The table has the columns image and label, and may have patient.")]
@@ -92,12 +93,20 @@ The table of scores has the columns image, label (TB or Normal) and p_tb.")]
   kiln chest-xray explain --model m/ --images new/ --method score-cam --out e/
   kiln chest-xray explain --model m/ --seg seg/ --images d/images --method grad-cam --curves --out e/
   kiln chest-xray explain --model m/ --images d/images --method tsne --out e/
-The folder gets overlays, explain.csv and explain.html, or tsne.svg and tsne.csv.")]
+The folder gets overlays, explain.csv and explain.html, or tsne.svg and tsne.csv. Several models, and the folds of one, are explained
+together: by the mean of their maps, or by the features of all.")]
     Explain(explain::ExplainArgs),
     /// Find copies and near copies of images, as merged databases have them
     #[command(after_help = "Examples:
   kiln chest-xray duplicates --images all/ --out duplicates.csv")]
     Duplicates(files::DuplicatesArgs),
+    /// Write images as a model's network takes them, for `kiln ptq` and whatever else runs its graph
+    #[command(after_help = "Examples:
+  kiln chest-xray arrays --model m/fold-1 --images d/images --out xy.npz
+  kiln export --model m/fold-1 --out graph/
+  kiln ptq quantize --model graph/ --calib xy.npz --valid xy.npz --out q/
+The file has x [images, 3, rows, columns] and, of labelled images, y [images]: 1 for TB.")]
+    Arrays(files::ArraysArgs),
     /// How many parameters a network has
     #[command(after_help = "Examples:
   kiln chest-xray params --net chexnet --classes 2
@@ -123,6 +132,7 @@ impl Command {
             Verb::Calibrate(args) => judge::calibrate(&args, cx),
             Verb::Explain(args) => explain::run(&args, cx),
             Verb::Duplicates(args) => files::duplicates(&args, cx),
+            Verb::Arrays(args) => files::arrays(&args, cx),
             Verb::Params(args) => forward::params(&args, cx),
             Verb::Forward(args) => forward::forward(&args, cx),
         }

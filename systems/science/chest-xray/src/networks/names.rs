@@ -98,11 +98,14 @@ pub fn transfer<M: Module>(module: M, mut file: TensorFile, head: &[&str]) -> Re
             file.rename(&name, renamed);
         }
     }
-    // CheXNet puts its sigmoid behind `classifier.0`.
-    file.rename("classifier.0.weight", rename_lone(&file, "classifier.0.weight", "classifier.weight"));
-    file.rename("classifier.0.bias", rename_lone(&file, "classifier.0.bias", "classifier.bias"));
-
     let own = TensorFile::from_module(&module);
+    // CheXNet puts its sigmoid behind `classifier.0`; VGG has layers of that name.
+    for (from, to) in [("classifier.0.weight", "classifier.weight"), ("classifier.0.bias", "classifier.bias")]
+    {
+        if own.get(to).is_some() && file.get(to).is_none() {
+            file.rename(from, to);
+        }
+    }
     let (mut redrawn, mut skipped) = (Vec::new(), Vec::new());
     for name in own.names().map(str::to_string).collect::<Vec<_>>() {
         let fits = |found: &TensorFile| {
@@ -131,11 +134,6 @@ pub fn transfer<M: Module>(module: M, mut file: TensorFile, head: &[&str]) -> Re
     let loaded = file.names().count() - redrawn.len();
     let module = file.into_module(module)?;
     Ok((module, Transfer { loaded, redrawn, skipped }))
-}
-
-/// `to`, unless the network has a tensor of that name already.
-fn rename_lone(file: &TensorFile, from: &str, to: &str) -> String {
-    if file.get(to).is_some() { from.into() } else { to.into() }
 }
 
 /// Puts tensors of a formula into a module, in `torchvision`'s order: how reference outputs are made without files of

@@ -7,7 +7,7 @@ use kiln_chest_xray::ChestXray;
 use kiln_chest_xray::networks::{ClassifierConfig, Net};
 use kiln_core::testing::Desk;
 use kiln_core::{HostTensor, TensorFile};
-use kiln_data::Picture;
+use kiln_data::{Picture, read_npz};
 
 /// A desk with forty phantoms.
 fn desk() -> Desk {
@@ -38,7 +38,11 @@ fn lungs_are_found_and_images_judged_and_explained() {
     );
     let judged = desk.json("mask-eval --pred @m/masks --truth @d/masks --out @mask.json");
     assert!(judged["images"] == 40 && judged["dice"].as_f64().unwrap() <= 1.0);
+    assert_eq!(judged["each"].as_array().unwrap().len(), 40);
     assert_eq!(desk.json("mask-eval --pred @d/masks --truth @d/masks")["dice"], 1.0);
+    assert!(
+        fs::read_to_string(desk.path("s/test.csv")).unwrap().starts_with("image,fold,dice,iou,accuracy\n")
+    );
 
     let result = desk.json(&format!("{TRAIN} --folds 2 --seg @s --out @c"));
     assert!(result["metrics"]["n"] == 40 && result["segmented"] == true, "{result}");
@@ -65,10 +69,31 @@ fn lungs_are_found_and_images_judged_and_explained() {
     let explained =
         desk.json("explain --model @c --seg @s --images @d/images --max-maps 4 --curves --out @x");
     assert_eq!(explained["images"].as_array().unwrap().len(), 40);
+    // Two folds are explained together: with the probability that they vote for, and by the mean of their maps.
+    let together = desk.json("predict --model @c --seg @s --images @d/images --out @both");
+    for (image, predicted) in
+        explained["images"].as_array().unwrap().iter().zip(together["predictions"].as_array().unwrap())
+    {
+        assert_eq!((&image["image"], &image["p_tb"]), (&predicted["image"], &predicted["p_tb"]));
+        assert!((0.0..=1.0).contains(&image["lung_attention"].as_f64().unwrap()), "{image}");
+    }
+    assert_eq!(explained["lung_attention"][0]["n"], 40);
     assert!(desk.path("x/curves.svg").exists() && desk.path("x/overlays/Normal/ph00000.png").exists());
     desk.json("explain --model @w --images @d/images/TB --method grad-cam --class tb --out @g");
-    let places = desk.json("explain --model @w --images @d/images --method tsne --out @t");
+    let places = desk.json("explain --model @c @w --seg @s --images @d/images --method tsne --out @t");
     assert!(places["images"] == 40 && desk.path("t/tsne.svg").exists());
+    let rows = fs::read_to_string(desk.path("t/tsne.csv")).unwrap();
+    assert_eq!(rows.lines().count(), 41);
+
+    let judged = desk.json("eval --model @c --seg @s --images @d/images --out @folds.json");
+    assert!(
+        judged["ci95"]["sensitivity"].as_f64().is_some()
+            && judged["normal"]["specificity"] == judged["sensitivity"]
+    );
+    let curves = fs::read_to_string(desk.path("folds.roc.svg")).unwrap();
+    assert!(curves.contains("fold-2") && curves.contains("all together"));
+    desk.json(&format!("{TRAIN} --folds 1 --fit pad --out @pad"));
+    desk.assert_refused("explain --model @w @pad --images @d/images --out @no", "different squares");
 }
 
 #[test]
@@ -207,6 +232,43 @@ fn weights_of_torchvision_are_loaded_to_the_last_name() {
 }
 
 #[test]
+fn backbone_and_classifier_move_by_learning_rates_of_their_own() {
+    let desk = desk();
+    // The first step of Adam moves every number by the learning rate, unless its gradient is nearly 0.
+    for net in ["resnet18", "vgg19", "mobilenet"] {
+        let line = format!(
+            "train --images @d/images --net {net} --width 0.0625 --size 64 --epochs 1 --batch 99 --folds 1"
+        );
+        desk.json(&format!("{line} --lr 1e-9 --out @{net}-still"));
+        let head_lr = "--lr 1e-3 --head-lr 2e-2";
+        desk.json(&format!(
+            "{line} {head_lr} --weights @{net}-still/model.safetensors --norm zscore --out @{net}"
+        ));
+        let weights = |folder: &str| TensorFile::read(&desk.path(folder).join("model.safetensors")).unwrap();
+        let (before, after) = (weights(&format!("{net}-still")), weights(net));
+        let heads = match net {
+            "resnet18" => "fc.",
+            "vgg19" => "classifier.6.",
+            _ => "classifier.1.",
+        };
+        let mut moved = [0.0f32; 2];
+        for name in before.names().filter(|name| !name.contains("running")) {
+            let pairs = before
+                .get(name)
+                .unwrap()
+                .as_floats()
+                .unwrap()
+                .iter()
+                .zip(after.get(name).unwrap().as_floats().unwrap());
+            let most = &mut moved[usize::from(name.starts_with(heads))];
+            *most = pairs.map(|(a, b)| (a - b).abs()).fold(*most, f32::max);
+        }
+        assert!((moved[0] - 1e-3).abs() < 1e-5 && (moved[1] - 2e-2).abs() < 1e-4, "{net}: {moved:?}");
+    }
+    desk.assert_refused(&format!("{TRAIN} --head-lr 0 --out @x"), "--head-lr 0");
+}
+
+#[test]
 fn every_network_learns_and_is_explained() {
     let desk = Desk::new(&ChestXray);
     desk.json("phantom --n 26 --size 96 --out @d");
@@ -261,4 +323,40 @@ fn the_same_pixels_give_the_same_prediction_from_dicom_and_png() {
     let p = |index: usize| found["predictions"][index]["p_tb"].as_f64().unwrap();
     assert!((p(0) - p(1)).abs() < 1e-6, "{found}");
     assert_eq!(desk.json("duplicates --images @two --out @dup.csv")["copies"], 1);
+    // As arrays for other programs, with labels where there are some.
+    let array = |images: &str| {
+        desk.json(&format!("arrays --model @w --images @{images} --out @xy.npz"));
+        read_npz(&desk.path("xy.npz")).unwrap()
+    };
+    assert!(array("two").get("y").is_none());
+    let labelled = array("d/images");
+    assert_eq!(labelled.get("x").unwrap().shape, [40, 3, 64, 64]);
+    let y = labelled.get("y").unwrap().as_ints().unwrap().to_vec();
+    assert_eq!(y, [[0; 20], [1; 20]].concat());
+}
+
+#[test]
+fn png_files_of_every_kind_are_read_alike() {
+    let desk = desk();
+    desk.json(&format!("{TRAIN} --folds 1 --out @w"));
+    let grey = image::open(desk.path("d/images/TB/ph00001.png")).unwrap().to_luma8();
+    fs::create_dir(desk.path("kinds")).unwrap();
+    let place = |name: &str| desk.path(&format!("kinds/{name}.png"));
+    grey.save(place("grey")).unwrap();
+    image::DynamicImage::from(grey.clone()).to_rgba8().save(place("rgba")).unwrap();
+    image::DynamicImage::from(grey.clone()).to_luma16().save(place("deep")).unwrap();
+    // A palette from bright to dark.
+    let mut encoder =
+        png::Encoder::new(fs::File::create(place("palette")).unwrap(), grey.width(), grey.height());
+    encoder.set_color(png::ColorType::Indexed);
+    encoder.set_palette((0..=255u8).rev().flat_map(|x| [x; 3]).collect::<Vec<_>>());
+    let places: Vec<u8> = grey.iter().map(|&x| 255 - x).collect();
+    encoder.write_header().unwrap().write_image_data(&places).unwrap();
+    let found = desk.json("predict --model @w --images @kinds --out @p");
+    let rows = found["predictions"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    for row in rows {
+        let off = row["p_tb"].as_f64().unwrap() - rows[0]["p_tb"].as_f64().unwrap();
+        assert!(off.abs() < 1e-5 && row["warnings"] == "", "{row}");
+    }
 }

@@ -4,3 +4,4 @@ mod command;
 mod networks;
 mod reference;
 mod resume;
+mod rotation;

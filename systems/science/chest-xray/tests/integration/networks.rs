@@ -1,7 +1,9 @@
 //! The networks beside the reference: names, shapes, parameter counts and outputs.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use burn::tensor::Device;
 use kiln_chest_xray::ChestXray;
+use kiln_chest_xray::networks::{ClassifierConfig, Net, torchvision_name};
 use kiln_core::TensorFile;
 use kiln_core::testing::Desk;
 use serde_json::Value;
@@ -61,4 +63,25 @@ fn forward_gives_the_outputs_of_the_reference() {
     desk.assert_refused("forward --net unet --input-shape 1,1,40,64 --out @x.safetensors", "divisible by 16");
     desk.assert_refused("forward --net inception --input-shape 1,3,64,64 --out @x.safetensors", "75 to 4096");
     desk.assert_refused("params --net alexnet", "there are resnet18");
+}
+
+#[test]
+fn weights_of_every_network_find_their_places() {
+    let device = Device::flex();
+    for net in Net::PAPER.into_iter().chain([Net::Squeezenet11]) {
+        let config = |classes| ClassifierConfig { width: 0.0625, ..ClassifierConfig::new(net, classes) };
+        let mut file = TensorFile::from_module(&config(1000).init(&device));
+        for name in file.names().map(str::to_string).collect::<Vec<_>>() {
+            file.rename(&name, torchvision_name(&name));
+        }
+        let heads: Vec<String> = file
+            .names()
+            .filter(|name| net.head().iter().any(|head| name.starts_with(head)))
+            .map(String::from)
+            .collect();
+        let (all, file) = (file.names().count(), file);
+        let (_, transfer) = config(2).transfer(config(2).init(&device), file).unwrap();
+        assert_eq!((transfer.loaded, &transfer.redrawn), (all - heads.len(), &heads), "{}", net.name());
+        assert!(heads.len() == if net == Net::Inception { 4 } else { 2 } && transfer.skipped.is_empty());
+    }
 }

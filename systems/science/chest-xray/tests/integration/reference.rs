@@ -5,6 +5,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use kiln_chest_xray::cam::{Layer, grad_cam, score_cam, score_cam_of};
+use kiln_chest_xray::image::{Cxr, Fit, Norm, segmented};
 use kiln_chest_xray::masks::{Mask, MaskMetrics};
 use kiln_chest_xray::networks::Classifier;
 use kiln_chest_xray::networks::{fill, formula};
@@ -100,13 +101,36 @@ fn activation_maps_are_those_of_the_reference() {
 }
 
 #[test]
-fn nothing_explains_a_black_image_and_fewer_maps_are_the_most_varied() {
+fn nothing_explains_an_image_without_lungs() {
+    let (network, _) = resnet();
+    let plane: Vec<f32> = formula(64 * 64, 7).map(|s| s.abs() as f32).collect();
+    let none = Mask { height: 64, width: 64, lung: vec![false; 64 * 64] };
+    let all = Mask { lung: vec![true; 64 * 64], ..none.clone() };
+    for norm in [Norm::Zscore, Norm::Imagenet] {
+        let cxr = Cxr { size: 64, fit: Fit::Stretch, norm };
+        let seen = |lungs: &Mask| cxr.to_tensor([&segmented(&plane, lungs, false)[..]], &Device::flex());
+        for layer in [Layer::Last, Layer::Middle] {
+            let blank = score_cam(&network, seen(&none), 1, layer, Some(8));
+            assert!(blank.map.values.iter().all(|&value| value == 0.0) && blank.channels.len() == 8);
+            assert_eq!(blank.map.lung_fraction(&all), None);
+            assert!(
+                score_cam(&network, seen(&all), 1, layer, Some(8))
+                    .map
+                    .values
+                    .iter()
+                    .any(|&value| value > 0.0)
+            );
+        }
+        let blank = grad_cam(&network, seen(&none), 1).unwrap();
+        assert!(blank.values.iter().all(|&value| value == 0.0));
+    }
+}
+
+#[test]
+fn fewer_maps_are_the_most_varied() {
     let (network, x) = resnet();
-    let blank = score_cam(&network, x.zeros_like(), 1, Layer::Last, Some(8));
-    assert!(blank.map.values.iter().all(|&value| value == 0.0) && blank.channels.len() == 8);
-    let lungs = Mask { height: 64, width: 64, lung: vec![true; 64 * 64] };
-    assert_eq!(blank.map.lung_fraction(&lungs), None);
     let some = score_cam(&network, x, 1, Layer::Last, Some(8));
+    let lungs = Mask { height: 64, width: 64, lung: vec![true; 64 * 64] };
     assert!((some.map.lung_fraction(&lungs).unwrap() - 1.0).abs() < 1e-9);
     assert!(some.channels.is_sorted() && some.scores.len() == 8);
 }
