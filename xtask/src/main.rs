@@ -3,7 +3,6 @@
 mod bench;
 mod memcheck;
 mod mpi;
-mod nats;
 mod onnx;
 mod readme;
 mod test;
@@ -33,8 +32,6 @@ enum Chore {
     Onnx,
     /// Run the cluster crate's suite on processes of MPI
     Mpi,
-    /// Run the suites that need a server of NATS
-    Nats,
 }
 
 /// What a component's own suite came to.
@@ -55,7 +52,6 @@ fn main() -> ExitCode {
         Chore::Readme => readme::run(),
         Chore::Onnx => onnx::check().map(|counted| counted.failed == 0),
         Chore::Mpi => mpi::check().map(|counted| counted.failed == 0),
-        Chore::Nats => nats::check().map(|counted| counted.failed == 0),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

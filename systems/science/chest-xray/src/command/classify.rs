@@ -101,9 +101,8 @@ impl Recipe {
     /// The classifier's learning rate over that of the rest, where it has one of its own.
     fn lr_shares(&self) -> Vec<LrShare> {
         let head = self.net.head().iter().map(|name| format!("{name}*"));
-        self.head_lr.map_or(Vec::new(), |lr| {
-            head.map(|pattern| LrShare { pattern, share: lr / self.lr }).collect()
-        })
+        self.head_lr
+            .map_or(Vec::new(), |lr| head.map(|pattern| LrShare { pattern, share: lr / self.lr }).collect())
     }
 
     fn config(&self, has_weights: bool, is_segmented: bool) -> Result<ClassifyConfig> {
