@@ -36,7 +36,8 @@ impl Starts {
         let text = std::fs::read_to_string(&path).map_err(|e| {
             Error::io("read", &path)(e).hint("only a fit that was stopped goes on; begin one with --out")
         })?;
-        if text != about.to_string() {
+        let expected = about.to_string();
+        if text != expected {
             return Err(Error::input(
                 path.display(),
                 "the fit that was stopped had other traces or settings",
