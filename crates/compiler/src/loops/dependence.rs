@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::check::{Checked, Step};
 use super::program::{BinOp, Expr, For, Program, Stmt};
 use super::ranges::Range;
+use super::walk::substitute;
 
 /// A whole number as a sum of multiples of variables and a constant; the constant's name is empty.
 type Affine = BTreeMap<String, i64>;
@@ -66,6 +67,21 @@ impl For {
         })
     }
 
+    /// Whether no turn of another loop over the same values touches what a different turn of this one writes, or writes what it
+    /// touches. Names in the program must be unique.
+    pub(super) fn is_apart_from(&self, other: &Self) -> bool {
+        let [mut ours, mut theirs] = [Accesses::default(), Accesses::default()];
+        ours.collect(&self.body, &mut Vec::new());
+        let mut turned = other.body.clone();
+        substitute(&mut turned, &other.var, &Expr::Var(self.var.clone()));
+        theirs.collect(&turned, &mut Vec::new());
+        let ranges = ours.ranges.into_iter().chain(theirs.ranges).collect();
+        let meets = |a: &Access, b: &Access| a.buffer == b.buffer && (a.writes || b.writes);
+        ours.touched.iter().all(|a| {
+            theirs.touched.iter().all(|b| !meets(a, b) || self.never_meet(&a.index, &b.index, &ranges))
+        })
+    }
+
     fn never_meet(&self, a: &[Expr], b: &[Expr], ranges: &BTreeMap<String, Option<Range>>) -> bool {
         a.iter().zip(b).any(|(a, b)| {
             let (Some(mut a), Some(mut b)) = (affine(a), affine(b)) else { return false };
@@ -74,6 +90,18 @@ impl For {
                 && (1..MOST_STEP).contains(&turn_a.unsigned_abs())
                 && largest_gap(&a, &b, ranges).is_some_and(|gap| gap < turn_a.unsigned_abs())
         })
+    }
+}
+
+impl Expr {
+    /// By how much an index grows when a variable grows by one; `None` when that is not known.
+    pub(super) fn step_of(&self, variable: &str) -> Option<i64> {
+        let mut mentioned = false;
+        self.visit(&mut |part| mentioned |= matches!(part, Self::Var(name) if name == variable));
+        if !mentioned {
+            return Some(0);
+        }
+        affine(self)?.get(variable).copied()
     }
 }
 

@@ -11,7 +11,7 @@ use super::program::{BinOp, Io, Program, ScalarType};
 use super::value::Value;
 
 /// Why a program stopped before its end.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Trap {
     /// An integer was divided by zero.
     DivisionByZero,

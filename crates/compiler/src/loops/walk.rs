@@ -5,32 +5,50 @@ use std::collections::HashSet;
 use super::program::{Expr, For, Program, Stmt};
 
 impl Expr {
+    /// The expressions that it is made of.
+    fn parts(&self) -> Vec<&Self> {
+        match self {
+            Self::I32(_) | Self::I64(_) | Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::Var(_) => {
+                Vec::new()
+            }
+            Self::Load { idx: parts, .. } | Self::Call(_, parts) => parts.iter().collect(),
+            Self::Bin(_, a, b) => vec![a, b],
+            Self::Un(_, a) | Self::Cast(_, a) => vec![a],
+            Self::Select(a, b, c) => vec![a, b, c],
+        }
+    }
+
+    /// The expressions that it is made of.
+    fn parts_mut(&mut self) -> Vec<&mut Self> {
+        match self {
+            Self::I32(_) | Self::I64(_) | Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::Var(_) => {
+                Vec::new()
+            }
+            Self::Load { idx: parts, .. } | Self::Call(_, parts) => parts.iter_mut().collect(),
+            Self::Bin(_, a, b) => vec![a, b],
+            Self::Un(_, a) | Self::Cast(_, a) => vec![a],
+            Self::Select(a, b, c) => vec![a, b, c],
+        }
+    }
+
     /// Shows every part to `look`, the whole first.
     pub fn visit(&self, look: &mut impl FnMut(&Self)) {
         look(self);
-        match self {
-            Self::I32(_) | Self::I64(_) | Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::Var(_) => {}
-            Self::Load { idx: parts, .. } | Self::Call(_, parts) => {
-                parts.iter().for_each(|part| part.visit(look))
-            }
-            Self::Bin(_, a, b) => [a, b].into_iter().for_each(|part| part.visit(look)),
-            Self::Un(_, a) | Self::Cast(_, a) => a.visit(look),
-            Self::Select(a, b, c) => [a, b, c].into_iter().for_each(|part| part.visit(look)),
-        }
+        self.parts().into_iter().for_each(|part| part.visit(look));
     }
 
     /// Changes every part, innermost first.
     pub fn rewrite(&mut self, change: &mut impl FnMut(&mut Self)) {
-        match self {
-            Self::I32(_) | Self::I64(_) | Self::F32(_) | Self::F64(_) | Self::Bool(_) | Self::Var(_) => {}
-            Self::Load { idx: parts, .. } | Self::Call(_, parts) => {
-                parts.iter_mut().for_each(|part| part.rewrite(change));
-            }
-            Self::Bin(_, a, b) => [a, b].into_iter().for_each(|part| part.rewrite(change)),
-            Self::Un(_, a) | Self::Cast(_, a) => a.rewrite(change),
-            Self::Select(a, b, c) => [a, b, c].into_iter().for_each(|part| part.rewrite(change)),
-        }
+        self.parts_mut().into_iter().for_each(|part| part.rewrite(change));
         change(self);
+    }
+
+    /// Puts what `replacement` gives in the place of the largest parts for which it gives anything.
+    pub(super) fn replace_largest(&mut self, replacement: &mut impl FnMut(&Self) -> Option<Self>) {
+        match replacement(self) {
+            Some(other) => *self = other,
+            None => self.parts_mut().into_iter().for_each(|part| part.replace_largest(replacement)),
+        }
     }
 
     /// Whether computing it can neither trap nor depend on what a buffer holds.
@@ -40,7 +58,7 @@ impl Expr {
         pure
     }
 
-    fn may_divide_by_zero(&self) -> bool {
+    pub(super) fn may_divide_by_zero(&self) -> bool {
         use super::program::BinOp::{Div, FloorDiv, FloorMod, Rem};
         match self {
             Self::Bin(Div | Rem | FloorDiv | FloorMod, _, divisor) => !matches!(
@@ -104,6 +122,16 @@ impl Stmt {
             Self::For(For { var: name, body, .. })
             | Self::Alloc { buf: name, body, .. }
             | Self::Let { var: name, body, .. } => Some((name, body)),
+            Self::If { .. } | Self::Store { .. } | Self::Assert { .. } => None,
+        }
+    }
+
+    /// The name that it binds.
+    pub(super) fn binding(&self) -> Option<&str> {
+        match self {
+            Self::For(For { var: name, .. })
+            | Self::Alloc { buf: name, .. }
+            | Self::Let { var: name, .. } => Some(name),
             Self::If { .. } | Self::Store { .. } | Self::Assert { .. } => None,
         }
     }

@@ -215,6 +215,7 @@ fn no_pass_changes_what_a_program_does() {
         Pass::Unroll { most: 100 },
         Pass::Simplify,
     ]);
+    lists.push(vec![Pass::Reorder, Pass::FuseLoops, Pass::HoistInvariant, Pass::Vectorize { width: 4 }]);
     for case in &golden.cases {
         let inputs = golden.arrays(case, "in");
         let expected = run(&case.program, &inputs);
@@ -307,6 +308,56 @@ fn borders_are_peeled_and_blocks_leave_a_rest() {
         let refusal = Pass::parse(pass).unwrap_err();
         assert!(format!("{refusal:?}").contains(words), "{refusal:?}");
     }
+}
+
+#[test]
+fn what_is_the_same_in_every_turn_is_computed_before_the_loop() {
+    let nest =
+        "for i in 0 count 8 {\nfor j in 0 count 8 {\nX[i * 8 + j] = i * 8 + j * (3 * 5) + X[3 * 5]\n}\n}";
+    assert_eq!(
+        after("hoist-invariant", nest),
+        "let i_same = 3 * 5 {; for i in 0 count 8 {; let j_same = i * 8 {; let j_same_1 = i_same {; \
+         for j in 0 count 8 {; X[j_same + j] = (j_same + (j * j_same_1)) + X[j_same_1]; }; }; }; }; }"
+    );
+    // The load may trap, and another turn may change it.
+    let load = "for i in 0 count 8 {\nX[i] = X[3] / i\n}";
+    assert_eq!(after("hoist-invariant", load), "for i in 0 count 8 {; X[i] = X[3] / i; }");
+}
+
+#[test]
+fn neighbouring_loops_are_joined_where_their_turns_do_not_meet() {
+    let pair = |a: &str, b: &str| format!("for i in 0 count 8 {{\n{a}\n}}\nfor k in 0 count 8 {{\n{b}\n}}");
+    for (a, b, loops) in [
+        ("X[i] = i", "X[k] = X[k] + 1", 1),
+        ("X[i] = i", "Y[k, 0] = X[k]", 1),
+        ("X[i] = i", "X[k] = X[7 - k]", 2),
+        ("X[i] = i", "Y[0, k] = X[k + 1]", 2),
+        ("X[i] = X[i + 1]", "X[k + 1] = k", 2),
+        ("X[i] = 7 / X[i]", "Y[0, k] = k", 2), // which trap comes first would change
+    ] {
+        let found = after("fuse-loops", &pair(a, b));
+        assert_eq!(found.matches("for ").count(), loops, "{a}, {b}: {found}");
+    }
+    let other_turns =
+        after("fuse-loops", "for i in 0 count 8 {\nX[i] = i\n}\nfor k in 1 count 8 {\nX[k] = k\n}");
+    assert_eq!(other_turns.matches("for ").count(), 2, "{other_turns}");
+}
+
+#[test]
+fn loops_are_exchanged_so_that_elements_follow_one_another() {
+    let nest = |body: &str| {
+        format!("for i in 0 count 8 {{\nfor j in 0 count 8 {{\nfor k in 0 count 8 {{\n{body}\n}}\n}}\n}}")
+    };
+    let product = after("reorder", &nest("Y[i, j] = Y[i, j] + X[i * 8 + k] * X[k * 8 + j]"));
+    assert!(
+        product.starts_with("for i in 0 count 8 {; for k in 0 count 8 {; for j in 0 count 8 {"),
+        "{product}"
+    );
+    let scan =
+        after("reorder", "for i in 1 count 7 {\nfor j in 0 count 7 {\nY[j, i] = Y[j + 1, i - 1]\n}\n}");
+    assert!(scan.starts_with("for i in 1 count 7 {; for j"), "{scan}");
+    let triangle = after("reorder", "for i in 0 count 8 {\nfor j in 0 count i {\nY[j, i] = 1\n}\n}");
+    assert!(triangle.starts_with("for i in 0 count 8 {; for j"), "{triangle}");
 }
 
 fn run_as_wasm(program: &Program, inputs: &BTreeMap<String, Buffer>) -> Outcome {

@@ -3,6 +3,8 @@
 //! A pass is data, so that a list of them can be stored, reordered and mutated. Every pass leaves outputs bit for bit as
 //! they were, and a program that traps traps in the same way.
 
+mod hoist;
+mod nest;
 mod simplify;
 mod split;
 mod unroll;
@@ -41,11 +43,27 @@ pub enum Pass {
     Parallelise,
     /// Takes the first and last turns out of loops whose conditions then need no asking.
     LoopPartition,
+    /// Computes what is the same in every turn of a loop once before it.
+    HoistInvariant,
+    /// Joins neighbouring loops over the same turns.
+    FuseLoops,
+    /// Exchanges loops so that the innermost goes from an element to the next.
+    Reorder,
 }
 
 /// Names of the passes.
-pub const PASSES: [&str; 7] =
-    ["simplify", "inline-let", "unroll", "split", "vectorize", "parallelise", "loop-partition"];
+pub const PASSES: [&str; 10] = [
+    "simplify",
+    "inline-let",
+    "unroll",
+    "split",
+    "vectorize",
+    "parallelise",
+    "loop-partition",
+    "hoist-invariant",
+    "fuse-loops",
+    "reorder",
+];
 
 /// The passes that a program gets where none are named.
 pub fn default_passes() -> Vec<Pass> {
@@ -87,6 +105,9 @@ impl Pass {
             "vectorize" => Ok(Self::Vectorize { width: argument()? }),
             "parallelise" => plain(Self::Parallelise),
             "loop-partition" => plain(Self::LoopPartition),
+            "hoist-invariant" => plain(Self::HoistInvariant),
+            "fuse-loops" => plain(Self::FuseLoops),
+            "reorder" => plain(Self::Reorder),
             _ => Err(Error::usage(format!("there is no pass \"{name}\""))
                 .hint(format!("there are: {}", PASSES.join(", ")))),
         }
@@ -109,6 +130,9 @@ impl Pass {
             Self::Vectorize { width } => split::vectorize(program, *width),
             Self::Parallelise => split::parallelise(program),
             Self::LoopPartition => split::partition(program),
+            Self::HoistInvariant => hoist::hoist_invariant(program),
+            Self::FuseLoops => nest::fuse_loops(program),
+            Self::Reorder => nest::reorder(program),
         }
         check(program)
             .map(drop)

@@ -6,25 +6,18 @@ use super::super::program::{BinOp, Expr, For, LoopKind, Program, Stmt};
 use super::super::walk::{free_name, substitute};
 
 /// Names in use.
-struct Names(HashSet<String>);
+pub(super) struct Names(HashSet<String>);
 
 impl Names {
-    fn of(program: &Program) -> Self {
+    pub fn of(program: &Program) -> Self {
         let mut names: HashSet<String> = program.params.iter().map(|param| param.name.clone()).collect();
         for statement in &program.body {
-            statement.visit(&mut |statement| match statement {
-                Stmt::For(For { var: name, .. })
-                | Stmt::Alloc { buf: name, .. }
-                | Stmt::Let { var: name, .. } => {
-                    names.insert(name.clone());
-                }
-                _ => {}
-            });
+            statement.visit(&mut |statement| names.extend(statement.binding().map(String::from)));
         }
         Self(names)
     }
 
-    fn fresh(&mut self, name: &str) -> String {
+    pub fn fresh(&mut self, name: &str) -> String {
         let name = free_name(name, &self.0);
         self.0.insert(name.clone());
         name
@@ -89,7 +82,7 @@ fn contains_loop(statement: &Stmt) -> bool {
 }
 
 /// Replaces every loop by what `change` makes of it, inner ones first.
-fn change_loops(body: &mut Vec<Stmt>, change: &mut impl FnMut(For) -> Vec<Stmt>) {
+pub(super) fn change_loops(body: &mut Vec<Stmt>, change: &mut impl FnMut(For) -> Vec<Stmt>) {
     let mut changed = Vec::with_capacity(body.len());
     for mut statement in body.drain(..) {
         statement.bodies_mut().into_iter().for_each(|body| change_loops(body, change));
