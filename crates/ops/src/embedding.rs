@@ -13,7 +13,7 @@ use crate::simd;
 use crate::vector::prefetch;
 
 /// So many rows ahead of their use are asked for from memory.
-const AHEAD: usize = 32;
+const AHEAD: usize = 16;
 
 /// The rows of a table with the given numbers.
 ///
