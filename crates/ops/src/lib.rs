@@ -32,6 +32,7 @@ mod matmul;
 mod memory;
 mod norm;
 mod optimiser;
+mod packed;
 mod pool;
 pub mod quantised;
 mod rows;
@@ -69,6 +70,7 @@ pub mod kernels {
     pub use crate::attention::{AttentionExtents, AttentionInputs, Heads, attend};
     pub use crate::conv::{Finish, FixedConv};
     pub use crate::norm::{layer_norm_rows, rms_norm_rows};
+    pub use crate::packed::RightFactor;
     pub use crate::pool::{FixedPool, PoolOptions};
     pub use crate::softmax::{log_softmax_rows, softmax_rows};
 }

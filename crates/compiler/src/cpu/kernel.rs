@@ -8,7 +8,8 @@ use burn_flex::{Flex, FlexDevice};
 use burn_router::TensorInterpreter;
 use kiln_ops::gemm::{Mat, Out, gemm, gemm_finished, gemm_parallel};
 use kiln_ops::kernels::{
-    AttentionInputs, FixedConv, FixedPool, Heads, attend, layer_norm_rows, log_softmax_rows, softmax_rows,
+    AttentionInputs, FixedConv, FixedPool, Heads, RightFactor, attend, layer_norm_rows, log_softmax_rows,
+    softmax_rows,
 };
 use kiln_ops::{simd, vector};
 use rayon::prelude::*;
@@ -26,6 +27,7 @@ pub(super) enum Kernel {
     Map(Code),
     Concatenate(Vec<(Code, usize)>),
     Product { a: View, b: View },
+    FixedProduct { x: View, weight: RightFactor },
     Convolution { x: View, convolution: FixedConv },
     Pool { x: View, pool: FixedPool },
     Attention(Attention),
@@ -46,6 +48,7 @@ impl Kernel {
                 Self::Concatenate(parts.iter().map(|(part, len)| (code(part), *len)).collect())
             }
             Work::Product { a, b, .. } => Self::Product { a, b },
+            Work::FixedProduct { x, weight } => Self::FixedProduct { x, weight },
             Work::Convolution(work) => {
                 let convolution =
                     FixedConv::new(work.extents, work.shape, work.weight, work.bias, &work.options);
@@ -67,6 +70,7 @@ impl Kernel {
     pub fn weight_bytes(&self) -> usize {
         match self {
             Self::Convolution { convolution, .. } => convolution.weight_bytes(),
+            Self::FixedProduct { weight, .. } => weight.bytes(),
             _ => 0,
         }
     }
@@ -108,6 +112,11 @@ impl Kernel {
             Self::Map(code) => each_task(out, 1, |at, out| evaluate(code, memory, at, out)),
             Self::Concatenate(parts) => concatenate(parts, memory, out),
             Self::Product { a, b } => product(memory, a, b, out, epilogue.is_some(), &finish),
+            Self::FixedProduct { x, weight } => {
+                let rows = memory.floats(x.buffer).get(x.offset..).unwrap_or_default();
+                let stride = if x.shape[1] == 1 { x.shape[2] } else { x.strides[1] as usize };
+                weight.multiply(rows, stride, out, &finish);
+            }
             Self::Convolution { x, convolution } => convolution.run(floats(memory, x), out, &finish),
             Self::Pool { x, pool } => {
                 pool.run(floats(memory, x), out);

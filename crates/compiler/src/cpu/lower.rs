@@ -9,13 +9,13 @@ use std::sync::Arc;
 
 use burn::backend::ir::{
     ActivationOperationIr, AttentionOpIr, BaseOperationIr, BinaryOpIr, BoolOperationIr, FloatOperationIr,
-    IntOperationIr, MatmulOpIr, ModuleOperationIr, NumericOperationIr, OperationIr, ReduceDimOpIr, ScalarIr,
-    ScalarOpIr, TensorId, TensorIr, UnaryOpIr,
+    IntOperationIr, LinearOpIr, MatmulOpIr, ModuleOperationIr, NumericOperationIr, OperationIr,
+    ReduceDimOpIr, ScalarIr, ScalarOpIr, TensorId, TensorIr, UnaryOpIr,
 };
 use burn::tensor::DType;
 use burn::tensor::ops::ConvOptions;
 use kiln_core::{Error, PortKind, Result};
-use kiln_ops::kernels::{AttentionExtents, FixedPool, PoolOptions};
+use kiln_ops::kernels::{AttentionExtents, FixedPool, PoolOptions, RightFactor};
 
 use super::expression::{Binary, Expression, Unary};
 use super::memory::{Kind, Values};
@@ -85,6 +85,11 @@ pub(super) enum Work {
         b: View,
         /// The same as they were, where they have two axes of batches.
         operands: Option<[View; 2]>,
+    },
+    /// `[1, m, k] × [k, n]` with a weight that is packed: what a product with a constant becomes for the CPU.
+    FixedProduct {
+        x: View,
+        weight: RightFactor,
     },
     Convolution(Convolution),
     Pool {
@@ -215,7 +220,9 @@ impl Work {
             }
             Self::Concatenate(parts) => parts.iter().flat_map(|(part, _)| part.loads()).collect(),
             Self::Product { a, b, .. } => vec![a, b],
-            Self::Convolution(Convolution { x, .. }) | Self::Pool { x, .. } => vec![x],
+            Self::FixedProduct { x, .. }
+            | Self::Convolution(Convolution { x, .. })
+            | Self::Pool { x, .. } => vec![x],
             Self::Attention(Attention { q, k, v, bias, mask, .. }) => {
                 [q, k, v].into_iter().chain(bias).chain(mask).collect()
             }
@@ -845,6 +852,25 @@ impl Lowering {
         self.bind_step(&op.out, Work::Product { a, b, operands }, "Matmul")
     }
 
+    /// `x W + b`: one product of all rows.
+    fn linear(&mut self, op: &LinearOpIr) -> Option<()> {
+        let [inputs, outputs] = [op.weight.shape[0], op.weight.shape[1]];
+        let rows = op.x.shape.iter().product::<usize>().checked_div(inputs)?;
+        let x = self.in_memory(op.x.id);
+        let a = self.batched(x, [1, rows, inputs]);
+        let weight = self.in_memory(op.weight.id);
+        let b = self.batched(weight, [1, inputs, outputs]);
+        let [a, b] = [a, b].map(|matrix| self.with_unit_stride(matrix));
+        let bias = op.bias.as_ref().map(|bias| self.expanded(bias, &op.out.shape));
+        let work = Work::Product { a, b, operands: None };
+        let product = Expression::Load(self.push(work, Kind::of(op.out.dtype)?, &op.out.shape, "Linear"));
+        let sum = match bias {
+            Some(bias) => product.binary(Binary::Add, bias),
+            None => product,
+        };
+        self.bind(&op.out, sum)
+    }
+
     /// Batches along one axis.
     fn batched(&mut self, view: View, shape: [usize; 3]) -> View {
         view.reshape(&shape).unwrap_or_else(|| {
@@ -886,6 +912,7 @@ impl Lowering {
         use ModuleOperationIr as M;
         match module {
             M::Embedding(op) => self.gather(&op.weights, &op.indices, &op.out),
+            M::Linear(op) => self.linear(op),
             M::LayerNorm(op) => {
                 let width = *op.input.shape.last()?;
                 let x = self.value(&op.input).expression.clone();

@@ -86,10 +86,14 @@ impl Executor {
 
     fn compile(mut graph: Graph) -> Result<Self> {
         let (lowering, outputs) = lower::lower(&mut graph)?;
-        let steps = plan::drop_unused(lowering.steps, &outputs);
+        let mut steps = plan::drop_unused(lowering.steps, &outputs);
         let plan = plan::place(&lowering.drafts, &steps, &outputs);
-        let is_float = |buffer: BufferId| plan.buffers[buffer].kind == Kind::Float;
-        let mut buffers = plan.buffers.clone();
+        // Constants go when nothing reads them any more.
+        drop(lowering.drafts);
+        let mut buffers = plan.buffers;
+        plan::pack_weights(&mut steps, &mut buffers, &outputs);
+        let kinds: Vec<Kind> = buffers.iter().map(|buffer| buffer.kind).collect();
+        let is_float = |buffer: BufferId| kinds[buffer] == Kind::Float;
         let mut compiled = Vec::with_capacity(steps.len());
         for (number, step) in steps.into_iter().enumerate() {
             let destination = plan.in_place.get(&number).copied();
@@ -126,12 +130,15 @@ impl Executor {
         self.graph.check_inputs(inputs)?;
         let inputs: Vec<Values> = inputs.iter().cloned().filter_map(Values::of).collect();
         let kind = self.graph.kind.clone();
-        quiet::catch_panic(|| {
-            (0..self.steps.len()).try_for_each(|number| {
-                let begun = Instant::now();
-                self.run_step(number, &inputs)?;
-                self.times[number] += begun.elapsed();
-                Ok(())
+        // On a thread of the pool from the first step to the last, so that no step has to wait for one to wake.
+        rayon::scope(|_| {
+            quiet::catch_panic(|| {
+                (0..self.steps.len()).try_for_each(|number| {
+                    let begun = Instant::now();
+                    self.run_step(number, &inputs)?;
+                    self.times[number] += begun.elapsed();
+                    Ok(())
+                })
             })
         })
         .unwrap_or_else(|found| Err(misfit(&kind, &found)))?;

@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use kiln_ops::kernels::RightFactor;
+
 use super::lower::{Draft, Origin, Step, Work};
-use super::memory::{Buffer, Kind, Place};
+use super::memory::{Buffer, Kind, Place, Values};
 use super::view::{BufferId, View};
 
 /// Elements to whose multiples places are rounded: a cache line of floats.
@@ -30,6 +32,30 @@ pub(super) fn drop_unused(steps: Vec<Step>, outputs: &[View]) -> Vec<Step> {
     }
     kept.reverse();
     kept
+}
+
+/// Packs the constants that products multiply their rows with, and lets go of those that nothing else reads.
+pub(super) fn pack_weights(steps: &mut [Step], buffers: &mut [Buffer], outputs: &[View]) {
+    let mut readers: HashMap<BufferId, usize> = HashMap::new();
+    let reads = steps.iter().flat_map(Step::reads).chain(outputs.iter().map(|view| view.buffer));
+    reads.for_each(|buffer| *readers.entry(buffer).or_default() += 1);
+    for step in steps {
+        let Work::Product { a, b, .. } = &step.work else { continue };
+        let Place::Constant(values) = &buffers[b.buffer].place else { continue };
+        let Values::Floats(values) = &**values else { continue };
+        let by_rows = a.shape[0] == 1 && (a.strides[2] == 1 || a.shape[2] == 1);
+        let Some(values) = values.get(b.offset..).filter(|_| by_rows) else { continue };
+        let [inner, columns] = [b.shape[1], b.shape[2]];
+        let weight = RightFactor::new(values, [inner, columns], [1, 2].map(|axis| b.strides[axis] as usize));
+        let (x, packed) = (a.clone(), b.buffer);
+        step.work = Work::FixedProduct { x, weight };
+        if !step.reads().contains(&packed) {
+            readers.entry(packed).and_modify(|readers| *readers -= 1);
+        }
+        if readers.get(&packed) == Some(&0) {
+            buffers[packed].place = Place::Arena(0);
+        }
+    }
 }
 
 /// Places the results of all steps.

@@ -300,6 +300,7 @@ impl Writer<'_> {
             Work::Map(x) => self.fill(x, output)?,
             Work::Concatenate(parts) => self.concatenate(parts, output)?,
             Work::Product { a, b, .. } => self.product(a, b, &out),
+            Work::FixedProduct { .. } => unreachable!("weights are packed for the CPU alone"),
             Work::Convolution(convolution) => self.convolution(convolution, &out),
             Work::Pool { x, pooling } => self.pool(x, pooling, len, &out),
             Work::Attention(attention) => self.attention(attention, &out),

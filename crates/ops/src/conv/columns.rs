@@ -6,29 +6,39 @@
 use rayon::prelude::*;
 
 use super::Finish;
-use super::geometry::{Block, Blocks, Geometry, Run};
+use super::geometry::{Block, Blocks, Geometry, Run, by_channel};
 use crate::gemm::{Mat, Out, gemm};
+use crate::packed::{DEPTH, LeftFactor, ROWS, RightFactor};
 use crate::simd;
 
-/// Elements of a panel, about: half of a core's second-level cache.
-const PANEL: usize = 1 << 17;
+/// Elements of a panel that are read at once, about: half of a core's second-level cache.
+const PANEL: usize = 1 << 16;
 /// Fewest and most columns of a panel.
 const COLUMNS: [usize; 2] = [256, 2048];
-/// Rows of a product that one task computes.
-const ROWS: usize = 64;
+/// Panels of the weight that one task multiplies with.
+const PANELS: usize = 4;
+/// Rows of a gradient's product that one task computes.
+const PART: usize = 64;
 /// Partial sums of the weight's gradient.
 const RUNS: usize = 8;
 
 fn blocks(geometry: &Geometry) -> Blocks {
-    let columns = (PANEL / geometry.depth().max(1)).clamp(COLUMNS[0], COLUMNS[1]);
+    let columns = (PANEL / geometry.depth().clamp(1, DEPTH)).clamp(COLUMNS[0], COLUMNS[1]);
     Blocks::new(geometry.batch, geometry.output_plane(), 1, columns)
 }
 
-/// `y = w ∗ x + b`.
+/// The weight as [`forward`] takes it: a left factor for each group.
+pub(super) fn factors(geometry: &Geometry, weight: &[f32]) -> Vec<LeftFactor> {
+    let (outputs, depth) = (geometry.outputs, geometry.depth());
+    let factor = |group| LeftFactor::new(&weight[geometry.weight_of(group)], outputs, depth, depth);
+    (0..geometry.groups).map(factor).collect()
+}
+
+/// `y = w ∗ x + b`, given the [`factors`] of `w`.
 pub(super) fn forward(
     geometry: &Geometry,
     x: &[f32],
-    weight: &[f32],
+    weight: &[LeftFactor],
     bias: &[f32],
     y: &mut [f32],
     finish: &impl Finish,
@@ -40,31 +50,39 @@ pub(super) fn forward(
     }
     let blocks = blocks(geometry);
     let pieces = blocks.split(y, channels);
-    let work = |scratch: &mut Scratch, (block, mut pieces): (Block, Vec<&mut [f32]>)| {
-        let columns = block.columns();
-        for group in 0..geometry.groups {
-            let panel = panel(geometry, x, &block, group, &mut scratch.panel);
-            let weight = &weight[geometry.weight_of(group)];
-            let product = sized(&mut scratch.product, outputs * columns);
-            product.par_chunks_mut(ROWS * columns).enumerate().for_each(|(part, product)| {
-                let weight = Mat::new(&weight[part * ROWS * depth..], product.len() / columns, depth);
-                gemm(product, columns, Out::Set, weight, panel.rows(0..depth));
-            });
-            for (image, pieces) in pieces.chunks_mut(channels).enumerate() {
-                let own = group * outputs..(group + 1) * outputs;
-                for ((channel, piece), row) in own.clone().zip(&mut pieces[own]).zip(product.chunks(columns))
-                {
-                    let row = &row[image * piece.len()..][..piece.len()];
-                    match bias.get(channel) {
-                        Some(bias) => piece.iter_mut().zip(row).for_each(|(y, row)| *y = row + bias),
-                        None => piece.copy_from_slice(row),
+    let work = |(buffer, columns): &mut (Vec<f32>, RightFactor),
+                (block, pieces): (Block, Vec<&mut [f32]>)| {
+        let mut planes = by_channel(pieces, channels);
+        for (group, (weight, planes)) in weight.iter().zip(planes.chunks_mut(outputs)).enumerate() {
+            let view = panel(geometry, x, &block, group, buffer);
+            columns.pack(view.values, [depth, view.columns], view.stride);
+            let tasks = planes.par_chunks_mut(PANELS * ROWS).enumerate();
+            tasks.for_each_init(Vec::new, |product, (task, planes)| {
+                let first = group * outputs + task * PANELS * ROWS;
+                let bias = bias.get(first..).unwrap_or_default();
+                if block.images.len() == 1 {
+                    let mut rows: Vec<&mut [f32]> =
+                        planes.iter_mut().flatten().map(|piece| &mut **piece).collect();
+                    weight.multiply(task * PANELS, columns, bias, &mut rows);
+                } else {
+                    let width = columns.width();
+                    let product = sized(product, planes.len() * width);
+                    let mut rows: Vec<&mut [f32]> = product.chunks_exact_mut(width).collect();
+                    weight.multiply(task * PANELS, columns, bias, &mut rows);
+                    for (planes, row) in planes.iter_mut().zip(rows) {
+                        let images = row.chunks(block.positions.len());
+                        planes.iter_mut().zip(images).for_each(|(piece, row)| piece.copy_from_slice(row));
                     }
-                    finish.call(geometry.output_at(block.images.start + image, channel, &block), piece);
                 }
-            }
+                for (channel, planes) in (first..).zip(planes) {
+                    for (image, piece) in block.images.clone().zip(planes) {
+                        finish.call(geometry.output_at(image, channel, &block), piece);
+                    }
+                }
+            });
         }
     };
-    blocks.list().into_par_iter().zip(pieces).for_each_init(Scratch::default, work);
+    blocks.list().into_par_iter().zip(pieces).for_each_init(Default::default, work);
 }
 
 /// The gradient of the input.
@@ -78,7 +96,7 @@ pub(super) fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f3
     if d_input.is_empty() || list.is_empty() {
         return d_input;
     }
-    let channels = ROWS.div_ceil(taps);
+    let channels = PART.div_ceil(taps);
     // Blocks of one image add to the same elements: they follow one another.
     let work = |scratch: &mut Scratch, (blocks, d_input): (&[Block], &mut [f32])| {
         for (block, group) in blocks.iter().flat_map(|block| (0..geometry.groups).map(move |g| (block, g))) {
@@ -127,8 +145,8 @@ pub(super) fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) 
             let panel = panel(geometry, x, block, group, &mut scratch.panel);
             let d_output = outputs_of(geometry, d_output, block, group, &mut scratch.product);
             let total = &mut total[geometry.weight_of(group)];
-            total.par_chunks_mut(ROWS * depth).enumerate().for_each(|(part, total)| {
-                let first = part * ROWS;
+            total.par_chunks_mut(PART * depth).enumerate().for_each(|(part, total)| {
+                let first = part * PART;
                 let d_output = d_output.rows(first..first + total.len() / depth);
                 gemm(total, depth, Out::Add, d_output, panel.rows(0..depth).t());
             });

@@ -46,7 +46,7 @@ pub(super) fn forward(
 /// Outputs below which a plane does not make a task of its own.
 const TASK: usize = 1 << 12;
 /// Outputs that are summed up together, in registers.
-const LANES: usize = 64;
+const LANES: usize = 32;
 
 /// How a plane lies for [`Phases::convolve`]: padded, and divided into one plane for each pair of remainders of row and column by the
 /// strides, so that what neighbouring outputs see through one tap lies side by side.
@@ -98,15 +98,15 @@ impl Phases {
         scratch.phases.resize(furthest.max(self.stride[0] * self.stride[1] * phase), 0.0);
         scratch.outputs.resize(len, 0.0);
         self.divide(x, &mut scratch.phases);
-        scratch.outputs.fill(bias);
         // Nine taps in one pass, since most kernels have so many.
         let (starts, rest) = self.starts.as_chunks::<9>();
         let (weights, rest_of_weight) = weight.as_chunks::<9>();
+        let mut base = Some(bias);
         for (starts, weights) in starts.iter().zip(weights) {
-            add_taps(starts, weights, &scratch.phases, &mut scratch.outputs);
+            add_taps(starts, weights, &scratch.phases, base.take(), &mut scratch.outputs);
         }
         for (&start, &weight) in rest.iter().zip(rest_of_weight) {
-            add_taps(&[start], &[weight], &scratch.phases, &mut scratch.outputs);
+            add_taps(&[start], &[weight], &scratch.phases, base.take(), &mut scratch.outputs);
         }
         let width = self.output[1];
         for (y, outputs) in y.chunks_exact_mut(width.max(1)).zip(scratch.outputs.chunks(self.columns)) {
@@ -123,37 +123,48 @@ impl Phases {
                 let first = (phase + wide - self.before[1] % wide) % wide;
                 let number = row % tall * wide + phase;
                 let at = (number * self.rows + row / tall) * self.columns + (self.before[1] + first) / wide;
-                let elements = x.iter().skip(first).step_by(wide);
-                if wide == 1 {
-                    phases[at..at + width].copy_from_slice(x);
-                } else {
-                    phases[at..].iter_mut().zip(elements).for_each(|(phase, x)| *phase = *x);
+                let x = x.get(first..).unwrap_or_default();
+                match wide {
+                    1 => phases[at..at + width].copy_from_slice(x),
+                    2 => {
+                        let (pairs, last) = x.as_chunks::<2>();
+                        let (places, rest) = phases[at..].split_at_mut(pairs.len());
+                        simd(
+                            #[inline(always)]
+                            || places.iter_mut().zip(pairs).for_each(|(place, pair)| *place = pair[0]),
+                        );
+                        rest.iter_mut().zip(last).for_each(|(place, x)| *place = *x);
+                    }
+                    _ => {
+                        phases[at..].iter_mut().zip(x.iter().step_by(wide)).for_each(|(place, x)| *place = *x)
+                    }
                 }
             }
         }
     }
 }
 
-/// Adds what is seen through some taps to outputs, a multiple of [`LANES`].
+/// Adds what is seen through some taps to `base`, or to what the outputs are, a multiple of [`LANES`].
 fn add_taps<const TAPS: usize>(
     starts: &[usize; TAPS],
     weights: &[f32; TAPS],
     seen: &[f32],
+    base: Option<f32>,
     outputs: &mut [f32],
 ) {
     simd(
         #[inline(always)]
         || {
             for (block, outputs) in outputs.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                let seen = starts.map(
-                    #[inline(always)]
-                    |start| &seen[start + block * LANES..][..LANES],
-                );
-                for lane in 0..LANES {
-                    for tap in 0..TAPS {
-                        outputs[lane] = fma(weights[tap], seen[tap][lane], outputs[lane]);
+                let mut sums = base.map_or(*outputs, |base| [base; LANES]);
+                for (start, &weight) in starts.iter().zip(weights) {
+                    let seen = seen[start + block * LANES..].first_chunk::<LANES>();
+                    let seen = seen.expect("the phases reach beyond the last output");
+                    for lane in 0..LANES {
+                        sums[lane] = fma(weight, seen[lane], sums[lane]);
                     }
                 }
+                *outputs = sums;
             }
         },
     );

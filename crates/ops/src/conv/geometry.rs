@@ -253,6 +253,16 @@ impl Blocks {
     }
 }
 
+/// A block's pieces by channel, image by image.
+pub(super) fn by_channel(pieces: Vec<&mut [f32]>, channels: usize) -> Vec<Vec<&mut [f32]>> {
+    let mut planes: Vec<Vec<&mut [f32]>> = Vec::new();
+    planes.resize_with(channels, || Vec::with_capacity(pieces.len() / channels));
+    for (piece, channel) in pieces.into_iter().zip((0..channels).cycle()) {
+        planes[channel].push(piece);
+    }
+    planes
+}
+
 /// Extents of up to three axes, with `unit` for those that are not there.
 fn axes(extents: &[usize], unit: usize) -> [usize; 3] {
     let mut all = [unit; 3];

@@ -22,6 +22,7 @@ use rayon::prelude::*;
 
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
+use crate::packed::LeftFactor;
 use crate::simd;
 use crate::vector::sum_of;
 use geometry::Geometry;
@@ -286,48 +287,59 @@ enum Way {
 }
 
 impl Way {
-    fn of(geometry: &Geometry) -> Self {
+    /// The fastest; `fixed` if the weight stays the same for many inputs.
+    fn of(geometry: &Geometry, fixed: bool) -> Self {
         /// Output channels of one input channel from which on a matrix product is faster.
         const FEW: usize = 8;
         if geometry.inputs == 1 && geometry.outputs < FEW {
             Self::Depthwise
-        } else if winograd::pays(geometry) {
+        } else if winograd::pays(geometry, fixed) {
             Self::Winograd
         } else {
             Self::Columns
         }
     }
 
-    /// The weight as [`forward`](Self::forward) takes it.
-    fn prepared<'a>(&self, geometry: &Geometry, weight: Cow<'a, [f32]>) -> Cow<'a, [f32]> {
+    /// The weight as [`Weight::convolve`] reads it.
+    fn prepared<'a>(&self, geometry: &Geometry, weight: Cow<'a, [f32]>) -> Weight<'a> {
         match self {
-            Self::Winograd => Cow::Owned(winograd::transformed(geometry, &weight)),
-            Self::Depthwise | Self::Columns => weight,
+            Self::Depthwise => Weight::Depthwise(weight),
+            Self::Winograd => Weight::Winograd(winograd::factors(geometry, &weight)),
+            Self::Columns => Weight::Columns(columns::factors(geometry, &weight)),
+        }
+    }
+}
+
+/// A weight that is ready for one of the ways.
+enum Weight<'a> {
+    Depthwise(Cow<'a, [f32]>),
+    /// A factor for each point.
+    Winograd(Vec<LeftFactor>),
+    /// A factor for each group.
+    Columns(Vec<LeftFactor>),
+}
+
+impl Weight<'_> {
+    fn convolve(&self, geometry: &Geometry, x: &[f32], bias: &[f32], y: &mut [f32], finish: &impl Finish) {
+        match self {
+            Self::Depthwise(weight) => depthwise::forward(geometry, x, weight, bias, y, finish),
+            Self::Winograd(factors) => winograd::forward(geometry, x, factors, bias, y, finish),
+            Self::Columns(factors) => columns::forward(geometry, x, factors, bias, y, finish),
         }
     }
 
-    fn forward(
-        &self,
-        geometry: &Geometry,
-        x: &[f32],
-        weight: &[f32],
-        bias: &[f32],
-        y: &mut [f32],
-        finish: &impl Finish,
-    ) {
+    fn bytes(&self) -> usize {
         match self {
-            Self::Depthwise => depthwise::forward(geometry, x, weight, bias, y, finish),
-            Self::Winograd => winograd::forward(geometry, x, weight, bias, y, finish),
-            Self::Columns => columns::forward(geometry, x, weight, bias, y, finish),
+            Self::Depthwise(weight) => size_of_val(&weight[..]),
+            Self::Winograd(factors) | Self::Columns(factors) => factors.iter().map(LeftFactor::bytes).sum(),
         }
     }
 }
 
 fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     let mut y = vec![0.0; geometry.output_len()];
-    let way = Way::of(geometry);
-    let weight = way.prepared(geometry, Cow::Borrowed(weight));
-    way.forward(geometry, x, &weight, bias, &mut y, &());
+    let weight = Way::of(geometry, false).prepared(geometry, Cow::Borrowed(weight));
+    weight.convolve(geometry, x, bias, &mut y, &());
     y
 }
 
@@ -352,8 +364,7 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Finish for F {
 /// A convolution over three axes whose weight stays the same: what depends on the weight alone is computed once.
 pub struct FixedConv {
     geometry: Geometry,
-    way: Way,
-    weight: Vec<f32>,
+    weight: Weight<'static>,
     bias: Vec<f32>,
 }
 
@@ -380,14 +391,13 @@ impl FixedConv {
             bias.is_empty() || bias.len() == shape[0],
             "a bias must have an element for each output channel"
         );
-        let way = Way::of(&geometry);
-        let weight = way.prepared(&geometry, Cow::Owned(weight)).into_owned();
-        Self { geometry, way, weight, bias }
+        let weight = Way::of(&geometry, true).prepared(&geometry, Cow::Owned(weight));
+        Self { geometry, weight, bias }
     }
 
     /// Bytes of the weight as it is kept.
     pub fn weight_bytes(&self) -> usize {
-        size_of_val(&self.weight[..]) + size_of_val(&self.bias[..])
+        self.weight.bytes() + size_of_val(&self.bias[..])
     }
 
     /// Convolves `x` into `y`, whose elements are finished as they come.
@@ -396,12 +406,12 @@ impl FixedConv {
     /// When input or output are too short.
     pub fn run(&self, x: &[f32], y: &mut [f32], finish: &impl Finish) {
         let y = &mut y[..self.geometry.output_len()];
-        self.way.forward(&self.geometry, x, &self.weight, &self.bias, y, finish);
+        self.weight.convolve(&self.geometry, x, &self.bias, y, finish);
     }
 }
 
 fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
-    match Way::of(geometry) {
+    match Way::of(geometry, false) {
         Way::Depthwise => depthwise::input_gradient(geometry, d_output, weight),
         Way::Winograd => winograd::input_gradient(geometry, d_output, weight),
         Way::Columns => columns::input_gradient(geometry, d_output, weight),
@@ -409,7 +419,7 @@ fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<
 }
 
 fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) -> Vec<f32> {
-    match Way::of(geometry) {
+    match Way::of(geometry, false) {
         Way::Depthwise => depthwise::weight_gradient(geometry, x, d_output),
         Way::Winograd => winograd::weight_gradient(geometry, x, d_output),
         Way::Columns => columns::weight_gradient(geometry, x, d_output),

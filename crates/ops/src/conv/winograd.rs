@@ -10,8 +10,9 @@ use rayon::prelude::*;
 
 use super::Finish;
 use super::columns::total_of;
-use super::geometry::{Block, Blocks, Geometry};
+use super::geometry::{Block, Blocks, Geometry, by_channel};
 use crate::gemm::{Mat, Out, gemm};
+use crate::packed::{LeftFactor, RightFactor};
 use crate::simd;
 
 /// Outputs of a tile along each axis.
@@ -27,16 +28,17 @@ const POINTS: usize = PATCH * PATCH;
 const LANES: usize = 16;
 type Lanes = [f32; LANES];
 
-/// Fewest channels and tiles for which it is faster; few tiles do not pay for the weight's transform.
+/// Fewest channels and tiles for which it is faster; with fewer tiles the weight's transform only pays once for many inputs.
 const CHANNELS: usize = 16;
 const TILES: usize = 24;
+const TILES_OF_FIXED: usize = 16;
 /// Transformed elements of a block, about; they should stay in a core's second-level cache.
 const BLOCK: usize = 1 << 18;
 /// Partial sums of the weight's gradient.
 const RUNS: usize = 4;
 
-/// Whether this way is faster than a matrix product with the kernel as it is.
-pub(super) fn pays(geometry: &Geometry) -> bool {
+/// Whether this way is faster than a matrix product with the kernel as it is; `fixed` if the weight stays the same for many inputs.
+pub(super) fn pays(geometry: &Geometry, fixed: bool) -> bool {
     let [_, height, width] = geometry.output;
     let tiles = height.div_ceil(TILE) * width.div_ceil(TILE);
     geometry.kernel == [1, TAPS, TAPS]
@@ -47,24 +49,24 @@ pub(super) fn pays(geometry: &Geometry) -> bool {
         && geometry.before[0] == 0
         && geometry.before[1..].iter().all(|&before| before < TAPS)
         && geometry.inputs.min(geometry.outputs) >= CHANNELS
-        && geometry.batch * tiles >= TILES
+        && geometry.batch * tiles >= if fixed { TILES_OF_FIXED } else { TILES }
         // Tiles that reach beyond the output are wasted in part.
         && tiles * POINTS * 2 <= height * width * TAPS * TAPS
 }
 
-/// The weight as [`forward`] takes it.
-pub(super) fn transformed(geometry: &Geometry, weight: &[f32]) -> Vec<f32> {
+/// The weight as [`forward`] takes it: a left factor for each point.
+pub(super) fn factors(geometry: &Geometry, weight: &[f32]) -> Vec<LeftFactor> {
     let inputs = geometry.inputs;
     transformed_weight(geometry.outputs, inputs, |output, input, row, column| {
         weight[((output * inputs + input) * TAPS + row) * TAPS + column]
     })
 }
 
-/// `y = w ∗ x + b`, given `w` [`transformed`].
+/// `y = w ∗ x + b`, given the [`factors`] of `w`.
 pub(super) fn forward(
     geometry: &Geometry,
     x: &[f32],
-    weight: &[f32],
+    weight: &[LeftFactor],
     bias: &[f32],
     y: &mut [f32],
     finish: &impl Finish,
@@ -77,17 +79,13 @@ pub(super) fn forward(
         let len = tiles.len();
         tiles.transform_inputs(geometry, x, patches);
         products.resize(POINTS * outputs * len, 0.0);
-        products.par_chunks_mut(outputs * len).enumerate().for_each(|(point, products)| {
-            let weight = Mat::strided(&weight[point * inputs..], outputs, inputs, POINTS * inputs);
-            let patches = Mat::strided(&patches[point * len..], inputs, len, POINTS * len);
-            gemm(products, len, Out::Set, weight, patches);
+        let points = products.par_chunks_mut(outputs * len).zip(weight).enumerate();
+        points.for_each_init(RightFactor::default, |columns, (point, (products, weight))| {
+            columns.pack(&patches[point * len..], [inputs, len], POINTS * len);
+            let mut rows: Vec<&mut [f32]> = products.chunks_exact_mut(len).collect();
+            weight.multiply(0, columns, &[], &mut rows);
         });
-        let mut planes: Vec<Vec<&mut [f32]>> = Vec::new();
-        planes.resize_with(outputs, Vec::new);
-        for (piece, plane) in pieces.into_iter().zip((0..outputs).cycle()) {
-            planes[plane].push(piece);
-        }
-        planes.into_par_iter().enumerate().for_each(|(output, mut planes)| {
+        by_channel(pieces, outputs).into_par_iter().enumerate().for_each(|(output, mut planes)| {
             let bias = bias.get(output).copied().unwrap_or(0.0);
             let mut patch = [[[0.0; LANES]; PATCH]; PATCH];
             let mut tile = [[[0.0; LANES]; TILE]; TILE];
@@ -185,13 +183,13 @@ fn blocks(geometry: &Geometry) -> Blocks {
     Blocks::new(geometry.batch, geometry.output_plane(), TILE * geometry.output[2], columns)
 }
 
-/// `G w Gᵀ` of all pairs of channels, `[rows, POINTS, columns]`; `weight` gives the tap of a row's and a
+/// `G w Gᵀ` of all pairs of channels, `[rows, columns]` for each point; `weight` gives the tap of a row's and a
 /// column's channel.
 fn transformed_weight(
     rows: usize,
     columns: usize,
     weight: impl Fn(usize, usize, usize, usize) -> f32 + Sync,
-) -> Vec<f32> {
+) -> Vec<LeftFactor> {
     let mut transformed = vec![0.0; rows * POINTS * columns];
     transformed.par_chunks_mut(POINTS * columns).enumerate().for_each(|(row, transformed)| {
         for first in (0..columns).step_by(LANES) {
@@ -214,7 +212,8 @@ fn transformed_weight(
             }
         }
     });
-    transformed
+    let factor = |point| LeftFactor::new(&transformed[point * columns..], rows, columns, POINTS * columns);
+    (0..POINTS).into_par_iter().map(factor).collect()
 }
 
 /// The tiles of a block, in groups of `LANES`.
