@@ -45,7 +45,7 @@ const LEAST_SIZE: f64 = 1e-6;
 const FEWEST: usize = 8;
 
 /// Numbers that a gradient may keep of what the units read and write.
-const MOST_NUMBERS: usize = 1 << 27;
+const MOST_NUMBERS: usize = 1 << 26;
 
 /// How long a trace is probed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
