@@ -68,7 +68,7 @@ pub use softmax::{log_softmax, softmax};
 /// Kernels over slices, for programs that plan their memory themselves.
 pub mod kernels {
     pub use crate::attention::{AttentionExtents, AttentionInputs, Heads, attend};
-    pub use crate::conv::{Finish, FixedConv};
+    pub use crate::conv::{Finish, FixedConv, FreeConv};
     pub use crate::norm::{layer_norm_rows, rms_norm_rows};
     pub use crate::packed::RightFactor;
     pub use crate::pool::{FixedPool, PoolOptions};

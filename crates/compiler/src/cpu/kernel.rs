@@ -8,14 +8,14 @@ use burn_flex::{Flex, FlexDevice};
 use burn_router::TensorInterpreter;
 use kiln_ops::gemm::{Mat, Out, gemm, gemm_finished, gemm_parallel};
 use kiln_ops::kernels::{
-    AttentionInputs, FixedConv, FixedPool, Heads, RightFactor, attend, layer_norm_rows, log_softmax_rows,
-    softmax_rows,
+    AttentionInputs, FixedConv, FixedPool, FreeConv, Heads, RightFactor, attend, layer_norm_rows,
+    log_softmax_rows, softmax_rows,
 };
 use kiln_ops::{simd, vector};
 use rayon::prelude::*;
 
 use super::expression::{Code, Expression, Registers};
-use super::lower::{Attention, Reduction, RowWork, Work};
+use super::lower::{Attention, ConvResult, Reduction, RowWork, Work};
 use super::memory::{ElementsMut, Memory};
 use super::view::{BufferId, View};
 
@@ -29,6 +29,7 @@ pub(super) enum Kernel {
     Product { a: View, b: View },
     FixedProduct { x: View, weight: RightFactor },
     Convolution { x: View, convolution: FixedConv },
+    FreeConvolution { gives: ConvResult, operands: [View; 2], bias: Option<View>, convolution: FreeConv },
     Pool { x: View, pool: FixedPool },
     Attention(Attention),
     Rows { x: Code, width: usize, work: RowWork },
@@ -53,6 +54,15 @@ impl Kernel {
                 let convolution =
                     FixedConv::new(work.extents, work.shape, work.weight, work.bias, &work.options);
                 Self::Convolution { x: work.x, convolution }
+            }
+            Work::FreeConvolution(work) => {
+                let convolution = FreeConv::new(work.extents, work.shape, &work.options);
+                Self::FreeConvolution {
+                    gives: work.gives,
+                    operands: work.operands,
+                    bias: work.bias,
+                    convolution,
+                }
             }
             Work::Pool { x, pooling } => Self::Pool { x, pool: pooling.fixed() },
             Work::Attention(attention) => Self::Attention(attention),
@@ -118,6 +128,20 @@ impl Kernel {
                 weight.multiply(rows, stride, out, &finish);
             }
             Self::Convolution { x, convolution } => convolution.run(floats(memory, x), out, &finish),
+            Self::FreeConvolution { gives, operands: [first, second], bias, convolution } => {
+                let [first, second] = [first, second].map(|view| floats(memory, view));
+                let gradient = match gives {
+                    ConvResult::Output => {
+                        let bias = bias.as_ref().map_or(&[][..], |bias| floats(memory, bias));
+                        convolution.run(first, second, bias, out, &finish);
+                        return Ok(());
+                    }
+                    ConvResult::InputGradient => convolution.input_gradient(first, second),
+                    ConvResult::WeightGradient => convolution.weight_gradient(first, second),
+                };
+                out.copy_from_slice(&gradient);
+                each_task(out, 1, finish);
+            }
             Self::Pool { x, pool } => {
                 pool.run(floats(memory, x), out);
                 each_task(out, 1, finish);

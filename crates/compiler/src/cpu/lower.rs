@@ -8,9 +8,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use burn::backend::ir::{
-    ActivationOperationIr, AttentionOpIr, BaseOperationIr, BinaryOpIr, BoolOperationIr, FloatOperationIr,
-    IntOperationIr, LinearOpIr, MatmulOpIr, ModuleOperationIr, NumericOperationIr, OperationIr,
-    ReduceDimOpIr, ScalarIr, ScalarOpIr, TensorId, TensorIr, UnaryOpIr,
+    ActivationOperationIr, AttentionOpIr, BaseOperationIr, BinaryOpIr, BoolOperationIr, Conv2dOptionsIr,
+    FloatOperationIr, IntOperationIr, LinearOpIr, MatmulOpIr, ModuleOperationIr, NumericOperationIr,
+    OperationIr, ReduceDimOpIr, ScalarIr, ScalarOpIr, TensorId, TensorIr, UnaryOpIr,
 };
 use burn::tensor::DType;
 use burn::tensor::ops::ConvOptions;
@@ -92,6 +92,7 @@ pub(super) enum Work {
         weight: RightFactor,
     },
     Convolution(Convolution),
+    FreeConvolution(FreeConvolution),
     Pool {
         x: View,
         pooling: Pooling,
@@ -146,6 +147,36 @@ impl Convolution {
             let reach = options.dilation[axis] * (shape[2 + axis] - 1) + 1;
             (extents[2 + axis] + before + after - reach) / options.stride[axis] + 1
         })
+    }
+}
+
+/// A convolution over three axes whose weight is no constant, or one of its gradients.
+pub(super) struct FreeConvolution {
+    pub gives: ConvResult,
+    /// The input or the gradient of the output, and the weight; for the gradient of the weight both the former.
+    pub operands: [View; 2],
+    pub bias: Option<View>,
+    pub extents: [usize; 5],
+    pub shape: [usize; 5],
+    pub options: ConvOptions<3>,
+}
+
+/// What a [`FreeConvolution`] gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ConvResult {
+    Output,
+    InputGradient,
+    WeightGradient,
+}
+
+impl ConvResult {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Output => "Conv",
+            Self::InputGradient => "ConvInputGradient",
+            Self::WeightGradient => "ConvWeightGradient",
+        }
     }
 }
 
@@ -223,6 +254,9 @@ impl Work {
             Self::FixedProduct { x, .. }
             | Self::Convolution(Convolution { x, .. })
             | Self::Pool { x, .. } => vec![x],
+            Self::FreeConvolution(FreeConvolution { operands, bias, .. }) => {
+                operands.iter().chain(bias).collect()
+            }
             Self::Attention(Attention { q, k, v, bias, mask, .. }) => {
                 [q, k, v].into_iter().chain(bias).chain(mask).collect()
             }
@@ -817,6 +851,16 @@ impl Lowering {
                     .binary(Binary::AtMost, Expression::Constant(1.0));
                 self.bind(&op.out, hard)
             }
+            A::ReluBackward(op) => {
+                let [y, dy] = [&op.lhs, &op.rhs].map(|tensor| self.value(tensor).expression.clone());
+                let flat = y.binary(Binary::LessEqual, Expression::Constant(0.0));
+                let zero = Expression::Constant(0.0);
+                self.bind(&op.out, Expression::Select(Box::new(flat), Box::new(zero), Box::new(dy)))
+            }
+            A::GeluBackward(op) => {
+                let [x, dy] = [&op.lhs, &op.rhs].map(|tensor| self.value(tensor).expression.clone());
+                self.bind(&op.out, gelu_slope(x).binary(Binary::Multiply, dy))
+            }
             A::Softmax(op) => self.rows(&op.input, &op.out, op.axis, RowWork::Softmax),
             A::LogSoftmax(op) => self.rows(&op.input, &op.out, op.axis, RowWork::LogSoftmax),
             _ => None,
@@ -953,14 +997,20 @@ impl Lowering {
                 self.convolution([&op.x, &op.weight], op.bias.as_ref(), options, &op.out)
             }
             M::Conv2d(op) => {
-                let options = &op.options;
-                let options = ConvOptions {
-                    stride: [1, options.stride[0], options.stride[1]],
-                    padding: [(0, 0), options.padding[0], options.padding[1]],
-                    dilation: [1, options.dilation[0], options.dilation[1]],
-                    groups: options.groups,
-                };
+                let options = over_three_axes(&op.options);
                 self.convolution([&op.x, &op.weight], op.bias.as_ref(), options, &op.out)
+            }
+            M::Conv2dXBackward(op) => {
+                let operands = [&op.output_grad, &op.weight];
+                let shapes = [&op.x, &op.weight].map(|tensor| with_three_axes(&tensor.shape));
+                let options = over_three_axes(&op.options);
+                self.free_convolution(ConvResult::InputGradient, operands, None, shapes, options, &op.out)
+            }
+            M::Conv2dWeightBackward(op) => {
+                let operands = [&op.x, &op.output_grad];
+                let shapes = [&op.x, &op.weight].map(|tensor| with_three_axes(&tensor.shape));
+                let options = over_three_axes(&op.options);
+                self.free_convolution(ConvResult::WeightGradient, operands, None, shapes, options, &op.out)
             }
             M::MaxPool1d(op) => {
                 let windows = PoolOptions {
@@ -1061,21 +1111,34 @@ impl Lowering {
         options: ConvOptions<3>,
         out: &TensorIr,
     ) -> Option<()> {
-        let values = self.constant(weight)?;
-        let bias = match bias {
-            Some(bias) => self.constant(bias)?,
-            None => Vec::new(),
+        let [extents, shape] = [x, weight].map(|tensor| with_three_axes(&tensor.shape));
+        let fixed = self.constant(weight).zip(match bias {
+            Some(bias) => self.constant(bias),
+            None => Some(Vec::new()),
+        });
+        let Some((weight_values, bias)) = fixed else {
+            let shapes = [extents, shape];
+            return self.free_convolution(ConvResult::Output, [x, weight], bias, shapes, options, out);
         };
-        let over_three_axes = |shape: &[usize]| {
-            let mut extents = [1; 5];
-            extents[..2].copy_from_slice(&shape[..2]);
-            extents[5 - (shape.len() - 2)..].copy_from_slice(&shape[2..]);
-            extents
-        };
-        let (extents, shape) = (over_three_axes(&x.shape), over_three_axes(&weight.shape));
         let x = self.in_memory_whole(x.id);
-        let convolution = Convolution { x, extents, shape, weight: values, bias, options };
+        let convolution = Convolution { x, extents, shape, weight: weight_values, bias, options };
         self.bind_step(out, Work::Convolution(convolution), "Conv")
+    }
+
+    /// `shapes`: those of the input and of the weight.
+    fn free_convolution(
+        &mut self,
+        gives: ConvResult,
+        operands: [&TensorIr; 2],
+        bias: Option<&TensorIr>,
+        [extents, shape]: [[usize; 5]; 2],
+        options: ConvOptions<3>,
+        out: &TensorIr,
+    ) -> Option<()> {
+        let operands = operands.map(|tensor| self.in_memory_whole(tensor.id));
+        let bias = bias.map(|bias| self.in_memory_whole(bias.id));
+        let convolution = FreeConvolution { gives, operands, bias, extents, shape, options };
+        self.bind_step(out, Work::FreeConvolution(convolution), gives.name())
     }
 
     /// Pools `[batch, channels, height, width]`, or `[batch, channels, width]` as planes of one row.
@@ -1123,4 +1186,33 @@ impl Lowering {
         let (kind, shape) = (self.drafts[view.buffer].kind, view.shape.clone());
         self.push(Work::Map(Expression::Load(view)), kind, &shape, "Copy")
     }
+}
+
+/// The shape of images or rows as that of volumes.
+fn with_three_axes(shape: &[usize]) -> [usize; 5] {
+    let mut extents = [1; 5];
+    extents[..2].copy_from_slice(&shape[..2]);
+    extents[5 - (shape.len() - 2)..].copy_from_slice(&shape[2..]);
+    extents
+}
+
+/// The options of a convolution of images as those of one of volumes.
+fn over_three_axes(options: &Conv2dOptionsIr) -> ConvOptions<3> {
+    ConvOptions {
+        stride: [1, options.stride[0], options.stride[1]],
+        padding: [(0, 0), options.padding[0], options.padding[1]],
+        dilation: [1, options.dilation[0], options.dilation[1]],
+        groups: options.groups,
+    }
+}
+
+/// `x φ(x) + Φ(x)`, with the normal distribution's density `φ` and distribution function `Φ`.
+fn gelu_slope(x: Expression) -> Expression {
+    use std::f32::consts::{FRAC_1_SQRT_2, PI};
+    let times = |x: Expression, factor: f32| x.binary(Binary::Multiply, Expression::Constant(factor));
+    let square = x.clone().binary(Binary::Multiply, x.clone());
+    let bell = times(times(square, -0.5).unary(Unary::Exp), 1.0 / (2.0 * PI).sqrt());
+    let share = times(x.clone(), FRAC_1_SQRT_2).unary(Unary::Erf);
+    let share = times(share.binary(Binary::Add, Expression::Constant(1.0)), 0.5);
+    x.binary(Binary::Multiply, bell).binary(Binary::Add, share)
 }

@@ -302,6 +302,9 @@ impl Writer<'_> {
             Work::Product { a, b, .. } => self.product(a, b, &out),
             Work::FixedProduct { .. } => unreachable!("weights are packed for the CPU alone"),
             Work::Convolution(convolution) => self.convolution(convolution, &out),
+            Work::FreeConvolution(work) => {
+                return Err(no_form(&format!("{} of a free weight", work.gives.name())));
+            }
             Work::Pool { x, pooling } => self.pool(x, pooling, len, &out),
             Work::Attention(attention) => self.attention(attention, &out),
             Work::Rows { x, width, work } => {

@@ -7,6 +7,7 @@ use kiln_compiler::loops::{Buffer, check, default_passes, interpret, to_wasm};
 use kiln_compiler::{Executor, Graph, capture};
 use kiln_core::{Network, Port, PortKind};
 
+use crate::cases::{Case, FUNCTIONS, input};
 use crate::networks::{Example, Frozen};
 
 fn floats(data: &TensorData) -> Vec<f32> {
@@ -351,5 +352,17 @@ fn convolutions_and_pools_are_loop_programs_too() {
         let graph = capture(Box::new(network)).unwrap();
         agrees(&graph, &[numbers(&[4, 7, 6])], what);
         agrees_as_loops(&graph, &[numbers(&[4, 7, 6])], what);
+    }
+}
+
+#[test]
+fn compiled_gradients_are_those_of_the_graph() {
+    let inputs = [input([4, 6]).to_data(), input([6, 4]).to_data()];
+    for (name, function) in FUNCTIONS {
+        let gradient = capture(Box::new(Case(*function))).unwrap().gradient("loss", &["x", "y"]).unwrap();
+        let compiled = agrees(&gradient, &inputs, name);
+        // Convolutions whose weights change, and their gradients, have kernels of their own.
+        let by_burn = ["Conv2d (by Burn)", "Conv2dXBackward (by Burn)", "Conv2dWeightBackward (by Burn)"];
+        assert!(!compiled.footprint().steps.iter().any(|step| by_burn.contains(&&*step.name)), "{name}");
     }
 }

@@ -410,6 +410,46 @@ impl FixedConv {
     }
 }
 
+/// A convolution over three axes whose weight changes from one use to the next, and its gradients.
+#[derive(Debug, Clone)]
+pub struct FreeConv(Geometry);
+
+impl FreeConv {
+    /// For inputs `[batch, inputs, depth, height, width]` and weights `[outputs, inputs / groups, kernel depth, kernel height,
+    /// kernel width]`.
+    ///
+    /// # Panics
+    /// When the weight does not fit the input, or the kernel exceeds the padded input.
+    pub fn new(x: [usize; 5], weight: [usize; 5], options: &ConvOptions<3>) -> Self {
+        Self(Geometry::of_conv(x, weight, options))
+    }
+
+    /// Convolves `x` into `y`, whose elements are finished as they come; no `bias` is none.
+    ///
+    /// # Panics
+    /// When a slice is too short.
+    pub fn run(&self, x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f32], finish: &impl Finish) {
+        let weight = Way::of(&self.0, false).prepared(&self.0, Cow::Borrowed(weight));
+        weight.convolve(&self.0, x, bias, &mut y[..self.0.output_len()], finish);
+    }
+
+    /// The gradient with respect to the input, from that of the output.
+    ///
+    /// # Panics
+    /// When a slice is too short.
+    pub fn input_gradient(&self, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
+        input_gradient(&self.0, d_output, weight)
+    }
+
+    /// The gradient with respect to the weight, from the input and the gradient of the output.
+    ///
+    /// # Panics
+    /// When a slice is too short.
+    pub fn weight_gradient(&self, x: &[f32], d_output: &[f32]) -> Vec<f32> {
+        weight_gradient(&self.0, x, d_output)
+    }
+}
+
 fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
     match Way::of(geometry, false) {
         Way::Depthwise => depthwise::input_gradient(geometry, d_output, weight),

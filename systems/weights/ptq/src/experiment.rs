@@ -1,6 +1,7 @@
 //! The reference experiment: networks that Kiln trains, quantised by several orders of their units and for several targets.
 //! The search sees one half of the held-out examples, the figures come from the other.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use kiln_nn::{TrainConfig, initialise, train};
 
 use crate::arch::{Arch, ClassifierConfig, Input};
 use crate::checkpoint::Trained;
+use crate::curvature::Trace;
 use crate::data::{Examples, learnt_texts};
 use crate::latency::{Profile, compiled_seconds, measure};
 use crate::program::Program;
@@ -30,7 +32,7 @@ struct Plan {
     /// Whether curvature alone is tried.
     hessian: bool,
     calibration: usize,
-    /// Examples on which sensitivities are measured, and random directions.
+    /// Examples on which sensitivities are measured, and random directions at most.
     sensitivity: (usize, usize),
     runs: usize,
 }
@@ -62,7 +64,7 @@ impl Plan {
                 random: 3,
                 hessian: true,
                 calibration: 256,
-                sensitivity: (256, 8),
+                sensitivity: (256, 64),
                 runs: 50,
             },
         }
@@ -160,6 +162,47 @@ impl Course {
     }
 }
 
+/// Where the time goes.
+struct Clock {
+    last: Instant,
+    laps: Vec<(&'static str, f64)>,
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self { last: Instant::now(), laps: Vec::new() }
+    }
+}
+
+impl Clock {
+    /// Ends a part of the work.
+    fn lap(&mut self, what: &'static str) {
+        self.laps.push((what, self.last.elapsed().as_secs_f64()));
+        self.last = Instant::now();
+    }
+
+    fn table(&self, name: &str) -> Table {
+        let mut table = Table::new(format!("{name}: where the time went"), &["work", "seconds"]);
+        for (what, seconds) in &self.laps {
+            table.row([(*what).into(), format!("{seconds:.1}")]);
+        }
+        table
+    }
+}
+
+/// How many probes the traces took, and how many are known to 5 %.
+fn probed(traces: &[Trace]) -> String {
+    let moved: Vec<&Trace> = traces.iter().filter(|trace| trace.probes > 0).collect();
+    let probes: usize = moved.iter().map(|trace| trace.probes).sum();
+    let known = moved.iter().filter(|trace| trace.error < 0.05 * trace.mean.abs()).count();
+    let negative = moved.iter().filter(|trace| trace.mean < 0.0).count();
+    format!(
+        "{:.0} probes a unit, {known} of {} standard errors below 5 %, {negative} traces below 0",
+        probes as f64 / moved.len().max(1) as f64,
+        moved.len()
+    )
+}
+
 /// What one network came to.
 struct Outcome {
     augmented: f64,
@@ -248,6 +291,7 @@ fn study(
     cx: &Context,
 ) -> Result<Outcome> {
     let Subject { name, config, longer, train: examples, test } = subject;
+    let mut clock = Clock::default();
     let half = test.len() / 2;
     let searched = test.select(&(0..half).collect::<Vec<_>>());
     let untouched = test.select(&(half..test.len()).collect::<Vec<_>>());
@@ -263,16 +307,28 @@ fn study(
     };
     let model = initialise(&cx.device, &mut cx.rng("init", 0), |device| config.init(device));
     let trained = train(model, &mut task, &training, None, false, cx)?;
+    clock.lap("training");
     let graph = capture(Box::new(Trained::new(*config, trained.last)))?;
 
     let calibration = examples.select(&sample(examples.len(), plan.calibration, "calibration", cx));
     let labelled = examples.select(&sample(examples.len(), plan.sensitivity.0, "sensitivity", cx));
     let quantiser =
         Quantiser::calibrate(Program::new(graph.clone())?, &calibration, QuantConfig::default(), cx)?;
+    clock.lap("calibration");
     let sensitivities = quantiser.sensitivities(&labelled, plan.sensitivity.1, true, cx)?;
+    clock.lap("sensitivities");
     let units = quantiser.program.units.len();
     let sixteen: Bits = vec![16; units];
     let baseline = score(&quantiser.float_logits(&untouched)?, &untouched.labels, Metric::Accuracy);
+    let mut judged: BTreeMap<Bits, f64> = BTreeMap::new();
+    let mut judge = |bits: &Bits| -> Result<f64> {
+        if let Some(&accuracy) = judged.get(bits) {
+            return Ok(accuracy);
+        }
+        let accuracy = score(&quantiser.real_logits(bits, &untouched)?, &untouched.labels, Metric::Accuracy);
+        judged.insert(bits.clone(), accuracy);
+        Ok(accuracy)
+    };
     let saved = |bits: &Bits| {
         let [before, after] = [&sixteen, bits].map(|bits| quantiser.latency(profile, bits));
         100.0 * (1.0 - after / before)
@@ -284,14 +340,14 @@ fn study(
     }
     orders.extend((0..plan.random).map(|draw| (format!("random {}", draw + 1), Order::Random, draw)));
     let mut courses = Vec::new();
+    let mut trials = Trials::default();
     for (name, order, draw) in orders {
-        let mut trials = Trials::default();
+        trials = trials.for_another();
         let mut at = Vec::new();
         for &target in plan.targets {
             let search = SearchPlan { target, order, draw, ..SearchPlan::default() };
             let found = quantiser.search(&sensitivities, &searched, &search, &mut trials, cx, |_| Ok(()))?;
-            let accuracy =
-                score(&quantiser.real_logits(&found.bits, &untouched)?, &untouched.labels, Metric::Accuracy);
+            let accuracy = judge(&found.bits)?;
             at.push((accuracy / baseline, saved(&found.bits), found.bits));
         }
         let tried =
@@ -299,6 +355,7 @@ fn study(
         courses.push(Course { name, at, tried: tried.collect() });
     }
 
+    clock.lap("searches");
     let mut table = Table::new(
         format!("{name}: {units} units, accuracy {baseline:.4} as it was"),
         &["order", "target", "units at 16, 8, 4 bits", "modelled latency saved", "accuracy kept"],
@@ -317,7 +374,7 @@ fn study(
     }
     for uniform in [8, 4] {
         let bits: Bits = vec![uniform; units];
-        let accuracy = score(&quantiser.real_logits(&bits, &untouched)?, &untouched.labels, Metric::Accuracy);
+        let accuracy = judge(&bits)?;
         table.row([
             format!("all at {uniform} bits"),
             "none".into(),
@@ -343,6 +400,9 @@ fn study(
     timing.row(["chosen bits, in whole numbers".into(), milliseconds(quantised.median), bytes.to_string()]);
     timing.row(["compiled in floats".into(), milliseconds(compiled), String::new()]);
     report.tables.push(timing);
+    clock.lap("runs");
+    report.tables.push(clock.table(name));
+    report.notes.push(format!("{name}: {}, {}", sensitivities.method, probed(&sensitivities.traces)));
 
     let mut plot =
         Plot::points(format!("{name}: configurations that were tried"), "modelled latency, ms", "accuracy");

@@ -14,7 +14,8 @@ use crate::data::Examples;
 use crate::program::Program;
 use crate::quantise::batches;
 use crate::quantiser::{Asymmetric, Calibrator, Symmetric};
-use crate::unit::{Numbers, Pair, Ready, Scales, Unit, Weights, Window, Work};
+use crate::ready::Ready;
+use crate::unit::{Numbers, Pair, Scales, Unit, Weights, Window, Work};
 
 /// Runs before those that count.
 const WARM_UP: usize = 5;

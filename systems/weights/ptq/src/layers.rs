@@ -11,8 +11,9 @@ use crate::data::Examples;
 use crate::program::{Program, Values};
 use crate::quantise::{batches, rows, total_loss};
 use crate::quantiser::{Symmetric, largest};
+use crate::ready::Ready;
 use crate::store::Quantised;
-use crate::unit::{Pair, Ready, Work};
+use crate::unit::{Pair, Work};
 
 /// What is exactly the same counts as so many decibels.
 pub const EXACT: f64 = 200.0;
@@ -114,6 +115,7 @@ impl Layers {
         }
         let both = first.with_batch(BATCH, first_ready).zip(second.program.with_batch(BATCH, &second.ready));
         let (one, other) = both.unwrap_or_else(|| (first.clone(), second.program.clone()));
+        let second_ready = second.apart();
         let labelled = !examples.labels.is_empty();
         let mut sums = vec![Sums::default(); units];
         let (mut outputs, mut losses) = (Noise::default(), [0.0; 2]);
@@ -133,7 +135,7 @@ impl Layers {
                 }
             });
             let mut after = other.begin(&[inputs])?;
-            other.run_from(0, &mut after, &second.ready, labelled, &mut |unit, x, second_operand| {
+            other.run_from(0, &mut after, &second_ready, labelled, &mut |unit, x, second_operand| {
                 if x.dtype() != DType::F32 {
                     return;
                 }
@@ -171,8 +173,8 @@ impl Layers {
                         program.run_from(program.step_of(at), &mut values, &ready, false, &mut |_, _, _| {});
                         loss(program, &mut values)
                     };
-                    sums.alone += changed(&one, &before, first_ready, &second.ready[at]) - base[0];
-                    sums.restored += base[1] - changed(&other, &after, &second.ready, &first_ready[at]);
+                    sums.alone += changed(&one, &before, first_ready, &second_ready[at]) - base[0];
+                    sums.restored += base[1] - changed(&other, &after, &second_ready, &first_ready[at]);
                 }
             }
             bar.inc(real as u64);

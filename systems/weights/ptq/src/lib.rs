@@ -17,7 +17,7 @@
 //!
 //! Units are sorted by `S`, and bisection finds how many of the least sensitive can do with 8 bits, then with 4
 //! ([`search`](mod@search)). The paper's abstract leaves `I` open; this form is Kiln's. [`program`] finds the units of a captured graph,
-//! [`quantise`] calibrates and measures them, [`unit`] computes them with the kernels of [`kiln_ops::quantised`].
+//! [`quantise`] calibrates and measures them, [`ready`] computes them with the kernels of [`kiln_ops::quantised`].
 //!
 //! ```
 //! use kiln_ptq::quantiser::{Calibrator, Rows};
@@ -29,20 +29,25 @@
 pub mod adaround;
 pub mod arch;
 pub mod arrays;
+mod calibrate;
 pub mod checkpoint;
 mod command;
+pub mod curvature;
 pub mod data;
 pub mod equalise;
 mod experiment;
+mod find;
 pub mod fold;
 pub mod foreign;
 pub mod grouped;
 pub mod latency;
 pub mod layers;
 pub mod mlp;
+mod plain;
 pub mod program;
 pub mod quantise;
 pub mod quantiser;
+pub mod ready;
 pub mod search;
 pub mod sensitivity;
 pub mod store;

@@ -4,20 +4,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::backend::ir::{
-    ActivationOperationIr, BaseOperationIr, FloatOperationIr, HandleKind, IrVisitorMut, ModuleOperationIr,
-    NumericOperationIr, OperationIr, TensorId, TensorIr, TensorStatus,
+    BaseOperationIr, HandleKind, IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus,
 };
 use burn::backend::{BackendTensor, DispatchTensor, DispatchTensorKind};
 use burn::tensor::{DType, Shape, Tensor, TensorData};
-use burn_flex::{Flex, FlexDevice, FlexTensor};
-use burn_router::TensorInterpreter;
+use burn_flex::{Flex, FlexTensor};
 use kiln_compiler::{Boundary, Graph, GraphPass, catch_panic};
 use kiln_core::{Error, Port, PortKind, Result};
-use kiln_ops::quantised::Ends;
-use kiln_ops::{Activation, activate, adaptive_avg_pool2d, layer_norm, softmax};
+use kiln_ops::quantised::Affine;
 
-use crate::fold::{BatchNorm, fold};
-use crate::unit::{Ready, Unit, Window, Work};
+use crate::find::Builder;
+use crate::plain;
+use crate::ready::Ready;
+use crate::unit::Unit;
 
 /// A tensor while a program runs.
 pub type Value = HandleKind<Flex>;
@@ -27,7 +26,7 @@ pub type Values = Vec<Option<Value>>;
 
 /// What a program does next.
 #[derive(Debug, Clone)]
-enum Step {
+pub(crate) enum Step {
     /// A unit, by its number.
     Unit(usize),
     /// An operation that is not quantised.
@@ -318,12 +317,37 @@ impl Program {
                     let y = ready[*number].compute(unit, x, second);
                     values[unit.output.value() as usize] = Some(HandleKind::Float(y));
                 }
-                Step::Plain(operation) => plain(operation, values),
+                Step::Plain(operation) => plain::run(operation, values),
             }
             if !keep {
                 self.done[at].iter().for_each(|id| values[id.value() as usize] = None);
             }
         }
+    }
+
+    /// Rounds results at once where all that reads them are units that round them in the same way: bytes pass between these.
+    pub fn fused(&self, ready: Vec<Ready>) -> Vec<Ready> {
+        let mut readers: BTreeMap<TensorId, Vec<Option<Affine>>> = BTreeMap::new();
+        for step in &self.steps {
+            match step {
+                Step::Unit(at) => {
+                    let unit = &self.units[*at];
+                    readers.entry(unit.input).or_default().push(ready[*at].reads());
+                    unit.second.iter().for_each(|id| readers.entry(*id).or_default().push(None));
+                }
+                Step::Plain(operation) => {
+                    operation.inputs().for_each(|tensor| readers.entry(tensor.id).or_default().push(None));
+                }
+            }
+        }
+        self.outputs.iter().for_each(|output| readers.entry(output.tensor).or_default().push(None));
+        let rounded = |(unit, ready): (&Unit, Ready)| match readers.get(&unit.output).map(Vec::as_slice) {
+            Some([Some(first), others @ ..]) if others.iter().all(|other| *other == Some(*first)) => {
+                ready.rounding(unit, *first)
+            }
+            _ => ready,
+        };
+        self.units.iter().zip(ready).map(rounded).collect()
     }
 
     /// The step at which a unit runs.
@@ -448,7 +472,7 @@ fn to_value(data: TensorData) -> Value {
     }
 }
 
-fn tensor(value: Value) -> FlexTensor {
+pub(crate) fn tensor(value: Value) -> FlexTensor {
     match value {
         HandleKind::Float(tensor) | HandleKind::Int(tensor) | HandleKind::Bool(tensor) => tensor,
         HandleKind::Quantized(_) => unreachable!("no captured graph is quantised by Burn"),
@@ -467,347 +491,4 @@ pub fn primitive<const D: usize>(x: Tensor<D>) -> FlexTensor {
         DispatchTensorKind::Flex(BackendTensor::Float(tensor)) => tensor,
         other => unreachable!("a CPU tensor came from the CPU: {other:?}"),
     }
-}
-
-/// Runs an operation that is not quantised: with a kernel of Kiln's where there is one, else as Burn does.
-fn plain(operation: &OperationIr, values: &mut Values) {
-    let read = |id: TensorId| values[id.value() as usize].clone().expect("a step's operands are there");
-    if let Some((out, y)) = with_kernel(operation, &|id| tensor(read(id))) {
-        values[out.value() as usize] = Some(HandleKind::Float(y));
-        return;
-    }
-    let mut interpreter = TensorInterpreter::<Flex>::new(FlexDevice);
-    for input in operation.inputs() {
-        interpreter.register_tensor_to_device(input.id, read(input.id));
-    }
-    interpreter.register_op(operation.clone());
-    for output in operation.outputs() {
-        let output = TensorIr { status: TensorStatus::ReadOnly, ..output.clone() };
-        values[output.id.value() as usize] = Some(interpreter.get_tensor(&output));
-    }
-}
-
-/// One arm a rank.
-macro_rules! by_rank {
-    ($tensor:expr, $x:ident => $result:expr) => {{
-        let tensor = $tensor;
-        match tensor.layout().shape().num_dims() {
-            1 => Some(primitive({
-                let $x = of_rank::<1>(tensor);
-                $result
-            })),
-            2 => Some(primitive({
-                let $x = of_rank::<2>(tensor);
-                $result
-            })),
-            3 => Some(primitive({
-                let $x = of_rank::<3>(tensor);
-                $result
-            })),
-            4 => Some(primitive({
-                let $x = of_rank::<4>(tensor);
-                $result
-            })),
-            _ => None,
-        }
-    }};
-}
-
-/// The costly ones of the operations between units.
-fn with_kernel(
-    operation: &OperationIr,
-    read: &dyn Fn(TensorId) -> FlexTensor,
-) -> Option<(TensorId, FlexTensor)> {
-    let activation = |unary: &burn::backend::ir::UnaryOpIr, activation: Activation| {
-        let y = by_rank!(read(unary.input.id), x => activate(x, activation))?;
-        Some((unary.out.id, y))
-    };
-    match operation {
-        OperationIr::Activation(ActivationOperationIr::Relu(unary)) => activation(unary, Activation::Relu),
-        OperationIr::Activation(ActivationOperationIr::Gelu(unary)) => activation(unary, Activation::Gelu),
-        OperationIr::Activation(ActivationOperationIr::Softmax(softmaxed)) => {
-            let y = by_rank!(read(softmaxed.input.id), x => softmax(x, softmaxed.axis))?;
-            Some((softmaxed.out.id, y))
-        }
-        OperationIr::Float(_, FloatOperationIr::Tanh(unary)) => activation(unary, Activation::Tanh),
-        OperationIr::Module(ModuleOperationIr::LayerNorm(norm)) => {
-            let vector = |id| of_rank::<1>(read(id));
-            let epsilon: f64 = norm.epsilon.elem();
-            let (gamma, beta) = (vector(norm.gamma.id), norm.beta.as_ref().map(|beta| vector(beta.id)));
-            let y = by_rank!(read(norm.input.id), x => layer_norm(x, gamma, beta, epsilon))?;
-            Some((norm.out.id, y))
-        }
-        OperationIr::Module(ModuleOperationIr::AdaptiveAvgPool2d(pool)) => {
-            let y = adaptive_avg_pool2d(of_rank::<4>(read(pool.x.id)), pool.output_size);
-            Some((pool.out.id, primitive(y)))
-        }
-        _ => None,
-    }
-}
-
-/// Finds units while it goes through a graph.
-struct Builder<'a> {
-    graph: &'a Graph,
-    /// How many operations and outputs read a tensor.
-    readers: BTreeMap<TensorId, usize>,
-    units: Vec<Unit>,
-    steps: Vec<Step>,
-    /// The unit whose result a tensor is, as long as nothing else reads it.
-    open: BTreeMap<TensorId, usize>,
-}
-
-impl<'a> Builder<'a> {
-    fn new(graph: &'a Graph) -> Self {
-        let mut readers = BTreeMap::new();
-        let read = graph.operations.iter().flat_map(|operation| operation.inputs().map(|tensor| tensor.id));
-        for id in read.chain(graph.outputs.iter().map(|output| output.tensor)) {
-            *readers.entry(id).or_default() += 1;
-        }
-        Self { graph, readers, units: Vec::new(), steps: Vec::new(), open: BTreeMap::new() }
-    }
-
-    fn add(&mut self, operation: &OperationIr) {
-        if self.absorb(operation) || matches!(operation, OperationIr::Drop(_)) {
-            return;
-        }
-        match self.unit(operation) {
-            Some(unit) => {
-                self.note_open(unit.output, self.units.len());
-                self.steps.push(Step::Unit(self.units.len()));
-                self.units.push(unit);
-            }
-            None => self.steps.push(Step::Plain(Box::new(operation.clone()))),
-        }
-    }
-
-    fn note_open(&mut self, tensor: TensorId, unit: usize) {
-        if self.readers.get(&tensor) == Some(&1) {
-            self.open.insert(tensor, unit);
-        }
-    }
-
-    /// A constant's numbers.
-    fn floats(&self, id: TensorId) -> Option<Vec<f32>> {
-        let data = self.graph.constants.get(&id)?;
-        (data.dtype() == DType::F32).then(|| data.iter::<f32>().collect())
-    }
-
-    /// The unit that an operation is.
-    fn unit(&self, operation: &OperationIr) -> Option<Unit> {
-        let named = |what: &str| format!("{what}{}", self.units.len());
-        match operation {
-            OperationIr::Module(ModuleOperationIr::Conv2d(conv)) => {
-                let options = &conv.options;
-                let weight = self.floats(conv.weight.id)?;
-                let [outputs, _, height, width] = conv.weight.shape.to_vec()[..] else { return None };
-                if options.padding.iter().any(|(before, after)| before != after) {
-                    return None;
-                }
-                let bias = match &conv.bias {
-                    Some(bias) => self.floats(bias.id)?,
-                    None => vec![0.0; outputs],
-                };
-                let pixels: usize = conv.out.shape.iter().skip(2).product();
-                let [_, _, image_height, image_width] = conv.x.shape.to_vec()[..] else { return None };
-                let window = Window {
-                    kernel: [height, width],
-                    stride: options.stride,
-                    padding: options.padding.map(|(before, _)| before),
-                    dilation: options.dilation,
-                    groups: options.groups,
-                    image: [image_height, image_width],
-                };
-                Some(Unit {
-                    name: named("conv"),
-                    work: Work::Conv(window),
-                    input: conv.x.id,
-                    second: None,
-                    output: conv.out.id,
-                    multiplications: pixels * weight.len(),
-                    shape: conv.weight.shape.to_vec(),
-                    elements: conv.x.shape.num_elements() + conv.out.shape.num_elements(),
-                    weight,
-                    bias,
-                    ends: Ends::OPEN,
-                    tops: Vec::new(),
-                })
-            }
-            OperationIr::Float(_, FloatOperationIr::Matmul(product)) => {
-                let extents = product.rhs.shape.to_vec();
-                let (outer, [inner, outputs]) = extents.split_at_checked(extents.len().checked_sub(2)?)?
-                else {
-                    return None;
-                };
-                let (inner, outputs) = (*inner, *outputs);
-                let elements = product.lhs.shape.num_elements() + product.out.shape.num_elements();
-                let multiplications = product.out.shape.num_elements() * inner;
-                let unit = |name, work, second, weight: Vec<f32>, shape| Unit {
-                    name: named(name),
-                    work,
-                    input: product.lhs.id,
-                    second,
-                    output: product.out.id,
-                    multiplications,
-                    shape,
-                    elements,
-                    bias: if weight.is_empty() { Vec::new() } else { vec![0.0; outputs] },
-                    weight,
-                    ends: Ends::OPEN,
-                    tops: Vec::new(),
-                };
-                if let Some(weight) = self.floats(product.rhs.id) {
-                    if outer.iter().any(|&extent| extent != 1) {
-                        return None;
-                    }
-                    return Some(unit(
-                        "linear",
-                        Work::Linear,
-                        None,
-                        transposed(&weight, inner),
-                        vec![outputs, inner],
-                    ));
-                }
-                if self.graph.constants.contains_key(&product.lhs.id)
-                    || product.lhs.shape.iter().take(outer.len()).ne(outer)
-                {
-                    return None;
-                }
-                Some(unit("product", Work::Product, Some(product.rhs.id), Vec::new(), vec![inner, outputs]))
-            }
-            OperationIr::Module(ModuleOperationIr::Linear(linear)) => {
-                let weight = self.floats(linear.weight.id)?;
-                let [inner, outputs] = linear.weight.shape.to_vec()[..] else { return None };
-                let bias = match &linear.bias {
-                    Some(bias) => self.floats(bias.id)?,
-                    None => vec![0.0; outputs],
-                };
-                Some(Unit {
-                    name: named("linear"),
-                    work: Work::Linear,
-                    input: linear.x.id,
-                    second: None,
-                    output: linear.out.id,
-                    multiplications: linear.out.shape.num_elements() * inner,
-                    shape: vec![outputs, inner],
-                    elements: linear.x.shape.num_elements() + linear.out.shape.num_elements(),
-                    weight: transposed(&weight, inner),
-                    bias,
-                    ends: Ends::OPEN,
-                    tops: Vec::new(),
-                })
-            }
-            OperationIr::BaseFloat(BaseOperationIr::Select(select)) if select.dim == 0 => {
-                let weight = self.floats(select.tensor.id)?;
-                let [rows, width] = select.tensor.shape.to_vec()[..] else { return None };
-                Some(Unit {
-                    name: named("table"),
-                    work: Work::Table,
-                    input: select.indices.id,
-                    second: None,
-                    output: select.out.id,
-                    multiplications: 0,
-                    shape: vec![rows, width],
-                    elements: select.out.shape.num_elements(),
-                    weight,
-                    bias: Vec::new(),
-                    ends: Ends::OPEN,
-                    tops: Vec::new(),
-                })
-            }
-            _ => None,
-        }
-    }
-
-    /// Folds a batch norm, a bias or a clamp into the unit whose result it alone reads.
-    fn absorb(&mut self, operation: &OperationIr) -> bool {
-        let absorbed = match operation {
-            OperationIr::Module(ModuleOperationIr::BatchNorm(norm)) => self.absorb_norm(norm),
-            OperationIr::NumericFloat(_, NumericOperationIr::Add(add)) => self
-                .absorb_bias(&add.lhs, &add.rhs, &add.out)
-                .or_else(|| self.absorb_bias(&add.rhs, &add.lhs, &add.out)),
-            OperationIr::Activation(ActivationOperationIr::Relu(relu)) => {
-                self.absorb_ends(relu.input.id, relu.out.id, 0.0, f32::INFINITY)
-            }
-            OperationIr::NumericFloat(_, NumericOperationIr::Clamp(clamp)) => {
-                self.absorb_ends(clamp.tensor.id, clamp.out.id, clamp.min.elem(), clamp.max.elem())
-            }
-            OperationIr::NumericFloat(_, NumericOperationIr::ClampMin(clamp)) => {
-                self.absorb_ends(clamp.lhs.id, clamp.out.id, clamp.rhs.elem(), f32::INFINITY)
-            }
-            _ => None,
-        };
-        absorbed.is_some()
-    }
-
-    fn absorb_norm(&mut self, norm: &burn::backend::ir::BatchNormOpIr) -> Option<()> {
-        let at = *self.open.get(&norm.x.id)?;
-        let numbers = |id| Some(self.floats(id)?.into_iter().map(f64::from).collect::<Vec<f64>>());
-        let (gamma, beta) = (numbers(norm.gamma.id)?, numbers(norm.beta.id)?);
-        let (mean, variance) = (numbers(norm.mean.id)?, numbers(norm.variance.id)?);
-        let epsilon = norm.epsilon.elem();
-        let norm_of = BatchNorm { gamma: &gamma, beta: &beta, mean: &mean, variance: &variance, epsilon };
-        let (factors, terms) = norm_of.affine();
-        let unit = &mut self.units[at];
-        // Channels are the second axis: those of a linear layer's rows only where there is no third.
-        let fits = match unit.work {
-            Work::Conv(_) => true,
-            Work::Linear => norm.x.shape.num_dims() == 2,
-            _ => false,
-        };
-        if !fits || unit.ends != Ends::OPEN || unit.bias.len() != factors.len() {
-            return None;
-        }
-        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
-        let (mut weight, mut bias) = (wide(&unit.weight), wide(&unit.bias));
-        fold(&mut weight, &mut bias, &factors, &terms);
-        unit.weight = weight.iter().map(|&x| x as f32).collect();
-        unit.bias = bias.iter().map(|&x| x as f32).collect();
-        self.move_output(norm.x.id, norm.out.id);
-        Some(())
-    }
-
-    fn absorb_bias(&mut self, x: &TensorIr, bias: &TensorIr, out: &TensorIr) -> Option<()> {
-        let at = *self.open.get(&x.id)?;
-        let values = self.floats(bias.id)?;
-        let unit = &mut self.units[at];
-        let axis = match unit.work {
-            Work::Conv(_) => 1,
-            Work::Linear => x.shape.num_dims() - 1,
-            _ => return None,
-        };
-        // All other extents of the bias are 1, from the right on.
-        let ranks = [x.shape.num_dims(), bias.shape.num_dims()];
-        let at_axis = (axis + ranks[1]).checked_sub(ranks[0])?;
-        let per_channel = bias.shape.iter().enumerate().all(|(i, &extent)| i == at_axis || extent == 1);
-        if !per_channel || values.len() != unit.bias.len() || unit.ends != Ends::OPEN {
-            return None;
-        }
-        unit.bias.iter_mut().zip(&values).for_each(|(to, value)| *to += value);
-        self.move_output(x.id, out.id);
-        Some(())
-    }
-
-    fn absorb_ends(&mut self, x: TensorId, out: TensorId, least: f32, most: f32) -> Option<()> {
-        let at = *self.open.get(&x)?;
-        let unit = &mut self.units[at];
-        if matches!(unit.work, Work::Table) {
-            return None;
-        }
-        unit.ends = Ends { least: unit.ends.least.max(least), most: unit.ends.most.min(most) };
-        self.move_output(x, out);
-        Some(())
-    }
-
-    fn move_output(&mut self, from: TensorId, to: TensorId) {
-        if let Some(unit) = self.open.remove(&from) {
-            self.units[unit].output = to;
-            self.note_open(to, unit);
-        }
-    }
-}
-
-/// `[inner, outputs]` as `[outputs, inner]`.
-fn transposed(weight: &[f32], inner: usize) -> Vec<f32> {
-    let outputs = weight.len() / inner.max(1);
-    (0..weight.len()).map(|at| weight[at % inner * outputs + at / inner]).collect()
 }

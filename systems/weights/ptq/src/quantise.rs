@@ -7,22 +7,22 @@ use burn::tensor::TensorData;
 use clap::ValueEnum;
 use kiln_core::{Context, Error, Result};
 use kiln_nn::{Confusion, likeliest};
-use kiln_ops::flex;
 use rand::seq::SliceRandom;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::adaround::{Gram, learn};
+use crate::calibrate::{Shifts, grouping, mean_errors, observe, round_weights};
 use crate::data::Examples;
-use crate::grouped::Grouped;
 use crate::latency::Profile;
 use crate::mlp::log_sum_exp;
 use crate::program::Program;
-use crate::quantiser::{Calibrator, Observer};
+use crate::quantiser::Calibrator;
+use crate::ready::Ready;
 use crate::search::{
     Augment, Bits, Goal, Measured, Order, Trials, Tried, least_first, per_gain, search, within,
 };
 use crate::sensitivity::Sensitivities;
-use crate::unit::{Numbers, Pair, Ranges, Ready, Scales, Unit, Weights, Work, channel_width};
+use crate::unit::{Numbers, Pair, Ranges, Scales, Unit, Weights, Work};
 
 /// Examples that a program computes at once, where the network allows.
 const BATCH: usize = 64;
@@ -120,15 +120,6 @@ pub struct QuantConfig {
     pub adaround: Option<usize>,
 }
 
-/// Mean errors of each channel, for which its bias makes up; empty where that is not wanted.
-#[derive(Debug, Clone, Default)]
-struct Shifts {
-    /// Of the weights, at eight and at four bits.
-    weight: [Vec<f32>; 2],
-    /// Of the input.
-    input: [Vec<f32>; 2],
-}
-
 /// A network that is being quantised.
 #[derive(Debug, Clone)]
 pub struct Quantiser {
@@ -186,6 +177,12 @@ impl Quantiser {
         let halves = program.units.iter().map(Ready::half).collect();
         let parts = Part::of(&program, config.granularity);
         Ok(Self { program, batched, parts, profile: None, config, weights, ranges, shifts, floats, halves })
+    }
+
+    /// The program for so many examples at once, or for [`BATCH`] of more.
+    pub(crate) fn in_batches(&self, examples: usize) -> Program {
+        let size = examples.clamp(1, BATCH);
+        self.program.with_batch(size, &self.floats).unwrap_or_else(|| self.program.clone())
     }
 
     /// How it is quantised.
@@ -250,8 +247,13 @@ impl Quantiser {
         self.units(bits, Ready::rounded)
     }
 
-    /// The units of a configuration, in whole numbers where it says so.
+    /// The units of a configuration, in whole numbers where it says so, which pass between them where they can.
     pub fn real(&self, bits: &Bits) -> Vec<Ready> {
+        self.program.fused(self.apart(bits))
+    }
+
+    /// The same with floats between all units.
+    pub fn apart(&self, bits: &Bits) -> Vec<Ready> {
         self.units(bits, Ready::whole)
     }
 
@@ -292,7 +294,11 @@ impl Quantiser {
         cx: &Context,
         mut record: impl FnMut(&Tried) -> Result<()>,
     ) -> Result<Found> {
-        let baseline = score(&self.float_logits(validation)?, &validation.labels, plan.metric);
+        let baseline = match trials.baseline {
+            Some(baseline) => baseline,
+            None => score(&self.float_logits(validation)?, &validation.labels, plan.metric),
+        };
+        trials.baseline = Some(baseline);
         let target = match (plan.max_drop, plan.metric) {
             (Some(drop), _) => baseline - drop,
             (None, Metric::Loss) => baseline / plan.target,
@@ -398,162 +404,6 @@ impl Quantiser {
     }
 }
 
-/// Neighbours that share a scale at four bits, where a unit's weights are in groups.
-fn grouping(unit: &Unit, config: &QuantConfig) -> Option<usize> {
-    config.group.filter(|&group| unit.work == Work::Linear && Grouped::fits(unit.shape[1], group))
-}
-
-/// Runs the network on the examples: the ranges of all operands, and what learning the rounding needs of them.
-fn observe(
-    program: &Program,
-    floats: &[Ready],
-    examples: &Examples,
-    config: &QuantConfig,
-    cx: &Context,
-) -> Result<(Vec<Ranges>, Vec<Option<Gram>>)> {
-    let mut observers: Vec<[Observer; 2]> = vec![Default::default(); program.units.len()];
-    let mut grams: Vec<Option<Gram>> =
-        program.units.iter().map(|unit| config.adaround.and_then(|_| Gram::new(unit))).collect();
-    let mut rng = cx.rng("adaround", 0);
-    let rounds = examples.len().div_ceil(program.batch());
-    let bar = cx.progress(examples.len() as u64, "calibrating");
-    for (number, (inputs, _)) in batches(examples, program.batch()).enumerate() {
-        let real = in_batch(examples, number, program);
-        let mut values = program.begin(&[inputs])?;
-        let mut wrong = None;
-        program.run_from(0, &mut values, floats, false, &mut |at, x, second| {
-            let unit = &program.units[at];
-            if unit.work == Work::Table {
-                return;
-            }
-            let mut shape = x.layout().shape().to_vec();
-            shape[0] = shape[0] / program.batch() * real;
-            let x = flex::floats(x);
-            let x = &x[..x.len() / program.batch() * real];
-            if x.iter().any(|x| !x.is_finite()) {
-                wrong.get_or_insert(at);
-                return;
-            }
-            observers[at][0].observe(x);
-            if let Some(second) = second {
-                let second = flex::floats(second);
-                observers[at][1].observe(&second[..second.len() / program.batch() * real]);
-            }
-            if let Some(gram) = &mut grams[at] {
-                gram.observe(unit, x, &shape, rounds, &mut rng);
-            }
-        });
-        if let Some(unit) = wrong {
-            return Err(Error::work(format!(
-                "what {} reads is not finite for some calibration examples",
-                program.units[unit].name
-            ))
-            .hint("the network itself overflows on them"));
-        }
-        bar.inc(program.batch() as u64);
-    }
-    let range = |(unit, observers): (&Unit, &[Observer; 2])| {
-        let second = (unit.work == Work::Product).then_some(&observers[1]);
-        Ranges::of(&observers[0], second, config.calibrator)
-    };
-    Ok((program.units.iter().zip(&observers).map(range).collect(), grams))
-}
-
-/// Weights of all units at eight and at four bits.
-fn round_weights(
-    units: &[Unit],
-    grams: &[Option<Gram>],
-    config: &QuantConfig,
-    cx: &Context,
-) -> Result<Vec<[Option<Arc<Weights>>; 2]>> {
-    let bar = config.adaround.map(|_| cx.progress(units.len() as u64, "learning to round"));
-    let mut all = Vec::with_capacity(units.len());
-    for (unit, gram) in units.iter().zip(grams) {
-        if unit.weight.is_empty() {
-            all.push([None, None]);
-            continue;
-        }
-        let eight = Weights::of(unit, 8, Calibrator::Minmax, config.scales);
-        let mut four = match grouping(unit, config) {
-            Some(group) => Weights::grouped(unit, 4, group, Calibrator::Mse),
-            None => Weights::of(unit, 4, Calibrator::Mse, config.scales),
-        };
-        if let (Some(steps), Some(gram)) = (config.adaround, gram) {
-            if cx.interrupted() {
-                return Err(Error::interrupted("stopped while the rounding was learnt"));
-            }
-            four = learn(unit, &four, gram, steps);
-        }
-        bar.iter().for_each(|bar| bar.inc(1));
-        all.push([Some(Arc::new(eight)), Some(Arc::new(four))]);
-    }
-    Ok(all)
-}
-
-/// `E[y - y_q]` of each unit's channels, before anything follows the sums, with its weights or its input rounded.
-fn mean_errors(
-    program: &Program,
-    floats: &[Ready],
-    weights: &[[Option<Arc<Weights>>; 2]],
-    ranges: &[Ranges],
-    examples: &Examples,
-    cx: &Context,
-) -> Result<Vec<Shifts>> {
-    let open: Vec<Unit> = program.units.iter().map(Unit::open).collect();
-    let corrected = |unit: &Unit| matches!(unit.work, Work::Conv(_) | Work::Linear);
-    let rounded = |at: usize| -> Vec<Ready> {
-        let by_weight =
-            weights[at].iter().map(|weights| Numbers { weights: weights.clone(), ..Numbers::default() });
-        let by_input =
-            ranges[at].input.iter().map(|&input| Numbers { input: Some(input), ..Numbers::default() });
-        by_weight.chain(by_input).map(|numbers| Ready::rounded(&open[at], &numbers)).collect()
-    };
-    let rounded: Vec<Vec<Ready>> =
-        (0..open.len()).map(|at| if corrected(&open[at]) { rounded(at) } else { Vec::new() }).collect();
-    let exact: Vec<Ready> = open.iter().map(Ready::float).collect();
-    let mut sums: Vec<Vec<Vec<f64>>> =
-        open.iter().zip(&rounded).map(|(unit, all)| vec![vec![0.0; unit.rows()]; all.len()]).collect();
-    let mut counts = vec![0usize; open.len()];
-    let bar = cx.progress(examples.len() as u64, "correcting biases");
-    for (number, (inputs, _)) in batches(examples, program.batch()).enumerate() {
-        if cx.interrupted() {
-            return Err(Error::interrupted("stopped while biases were corrected"));
-        }
-        let real = in_batch(examples, number, program);
-        let mut values = program.begin(&[inputs])?;
-        program.run_from(0, &mut values, floats, false, &mut |at, x, _| {
-            if rounded[at].is_empty() {
-                return;
-            }
-            let unit = &open[at];
-            let y = exact[at].compute(unit, x.clone(), None);
-            let width = channel_width(unit, &y.layout().shape().to_vec());
-            let y = flex::floats(&y);
-            let y = &y[..y.len() / program.batch() * real];
-            counts[at] += y.len() / unit.rows();
-            for (ready, sums) in rounded[at].iter().zip(&mut sums[at]) {
-                let found = ready.compute(unit, x.clone(), None);
-                let found = flex::floats(&found);
-                for (place, (y, found)) in y.chunks(width).zip(found.chunks(width)).enumerate() {
-                    let error: f64 = y.iter().zip(found).map(|(y, found)| f64::from(y - found)).sum();
-                    let channel = place % unit.rows();
-                    sums[channel] += error;
-                }
-            }
-        });
-        bar.inc(program.batch() as u64);
-    }
-    let mean = |sums: &[f64], count: usize| sums.iter().map(|sum| (sum / count as f64) as f32).collect();
-    let shifts = |(sums, &count): (&Vec<Vec<f64>>, &usize)| match &sums[..] {
-        [eight, four, input8, input4] => Shifts {
-            weight: [mean(eight, count), mean(four, count)],
-            input: [mean(input8, count), mean(input4, count)],
-        },
-        _ => Shifts::default(),
-    };
-    Ok(sums.iter().zip(&counts).map(shifts).collect())
-}
-
 /// How the search is done.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SearchPlan {
@@ -617,7 +467,7 @@ pub struct Found {
 }
 
 /// Examples of a program's batch that are not there to fill it up.
-fn in_batch(examples: &Examples, number: usize, program: &Program) -> usize {
+pub(crate) fn in_batch(examples: &Examples, number: usize, program: &Program) -> usize {
     (examples.len() - number * program.batch()).min(program.batch())
 }
 
@@ -641,11 +491,10 @@ pub(crate) fn rows(logits: &TensorData, batch: usize) -> Vec<Vec<f32>> {
 /// # Errors
 /// When the examples do not fit.
 pub fn logits(program: &Program, ready: &[Ready], examples: &Examples) -> Result<Vec<Vec<f32>>> {
-    let mut all = Vec::new();
-    for (inputs, _) in batches(examples, program.batch()) {
-        let outputs = program.run(&[inputs], ready)?;
-        all.extend(rows(&outputs[0], program.batch()));
-    }
+    // Whole batches at the same time: within one, threads would wait for each other after every unit.
+    let batch = |(inputs, _)| Ok(rows(&program.run(&[inputs], ready)?[0], program.batch()));
+    let all: Vec<_> = batches(examples, program.batch()).collect();
+    let mut all = all.into_par_iter().map(batch).collect::<Result<Vec<_>>>()?.concat();
     all.truncate(examples.len());
     Ok(all)
 }

@@ -146,16 +146,27 @@ pub struct Tried {
 /// Every configuration that was tried, in order, so that none is evaluated twice.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Trials {
-    /// In the order of evaluation.
+    /// In the order in which they were asked for first.
     pub tried: Vec<Tried>,
+    /// The metric of the network as it was, once it is known.
+    pub baseline: Option<f64>,
     known: BTreeMap<Bits, f64>,
+    /// Metrics that another search found out.
+    elsewhere: BTreeMap<Bits, f64>,
 }
 
 impl Trials {
     /// With those of an earlier, interrupted search.
     pub fn resumed(tried: Vec<Tried>) -> Self {
         let known = tried.iter().map(|trial| (trial.bits.clone(), trial.metric)).collect();
-        Self { tried, known }
+        Self { tried, known, ..Self::default() }
+    }
+
+    /// For another search of the same network on the same examples, with what this one found out.
+    pub fn for_another(&self) -> Self {
+        let mut elsewhere = self.elsewhere.clone();
+        elsewhere.extend(self.known.iter().map(|(bits, &metric)| (bits.clone(), metric)));
+        Self { baseline: self.baseline, elsewhere, ..Self::default() }
     }
 
     /// The metric of a configuration, from `evaluate` where it is not known yet.
@@ -166,7 +177,10 @@ impl Trials {
         if let Some(&metric) = self.known.get(bits) {
             return Ok(metric);
         }
-        let metric = evaluate(bits)?;
+        let metric = match self.elsewhere.get(bits) {
+            Some(&metric) => metric,
+            None => evaluate(bits)?,
+        };
         self.known.insert(bits.clone(), metric);
         self.tried.push(Tried { bits: bits.clone(), metric });
         Ok(metric)
@@ -316,6 +330,10 @@ mod tests {
         assert!(bits[0] == 16 && metric(&bits).unwrap() >= 0.886 && fresh > 0);
         // A search that is repeated knows everything already.
         search(8, &goal, &mut again, |_| panic!("everything is known")).unwrap();
+        // Neither does another one ask for what is known, but it has tried it too.
+        let mut another = again.for_another();
+        search(8, &goal, &mut another, |_| panic!("everything is known")).unwrap();
+        assert!(another.tried.iter().any(|t| t.bits == bits) && another.tried.len() <= again.tried.len());
     }
 
     #[test]

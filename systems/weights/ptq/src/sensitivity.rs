@@ -1,18 +1,20 @@
-//! How much a network suffers when a part of it is rounded: curvature, single losses and those of pairs, by forward passes alone.
+//! How much a network suffers when a part of it is rounded: single losses and those of pairs, by forward passes alone, and curvature.
 
 use std::collections::BTreeMap;
 
 use kiln_core::{Context, Error, Result};
 use kiln_ops::flex;
 use rand::RngExt;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::curvature::{Curvature, Method, Probing, Trace};
 use crate::data::Examples;
-use crate::mlp::orthogonal_signs;
-use crate::program::{Values, float_value};
+use crate::program::{Program, Values, float_value};
 use crate::quantise::{Part, Quantiser, Side, batches, rows, total_loss};
+use crate::ready::Ready;
 use crate::search::Measured;
-use crate::unit::{Pair, Ready, Work};
+use crate::unit::{Pair, Work};
 
 /// Of parts further apart than this, only some pairs are measured.
 const NEAR: usize = 8;
@@ -23,18 +25,12 @@ const ALL_PAIRS: usize = 40;
 /// A share of the pairs of parts that are far apart.
 const FAR_SHARE: f64 = 0.1;
 
-/// A step along random signs over the size of what is moved, near a rounding error of four bits: below it single precision does not
-/// show the curvature in the loss.
-const RELATIVE_STEP: f64 = 0.05;
-
 /// What a batch of examples adds to the measurements of all parts.
 struct Sums {
     /// At eight and at four bits, for every part.
     single: [Vec<f64>; 2],
     /// For every pair that is measured.
     paired: [Vec<f64>; 2],
-    /// Second differences, for every part and probe.
-    curvature: Vec<Vec<f64>>,
     /// Squared errors of activations, for every part that is one.
     noise: [Vec<f64>; 2],
     /// Numbers of a part: weights, or an activation for one example.
@@ -42,7 +38,10 @@ struct Sums {
 }
 
 impl Quantiser {
-    /// Measures all parts at 8 and 4 bits on labelled examples, with `probes` random directions for the curvature.
+    /// Measures all parts at 8 and 4 bits on labelled examples, with `probes` random directions for the curvature at most.
+    ///
+    /// What comes before the first part that is rounded is computed once: the tensors of the network as it was, and those with one
+    /// part rounded, stay for as long as parts after it are tried.
     ///
     /// # Errors
     /// When the examples do not fit, or the user stops it.
@@ -54,9 +53,10 @@ impl Quantiser {
         cx: &Context,
     ) -> Result<Sensitivities> {
         let parts = self.parts.len();
-        let program = &self.batched;
+        let program = &self.in_batches(examples.len());
+        let curvature = self.curvature(examples, Probing::at_most(probes), cx)?;
         let chosen: Vec<(usize, usize)> = if pairs { pairs_of(parts, cx) } else { Vec::new() };
-        let work = examples.len().div_ceil(program.batch()) * parts * (2 * probes + 3);
+        let work = examples.len().div_ceil(program.batch()) * parts;
         let bar = cx.progress(work as u64, "sensitivities");
         let alone: Vec<[Ready; 2]> =
             (0..parts).map(|part| [8, 4].map(|bits| self.rounded_parts(&[part], bits))).collect();
@@ -64,7 +64,6 @@ impl Quantiser {
         let mut sums = Sums {
             single: [vec![0.0; parts], vec![0.0; parts]],
             paired: [vec![0.0; chosen.len()], vec![0.0; chosen.len()]],
-            curvature: vec![vec![0.0; probes]; parts],
             noise: [vec![0.0; parts], vec![0.0; parts]],
             extents: self.parts.iter().map(|part| self.program.units[part.unit].weight.len()).collect(),
         };
@@ -77,62 +76,72 @@ impl Quantiser {
             };
             let batch_loss = loss_of(&mut base);
             loss += batch_loss;
-            for (at, part) in self.parts.iter().enumerate() {
+            // Parts at the same time: the threads of one would wait for each other after every unit.
+            let measured = (0..parts).into_par_iter().map(|at| {
                 if cx.interrupted() {
                     return Err(Error::interrupted("stopped while sensitivities were measured"));
                 }
-                let step = program.step_of(part.unit);
-                let rerun = |from: &Values, ready: &[Ready], keep: bool| {
-                    let mut values = from.clone();
-                    program.run_from(step, &mut values, ready, keep, &mut |_, _, _| {});
-                    values
-                };
-                let mut ready = self.floats.clone();
+                let measured = self.measure_part(program, at, &base, &alone, &chosen, &loss_of);
+                let noise = [8, 4]
+                    .map(|bits| self.activation_noise(&self.parts[at], bits, program, &base, labels.len()));
+                bar.inc(1);
+                Ok((measured, noise))
+            });
+            for (at, measured) in measured.collect::<Vec<_>>().into_iter().enumerate() {
+                let ((single, paired), noise) = measured?;
                 for precision in 0..2 {
-                    ready[part.unit] = alone[at][precision].clone();
-                    let after = chosen.iter().enumerate().filter(|(_, (i, _))| *i == at);
-                    let after: Vec<(usize, usize)> = after.map(|(pair, (_, j))| (pair, *j)).collect();
-                    let mut values = rerun(&base, &ready, !after.is_empty());
-                    sums.single[precision][at] += loss_of(&mut values);
-                    for (pair, j) in after {
-                        let mut both = ready.clone();
-                        let other = self.parts[j].unit;
-                        sums.paired[precision][pair] += if other == part.unit {
-                            both[other] = self.rounded_parts(&[at, j], [8, 4][precision]);
-                            loss_of(&mut rerun(&base, &both, false))
-                        } else {
-                            both[other] = alone[j][precision].clone();
-                            let mut second = values.clone();
-                            program.run_from(
-                                program.step_of(other),
-                                &mut second,
-                                &both,
-                                false,
-                                &mut |_, _, _| {},
-                            );
-                            loss_of(&mut second)
-                        };
-                    }
-                }
-                for probe in 0..probes {
-                    let Some((moved, square)) = self.moved(part, probe, &base, cx) else { break };
-                    for moved in moved {
-                        ready[part.unit] = moved;
-                        sums.curvature[at][probe] +=
-                            (loss_of(&mut rerun(&base, &ready, false)) - batch_loss) / square;
-                    }
-                }
-                for (noise, precision) in sums.noise.iter_mut().zip([8, 4]) {
-                    if let Some((error, extent)) = self.activation_noise(part, precision, &base, labels.len())
-                    {
-                        noise[at] += error;
+                    sums.single[precision][at] += single[precision];
+                    if let Some((error, extent)) = noise[precision] {
+                        sums.noise[precision][at] += error;
                         sums.extents[at] = extent;
                     }
                 }
-                bar.inc(2 * probes as u64 + 3);
+                for (pair, losses) in paired {
+                    (0..2).for_each(|precision| sums.paired[precision][pair] += losses[precision]);
+                }
             }
         }
-        Ok(self.summary(loss, &sums, &chosen, examples))
+        Ok(self.summary(loss, &sums, &chosen, curvature, examples))
+    }
+
+    /// Losses of a batch with a part rounded at eight and at four bits, and with each part after it that is paired with it too.
+    fn measure_part(
+        &self,
+        program: &Program,
+        at: usize,
+        base: &Values,
+        alone: &[[Ready; 2]],
+        chosen: &[(usize, usize)],
+        loss_of: &impl Fn(&mut Values) -> f64,
+    ) -> ([f64; 2], Vec<(usize, [f64; 2])>) {
+        let unit = self.parts[at].unit;
+        let run_from = |unit: usize, from: &Values, ready: &[Ready], keep: bool| {
+            let mut values = from.clone();
+            program.run_from(program.step_of(unit), &mut values, ready, keep, &mut |_, _, _| {});
+            values
+        };
+        let after = chosen.iter().enumerate().filter(|(_, (i, _))| *i == at);
+        let after: Vec<(usize, usize)> = after.map(|(pair, (_, j))| (pair, *j)).collect();
+        let mut single = [0.0; 2];
+        let mut paired: Vec<(usize, [f64; 2])> = after.iter().map(|(pair, _)| (*pair, [0.0; 2])).collect();
+        for precision in 0..2 {
+            let mut ready = self.floats.clone();
+            ready[unit] = alone[at][precision].clone();
+            let mut values = run_from(unit, base, &ready, !after.is_empty());
+            single[precision] = loss_of(&mut values);
+            for ((_, losses), &(_, j)) in paired.iter_mut().zip(&after) {
+                let other = self.parts[j].unit;
+                let mut both = ready.clone();
+                losses[precision] = if other == unit {
+                    both[unit] = self.rounded_parts(&[at, j], [8, 4][precision]);
+                    loss_of(&mut run_from(unit, base, &both, false))
+                } else {
+                    both[other] = alone[j][precision].clone();
+                    loss_of(&mut run_from(other, &values, &both, false))
+                };
+            }
+        }
+        (single, paired)
     }
 
     /// Means over the examples, and the scores that follow from them.
@@ -141,17 +150,13 @@ impl Quantiser {
         loss: f64,
         sums: &Sums,
         chosen: &[(usize, usize)],
+        Curvature { traces, method }: Curvature,
         examples: &Examples,
     ) -> Sensitivities {
         let parts = self.parts.len();
         let count = examples.len() as f64;
         let mean = |sum: f64| sum / count;
         let loss = mean(loss);
-        let traces: Vec<Trace> = sums
-            .curvature
-            .iter()
-            .map(|probes| Trace::of(&probes.iter().map(|&p| mean(p)).collect::<Vec<_>>()))
-            .collect();
         let measured = |precision: usize| {
             let single: Vec<f64> = sums.single[precision].iter().map(|&sum| mean(sum) - loss).collect();
             let pairs: Vec<((usize, usize), f64)> = chosen
@@ -174,11 +179,12 @@ impl Quantiser {
             eight: measured(0),
             four: measured(1),
             traces,
+            method,
         }
     }
 
     /// The activation that a part is, if it is one alone: whether it is the second operand of a product.
-    fn activation(&self, part: &Part) -> Option<bool> {
+    pub(crate) fn activation(&self, part: &Part) -> Option<bool> {
         let product = self.program.units[part.unit].work == Work::Product;
         match part.side {
             Side::Input => Some(false),
@@ -200,14 +206,21 @@ impl Quantiser {
 
     /// The sum of `‖δ‖²` of an activation over the first `count` examples of a batch, and its numbers for one of them; nothing
     /// where the part is none.
-    fn activation_noise(&self, part: &Part, bits: u8, base: &Values, count: usize) -> Option<(f64, usize)> {
+    fn activation_noise(
+        &self,
+        part: &Part,
+        bits: u8,
+        program: &Program,
+        base: &Values,
+        count: usize,
+    ) -> Option<(f64, usize)> {
         let second = self.activation(part)?;
         let unit = &self.program.units[part.unit];
         let numbers = self.numbers(part.unit, Pair::of(bits));
         let id = unit.second.filter(|_| second).unwrap_or(unit.input);
         let x = float_value(base, id)?;
         let x = flex::floats(&x).into_owned();
-        let width = x.len() / self.batched.batch();
+        let width = x.len() / program.batch();
         let error = |x: f32| -> f64 {
             let x = f64::from(x);
             match (second, numbers.input, numbers.second) {
@@ -218,38 +231,6 @@ impl Quantiser {
         };
         Some((x[..width * count].iter().map(|&x| error(x).powi(2)).sum(), width))
     }
-
-    /// A part that is moved along random signs to both sides, and the square of the step; nothing where there is nothing to move.
-    fn moved(&self, part: &Part, probe: usize, base: &Values, cx: &Context) -> Option<([Ready; 2], f64)> {
-        let original = &self.program.units[part.unit];
-        let stream = format!("probe {}", part.name);
-        let signs = |n| orthogonal_signs(n, probe, |block| cx.rng(&stream, block as u64));
-        let step_of = |x: &[f32]| {
-            let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
-            RELATIVE_STEP * (square / x.len() as f64).sqrt().max(1e-6)
-        };
-        if let Some(second) = self.activation(part) {
-            let id = original.second.filter(|_| second).unwrap_or(original.input);
-            let x = float_value(base, id)?;
-            let x = flex::floats(&x).into_owned();
-            let (step, signs) = (step_of(&x), signs(x.len()));
-            let moved = [1.0, -1.0].map(|side| {
-                let by = signs.iter().map(|sign| (side * step * sign) as f32).collect();
-                Ready::moved(original, by, second)
-            });
-            return Some((moved, step * step));
-        }
-        if original.weight.is_empty() {
-            return None;
-        }
-        let (step, signs) = (step_of(&original.weight), signs(original.weight.len()));
-        let moved = [1.0, -1.0].map(|side| {
-            let mut unit = original.clone();
-            unit.weight.iter_mut().zip(&signs).for_each(|(w, sign)| *w += (side * step * sign) as f32);
-            Ready::float(&unit)
-        });
-        Some((moved, step * step))
-    }
 }
 
 /// Which pairs are measured: all, or the near ones and some of the others.
@@ -257,27 +238,6 @@ fn pairs_of(parts: usize, cx: &Context) -> Vec<(usize, usize)> {
     let mut rng = cx.rng("pairs", 0);
     let all = (0..parts).flat_map(|i| (i + 1..parts).map(move |j| (i, j)));
     all.filter(|(i, j)| parts <= ALL_PAIRS || j - i <= NEAR || rng.random::<f64>() < FAR_SHARE).collect()
-}
-
-/// The trace of a part's Hessian, estimated.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Trace {
-    /// Mean of `vᵀ H v`; negative where noise or a saddle makes it so, and then counted as 0.
-    pub mean: f64,
-    /// Its standard error.
-    pub error: f64,
-}
-
-impl Trace {
-    fn of(probes: &[f64]) -> Self {
-        let n = probes.len() as f64;
-        if probes.is_empty() {
-            return Self::default();
-        }
-        let mean = probes.iter().sum::<f64>() / n;
-        let variance = probes.iter().map(|p| (p - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-        Self { mean, error: (variance / n).sqrt() }
-    }
 }
 
 /// What was measured of all parts: `sensitivity.json`.
@@ -289,6 +249,8 @@ pub struct Sensitivities {
     pub loss: f64,
     /// Of every part's Hessian.
     pub traces: Vec<Trace>,
+    /// How these were estimated.
+    pub method: Method,
     /// At eight bits.
     pub eight: Measured,
     /// At four bits.

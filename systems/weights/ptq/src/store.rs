@@ -17,8 +17,9 @@ use crate::checkpoint::KIND;
 use crate::program::Program;
 use crate::quantise::{Found, QuantConfig, Quantiser, SearchPlan};
 use crate::quantiser::{Asymmetric, Symmetric};
+use crate::ready::Ready;
 use crate::search::Bits;
-use crate::unit::{Numbers, Pair, Ready, Unit, Weights, Window, Work, half_precision};
+use crate::unit::{Numbers, Pair, Unit, Weights, Window, Work, half_precision};
 
 const GRAPH: &str = "graph";
 const UNITS: &str = "units.json";
@@ -174,7 +175,7 @@ pub struct Quantised {
     pub program: Program,
     /// Bits of every unit's weights and input.
     pub pairs: Vec<Pair>,
-    /// Its weights.
+    /// Its weights; bytes pass between units where they can.
     pub ready: Vec<Ready>,
     /// How every unit is rounded.
     pub numbers: Vec<Numbers>,
@@ -186,6 +187,11 @@ pub fn is_quantised(path: &Path) -> bool {
 }
 
 impl Quantised {
+    /// Its weights with floats between all units.
+    pub fn apart(&self) -> Vec<Ready> {
+        self.ready.iter().cloned().map(Ready::apart).collect()
+    }
+
     /// Reads a folder that [`save`] wrote.
     ///
     /// # Errors
@@ -260,6 +266,7 @@ impl Quantised {
         }
         let program = Program::assemble(graph, units, &document.steps)
             .ok_or_else(|| Error::input(file.display(), "its steps do not fit the units and the graph"))?;
+        let ready = program.fused(ready);
         Ok(Self { config, program, pairs, ready, numbers: all })
     }
 

@@ -23,6 +23,8 @@ use kiln_compiler::builder::{Builder, Fit};
 use kiln_core::{Error, PortKind, Result, write_atomic};
 use kiln_ops::quantised::{Affine, Ends};
 
+use crate::program::Program;
+use crate::quantise::Side;
 use crate::quantiser::{Symmetric, largest};
 use crate::store::Quantised;
 use crate::unit::{Numbers, Unit, Window, Work, step_sizes};
@@ -40,20 +42,7 @@ impl Quantised {
             Error::usage(format!("the network does not mean the same for {batch} examples at once"))
                 .hint("write it for one")
         })?;
-        let (skeleton, order) = program.skeleton();
-        let mut writer = Writer::new(&skeleton, &program.inputs, program.tensors());
-        let mut operations = skeleton.operations.into_iter();
-        for place in order {
-            match place {
-                None => operations.next().into_iter().for_each(|operation| writer.plain(operation)),
-                Some(at) => {
-                    let unit = &program.units[at];
-                    writer.unit(unit, &self.numbers[at]).map_err(|found| {
-                        Error::work(format!("unit \"{}\" cannot be written out: {found}", unit.name))
-                    })?;
-                }
-            }
-        }
+        let writer = Writer::of(&program, Vec::new(), |at| &self.numbers[at])?;
         let Builder { operations, constants, .. } = writer.builder;
         let (inputs, outputs) = (program.inputs.clone(), program.outputs.clone());
         let graph = Graph { kind: program.kind.clone(), inputs, outputs, operations, constants };
@@ -73,27 +62,83 @@ impl Quantised {
     }
 }
 
+/// Weights, or an operand, that a graph reads as a further input.
+#[derive(Debug, Clone)]
+pub(crate) struct Free {
+    /// The unit's name.
+    pub unit: String,
+    /// Its weights; an operand where that is an activation, to which the input is added.
+    pub side: Side,
+    /// The input, as soon as the unit is written.
+    pub tensor: Option<TensorIr>,
+}
+
 /// A graph in the making, and the tensors that it has so far.
-struct Writer {
-    builder: Builder,
+pub(crate) struct Writer {
+    pub builder: Builder,
+    /// What is no constant.
+    pub free: Vec<Free>,
     there: BTreeMap<TensorId, TensorIr>,
 }
 
 impl Writer {
-    fn new(skeleton: &Graph, inputs: &[kiln_compiler::Boundary], first: usize) -> Self {
-        let mut builder = Builder::new(first as u64);
+    /// Writes a program whose units are rounded as `numbers` says.
+    ///
+    /// # Errors
+    /// When a unit does not fit its operands.
+    pub fn of<'a>(
+        program: &Program,
+        free: Vec<Free>,
+        numbers: impl Fn(usize) -> &'a Numbers,
+    ) -> Result<Self> {
+        let (skeleton, order) = program.skeleton();
+        let mut builder = Builder::new(program.tensors() as u64);
         builder.constants = skeleton.constants.clone();
         let tensor = |id, shape: &[usize], dtype| {
             let shape = Shape::from(shape.to_vec());
             (id, TensorIr { id, shape, status: TensorStatus::ReadOnly, dtype })
         };
-        let inputs = inputs.iter().map(|input| {
+        let inputs = program.inputs.iter().map(|input| {
             let dtype = if input.port.kind == PortKind::Float { DType::F32 } else { DType::I64 };
             tensor(input.tensor, &input.port.shape, dtype)
         });
         let constants = skeleton.constants.iter();
         let constants = constants.map(|(id, data)| tensor(*id, &data.shape().to_vec(), data.dtype()));
-        Self { there: inputs.chain(constants).collect(), builder }
+        let mut writer = Self { there: inputs.chain(constants).collect(), free, builder };
+        let mut operations = skeleton.operations.into_iter();
+        for place in order {
+            match place {
+                None => operations.next().into_iter().for_each(|operation| writer.plain(operation)),
+                Some(at) => {
+                    let unit = &program.units[at];
+                    writer.unit(unit, numbers(at)).map_err(|found| {
+                        Error::work(format!("unit \"{}\" cannot be written out: {found}", unit.name))
+                    })?;
+                }
+            }
+        }
+        Ok(writer)
+    }
+
+    /// A tensor that has been written.
+    ///
+    /// # Errors
+    /// When there is none of this number.
+    pub fn operand(&self, id: TensorId) -> Fit<TensorIr> {
+        self.there.get(&id).cloned().ok_or_else(|| format!("tensor {} is not there", id.value()))
+    }
+
+    /// The input that takes the place of a unit's weights or is added to its operand, where that is free.
+    fn freed(&mut self, unit: &Unit, side: Side, shape: &[usize]) -> Option<TensorIr> {
+        let free = self.free.iter_mut().find(|free| free.unit == unit.name && free.side == side)?;
+        Some(free.tensor.insert(self.builder.provided(shape, DType::F32)).clone())
+    }
+
+    fn moved(&mut self, unit: &Unit, side: Side, x: TensorIr) -> Fit<TensorIr> {
+        match self.freed(unit, side, &x.shape.to_vec()) {
+            Some(by) => self.builder.add(&x, &by),
+            None => Ok(x),
+        }
     }
 
     /// An operation between units, as it is.
@@ -104,14 +149,11 @@ impl Writer {
         self.builder.operations.push(operation);
     }
 
-    fn operand(&self, id: TensorId) -> Fit<TensorIr> {
-        self.there.get(&id).cloned().ok_or_else(|| format!("tensor {} is not there", id.value()))
-    }
-
     /// A unit with its roundings.
     fn unit(&mut self, unit: &Unit, numbers: &Numbers) -> Fit<()> {
         let first = self.builder.operations.len();
-        let mut x = self.operand(unit.input)?;
+        let x = self.operand(unit.input)?;
+        let mut x = self.moved(unit, Side::Input, x)?;
         if let Some(input) = &numbers.input {
             x = self.rounded(&x, &input.affine())?;
         }
@@ -119,12 +161,13 @@ impl Writer {
             Work::Conv(window) => self.conv(unit, &window, x, numbers)?,
             Work::Linear => {
                 let weight = self.weight(unit, numbers)?;
-                let y = self.builder.matmul(&x, &weight)?;
+                let y = self.rows_times(&x, &weight)?;
                 let bias = self.bias(unit, numbers)?;
                 self.builder.add(&y, &bias)?
             }
             Work::Product => {
-                let mut second = self.operand(unit.second.ok_or("a product has two operands")?)?;
+                let second = self.operand(unit.second.ok_or("a product has two operands")?)?;
+                let mut second = self.moved(unit, Side::Weight, second)?;
                 if let Some(how) = &numbers.second {
                     second = self.rounded_evenly(&second, how)?;
                 }
@@ -142,6 +185,20 @@ impl Writer {
         self.builder.operations[first..].iter_mut().for_each(|operation| operation.visit_mut(&mut rename));
         self.there.insert(unit.output, TensorIr { id: unit.output, ..y });
         Ok(())
+    }
+
+    /// `x [.., inner]` times `weight [inner, outputs]`: as one matrix where the weight is free, whose gradient is then one too.
+    fn rows_times(&mut self, x: &TensorIr, weight: &TensorIr) -> Fit<TensorIr> {
+        let rank = x.shape.rank();
+        if rank == 2 || self.free.is_empty() {
+            return self.builder.matmul(x, weight);
+        }
+        let mut shape = x.shape.to_vec();
+        let rows = shape[..rank - 1].iter().product();
+        let flat = self.builder.reshape(x, &[rows, shape[rank - 1]])?;
+        let y = self.builder.matmul(&flat, weight)?;
+        shape[rank - 1] = weight.shape[1];
+        self.builder.reshape(&y, &shape)
     }
 
     fn conv(&mut self, unit: &Unit, window: &Window, x: TensorIr, numbers: &Numbers) -> Fit<TensorIr> {
@@ -194,6 +251,9 @@ impl Writer {
     /// Weights as the operation reads them: of a convolution and a table in rows of outputs, of a matrix in columns.
     fn weight(&mut self, unit: &Unit, numbers: &Numbers) -> Fit<TensorIr> {
         let linear = unit.work == Work::Linear;
+        if let Some(free) = self.freed(unit, Side::Weight, &unit.shape) {
+            return if linear { self.builder.transpose(&free) } else { Ok(free) };
+        }
         let (rows, width) = (unit.shape[0], unit.weight.len() / unit.shape[0].max(1));
         let shape = if linear { vec![width, rows] } else { unit.shape.clone() };
         let place = |at: usize| if linear { at % rows * width + at / rows } else { at };

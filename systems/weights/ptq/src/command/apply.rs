@@ -14,8 +14,8 @@ use super::source::{ForeignArgs, ModelArgs, Source, read_for};
 use crate::latency::measure;
 use crate::layers::Layers;
 use crate::quantise::{Metric, logits, score};
+use crate::ready::Ready;
 use crate::store::{self, Quantised};
-use crate::unit::Ready;
 
 #[derive(Debug, Args)]
 pub(super) struct PredictArgs {
@@ -183,7 +183,8 @@ pub(super) fn compare(args: &CompareArgs, cx: &Context) -> Result<()> {
     let examples = examples.select(&(0..args.count.clamp(1, examples.len())).collect::<Vec<_>>());
     let (program, ready) = if store::is_quantised(&args.first) {
         let first = Quantised::open(&args.first)?;
-        (first.program, first.ready)
+        let ready = first.apart();
+        (first.program, ready)
     } else {
         let model = ModelArgs { model: args.first.clone(), foreign: args.foreign.clone() };
         let mut program = Source::open(&model, cx)?.program;

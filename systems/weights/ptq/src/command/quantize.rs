@@ -17,9 +17,9 @@ use crate::latency::{Profile, measure};
 use crate::layers::{Layer, Layers};
 use crate::program::Program;
 use crate::quantise::{Granularity, Metric, Part, QuantConfig, Quantiser, SearchPlan, sample, score};
+use crate::ready::Ready;
 use crate::search::{Augment, Bits, Order, Trials, Tried, pareto};
 use crate::store::{self, Quantised};
-use crate::unit::Ready;
 
 /// Validation examples on which layers are compared in the end.
 const EXPLAINED: usize = 64;

@@ -32,16 +32,17 @@ pub(super) fn run(args: &SensitivityArgs, cx: &Context) -> Result<()> {
     write_json(&folder.file("sensitivity.json"), &sensitivities)?;
     plot_sensitivities(&folder, &sensitivities)?;
     cx.emit(&sensitivities, |found| {
-        let mut text =
-            String::from("unit         trace          Ω at 4 bits    Δ at 4 bits    Δ at 8 bits\n");
+        let mut text = String::from(
+            "unit         trace          error    probes  Ω at 4 bits    Δ at 4 bits    Δ at 8 bits\n",
+        );
         for (at, name) in found.units.iter().enumerate() {
             let (trace, four, eight) = (found.traces[at], &found.four, &found.eight);
             text += &format!(
-                "{name:<12} {:<14.4} {:<14.3e} {:<14.3e} {:.3e}\n",
-                trace.mean, four.hessian[at], four.single[at], eight.single[at]
+                "{name:<12} {:<14.4} {:<8.2} {:<7} {:<14.3e} {:<14.3e} {:.3e}\n",
+                trace.mean, trace.error, trace.probes, four.hessian[at], four.single[at], eight.single[at]
             );
         }
-        text
+        text + &format!("{}\n", found.method)
     })
 }
 

@@ -133,7 +133,7 @@ pub(super) fn run(args: TrainArgs, cx: &Context) -> Result<()> {
     let trained = run.train(model, &mut task, &training, &format!("--data {}", args.data.display()), cx)?;
     let summary = run.finish(&trained, "nats per example")?;
     let program = Program::new(capture(Box::new(Trained::new(config.network, trained.model)))?)?;
-    let ready: Vec<_> = program.units.iter().map(crate::unit::Ready::float).collect();
+    let ready: Vec<_> = program.units.iter().map(crate::ready::Ready::float).collect();
     let batched = program.with_batch(64, &ready).unwrap_or(program);
     let accuracy = score(&logits(&batched, &ready, &valid)?, &valid.labels, Metric::Accuracy);
     let result = TrainResult { summary, accuracy };

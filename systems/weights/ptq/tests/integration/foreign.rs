@@ -9,7 +9,8 @@ use kiln_compiler::loops::{Elements, read_buffers};
 use kiln_core::{HostTensor, TensorFile, Values};
 use kiln_ptq::Program;
 use kiln_ptq::foreign::{Extents, Foreign};
-use kiln_ptq::unit::{Ready, Work};
+use kiln_ptq::ready::Ready;
+use kiln_ptq::unit::Work;
 
 const EXTENTS: Extents = Extents { image: 32, length: 9, heads: Some(2) };
 

@@ -4,16 +4,23 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use kiln_core::random_stream;
+use burn::backend::ir::{FloatOperationIr, NumericOperationIr, TensorIr};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use kiln_compiler::builder::Builder;
+use kiln_compiler::{Boundary, Graph};
+use kiln_core::{Context, Port, PortKind, random_stream};
 use kiln_ops::quantised::{
     Affine, Bytes, Conv, ConvShape, Ends, Level, Panels, Product, Requantise, pack_nibbles, unpack_nibbles,
 };
+use kiln_ptq::curvature::{Differences, Probing};
+use kiln_ptq::data::{Examples, Numbers};
 use kiln_ptq::fold::{BatchNorm, fold};
 use kiln_ptq::mlp::Mlp;
 use kiln_ptq::quantiser::{
     Asymmetric, Calibrator, PERCENTILE, Rows, Symmetric, best_clip, largest_size, size_quantile,
 };
 use kiln_ptq::search::bisect;
+use kiln_ptq::{Program, QuantConfig, Quantiser};
 
 fn data(name: &str) -> PathBuf {
     Path::new("tests/data").join(name)
@@ -188,6 +195,85 @@ fn sensitivities_of_the_perceptron_are_exact_and_the_estimate_is_near() {
         let weights = mlp.flat_weights();
         let score = |l: usize| traces[l] / weights[l].len() as f64 * noise[l];
         near("hessian", &(0..4).map(score).collect::<Vec<_>>(), &numbers(&expected["hess"]), 1e-6);
+    }
+}
+
+/// The perceptron as a captured network, one example at a time, with its examples; `spoilt` adds 0 by an operation without a
+/// derivative.
+fn as_network(file: &serde_json::Value, spoilt: bool) -> (Program, Examples) {
+    let numbers = |value: &serde_json::Value| -> Vec<f32> {
+        value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+    };
+    let rows = |value: &serde_json::Value| -> Vec<f32> {
+        value.as_array().unwrap().iter().flat_map(numbers).collect()
+    };
+    let mut builder = Builder::new(0);
+    let (weights, biases) = (file["W"].as_array().unwrap(), file["B"].as_array().unwrap());
+    let width = weights[0][0].as_array().unwrap().len();
+    let x = builder.provided(&[1, width], DType::F32);
+    let mut y = x.clone();
+    for (layer, (weight, bias)) in weights.iter().zip(biases).enumerate() {
+        if layer > 0 {
+            y = builder.float(&y, FloatOperationIr::Tanh).unwrap();
+        }
+        let bias = numbers(bias);
+        let weight = TensorData::new(rows(weight), [bias.len(), y.shape[1]]);
+        let weight =
+            builder.constant(Tensor::<2>::from_data(weight, &Device::flex()).transpose().into_data());
+        y = builder.matmul(&y, &weight).unwrap();
+        let bias = builder.constant(TensorData::new(bias.clone(), [1, bias.len()]));
+        y = builder.add(&y, &bias).unwrap();
+    }
+    if spoilt {
+        let product = builder.reduce(&y, 1, NumericOperationIr::ProdDim).unwrap();
+        let nothing = builder.mul_scalar(&product, 0.0).unwrap();
+        y = builder.add(&y, &nothing).unwrap();
+    }
+    let boundary = |name: &str, tensor: &TensorIr| Boundary {
+        port: Port { name: name.into(), kind: PortKind::Float, shape: tensor.shape.to_vec() },
+        tensor: tensor.id,
+    };
+    let (inputs, outputs) = (vec![boundary("x", &x)], vec![boundary("logits", &y)]);
+    let Builder { operations, constants, .. } = builder;
+    let graph = Graph { kind: "perceptron".into(), inputs, outputs, operations, constants };
+    let labels: Vec<usize> =
+        file["Y"].as_array().unwrap().iter().map(|label| label.as_u64().unwrap() as usize).collect();
+    let classes = vec![String::new(); y.shape[1]];
+    let values = Numbers::Floats(rows(&file["X"]));
+    (Program::new(graph).unwrap(), Examples { shape: vec![width], values, labels, classes })
+}
+
+#[test]
+fn curvature_of_the_perceptron_as_a_network_is_the_reference() {
+    let text = std::fs::read_to_string(data("sensitivity_mlp.json")).unwrap();
+    let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let expected: Vec<f64> =
+        file["trace"].as_array().unwrap().iter().map(|trace| trace.as_f64().unwrap()).collect();
+    let cx = Context::for_tests("unused");
+    for (spoilt, differences, tolerance) in
+        [(false, Differences::Gradients, 0.005), (true, Differences::Losses, 0.1)]
+    {
+        let (program, examples) = as_network(&file, spoilt);
+        let quantiser = Quantiser::calibrate(program, &examples, QuantConfig::default(), &cx).unwrap();
+        // As many orthogonal signs as make the traces exact, and each of the four layers is a group of its own.
+        let found = quantiser.curvature(&examples, Probing { most: 64, error: 0.0 }, &cx).unwrap();
+        assert_eq!((found.method.differences, found.method.because.is_some()), (differences, spoilt));
+        for (layer, (trace, expected)) in found.traces.iter().zip(&expected).enumerate() {
+            assert_eq!(trace.probes, 64);
+            assert!(
+                (trace.mean / expected - 1.0).abs() < tolerance,
+                "layer {layer} by {differences:?}: {}, should be {expected}",
+                trace.mean
+            );
+        }
+    }
+    let (program, examples) = as_network(&file, false);
+    let quantiser = Quantiser::calibrate(program, &examples, QuantConfig::default(), &cx).unwrap();
+    let found = quantiser.curvature(&examples, Probing::at_most(1 << 13), &cx).unwrap();
+    for (trace, expected) in found.traces.iter().zip(&expected) {
+        // Probes end as soon as the error is small enough, and the trace is within some of these errors.
+        assert!(trace.probes < 1 << 13 && trace.error < 0.05 * trace.mean, "{trace:?}");
+        assert!((trace.mean - expected).abs() < 4.0 * 0.05 * expected, "{trace:?}, should be {expected}");
     }
 }
 

@@ -4,9 +4,11 @@
 use crate::subject::{ALL, distance, subject, subject_as};
 use kiln_core::Context;
 use kiln_ptq::arch::Arch;
-use kiln_ptq::quantise::logits;
-use kiln_ptq::unit::{Pair, Ready, Scales, Work};
-use kiln_ptq::{Granularity, QuantConfig};
+use kiln_ptq::data::Examples;
+use kiln_ptq::quantise::{Metric, logits, score};
+use kiln_ptq::ready::Ready;
+use kiln_ptq::unit::{Pair, Scales, Work};
+use kiln_ptq::{Granularity, QuantConfig, Quantiser};
 
 #[test]
 fn folded_programs_compute_what_networks_compute_and_sixteen_bits_nearly_the_same() {
@@ -43,6 +45,23 @@ fn whole_numbers_give_what_rounded_floats_give() {
         // A number at the border of two steps may go either way, and later units amplify it.
         assert!(distance(&whole, &rounded) < 0.02, "{arch:?}: {}", distance(&whole, &rounded));
         assert!(distance(&whole, &logits) < 0.2, "{arch:?}: {}", distance(&whole, &logits));
+    }
+}
+
+#[test]
+fn bytes_between_units_give_what_floats_between_them_give_bit_for_bit() {
+    for (arch, least) in [(Arch::Resnet, 16), (Arch::Mobilenet, 24), (Arch::Bert, 0)] {
+        let (quantiser, examples, _) = subject(arch);
+        let units = quantiser.program.units.len();
+        let mixed: Vec<u8> = (0..units).map(|at| [8, 4, 8, 16, 4][at % 5]).collect();
+        for bits in [vec![8; units], vec![4; units], mixed] {
+            let (fused, apart) = (quantiser.real(&bits), quantiser.apart(&bits));
+            let found = logits(&quantiser.program, &fused, &examples).unwrap();
+            assert_eq!(found, logits(&quantiser.program, &apart, &examples).unwrap(), "{arch:?} {bits:?}");
+            let bytes =
+                fused.iter().filter(|ready| matches!(ready, Ready::Whole { to: Some(_), .. })).count();
+            assert!(bytes >= least || bits.contains(&16), "{arch:?}: {bytes}");
+        }
     }
 }
 
@@ -84,6 +103,41 @@ fn dependencies_are_symmetric_and_sensitivities_repeat() {
             let products = quantiser.program.units.iter().filter(|unit| unit.work == Work::Product).count();
             let whole = granularity == Granularity::Layer;
             assert_eq!(rounded, measured.noise.len() - if whole { products } else { 0 });
+        }
+    }
+}
+
+/// The mean loss with some parts rounded and the others as they were, the whole network computed anew.
+fn loss_with(quantiser: &Quantiser, parts: &[usize], bits: u8, examples: &Examples) -> f64 {
+    let mut ready: Vec<Ready> = quantiser.program.units.iter().map(Ready::float).collect();
+    for &part in parts {
+        let unit = quantiser.parts[part].unit;
+        ready[unit] =
+            Ready::rounded(&quantiser.program.units[unit], &quantiser.numbers(unit, Pair::of(bits)));
+    }
+    let program = quantiser.program.with_batch(examples.len(), &ready).unwrap();
+    -score(&logits(&program, &ready, examples).unwrap(), &examples.labels, Metric::Loss)
+}
+
+#[test]
+fn losses_from_kept_prefixes_are_those_of_whole_networks_bit_for_bit() {
+    let cx = Context::for_tests("unused");
+    for arch in ALL {
+        let (quantiser, examples, _) = subject(arch);
+        let found = quantiser.sensitivities(&examples, 0, true, &cx).unwrap();
+        let loss = loss_with(&quantiser, &[], 8, &examples);
+        assert_eq!(found.loss, loss, "{arch:?}");
+        let parts = quantiser.parts.len();
+        for (bits, measured) in [(8, &found.eight), (4, &found.four)] {
+            for part in 0..parts {
+                let alone = loss_with(&quantiser, &[part], bits, &examples) - loss;
+                assert_eq!(measured.single[part], alone, "{arch:?}, part {part} at {bits}");
+            }
+            for (i, j) in [(0, 1), (0, parts - 1), (parts / 2, parts / 2 + 3), (parts - 2, parts - 1)] {
+                let both = loss_with(&quantiser, &[i, j], bits, &examples);
+                let beyond = both - loss - measured.single[i] - measured.single[j];
+                assert_eq!(measured.pair[i][j], beyond, "{arch:?}, parts {i} and {j} at {bits}");
+            }
         }
     }
 }
