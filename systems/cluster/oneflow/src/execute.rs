@@ -1,6 +1,6 @@
 //! Running the physical graph: every rank computes its nodes, one after another or as actors.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 
 use burn::backend::ir::{
@@ -18,8 +18,9 @@ use crate::boxing::Router;
 use crate::exchange::Lines;
 use crate::graph::{Logical, Variable};
 use crate::local::{Local, localise};
-use crate::optimiser::{Optimiser, State};
-use crate::physical::{Node, Physical, QUEUES, Value, Work};
+use crate::optimiser::{Optimiser, State, added};
+use crate::physical::{Node, Physical, Value, Work};
+use crate::pipeline::{Arriving, Departing};
 use crate::sbp::{NdSbp, Region, copy_box};
 
 /// Gives every input of a piece, whole.
@@ -42,6 +43,8 @@ pub struct Run {
     pub checked: bool,
     /// Whether acts are noted.
     pub traced: bool,
+    /// Whether gradients are added up for [`Rank::step`], instead of a step with each.
+    pub accumulated: bool,
 }
 
 impl Default for Run {
@@ -54,6 +57,7 @@ impl Default for Run {
             seed: 0,
             checked: false,
             traced: false,
+            accumulated: false,
         }
     }
 }
@@ -71,6 +75,21 @@ pub struct Done {
     pub course: Option<Course>,
 }
 
+/// The ends of edges to and from other stages, by the ports of the graph.
+#[derive(Default)]
+pub struct Links<'a> {
+    /// The rank in the world that is the first of these devices.
+    pub first_rank: usize,
+    /// Inputs that other ranks write.
+    pub arriving: BTreeMap<usize, Arriving<'a>>,
+    /// Outputs that other ranks read.
+    pub departing: BTreeMap<usize, Departing<'a>>,
+    /// Inputs that come after outputs of the same piece have gone: gradients.
+    pub late: Vec<usize>,
+    /// Where an error of this rank is told, so that nobody waits for it.
+    pub control: Option<&'a Communicator>,
+}
+
 /// One rank's part of a physical graph.
 pub struct Rank<'a> {
     physical: &'a Physical,
@@ -80,6 +99,9 @@ pub struct Rank<'a> {
     locals: Vec<Option<Local>>,
     variables: Mutex<Vec<Option<State>>>,
     constants: HashMap<usize, FlexTensor>,
+    /// Gradients that were added up, of every variable.
+    sums: Mutex<Vec<Option<FlexTensor>>>,
+    links: Links<'a>,
 }
 
 impl<'a> Rank<'a> {
@@ -120,7 +142,33 @@ impl<'a> Rank<'a> {
                 _ => {}
             }
         }
-        Ok(Self { physical, logical, lines, locals, variables: Mutex::new(variables), constants })
+        let sums = Mutex::new(logical.variables.iter().map(|_| None).collect());
+        let (variables, links) = (Mutex::new(variables), Links::default());
+        Ok(Self { physical, logical, lines, locals, variables, constants, sums, links })
+    }
+
+    /// With edges to and from other ranks.
+    #[must_use]
+    pub fn linked(mut self, links: Links<'a>) -> Self {
+        self.links = links;
+        self
+    }
+
+    /// Changes every variable by the mean of `count` gradients that were added up, in step `number`.
+    ///
+    /// # Errors
+    /// When there is no gradient.
+    pub fn step(&self, optimiser: &Optimiser, number: usize, count: usize) -> Result<()> {
+        let mut variables = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        for ((state, sum), variable) in variables.iter_mut().zip(sums.iter_mut()).zip(&self.logical.variables)
+        {
+            let (Some(before), Some(gradient)) = (state.take(), sum.take()) else {
+                return Err(Error::work(format!("{} has no gradient", variable.name)));
+            };
+            *state = Some(optimiser.step(before, gradient, number, 1.0 / count as f64));
+        }
+        Ok(())
     }
 
     /// Runs pieces through the graph. All ranks call it.
@@ -133,7 +181,7 @@ impl<'a> Rank<'a> {
         let (course, peak_bytes) = match options.registers {
             Some(registers) => {
                 let course = self.run_actors(registers, options, feed, &outputs)?;
-                let network = self.physical.network(registers);
+                let network = self.physical.network(registers, !options.accumulated);
                 let bytes = |value: usize| {
                     self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate())
                 };
@@ -248,12 +296,16 @@ impl<'a> Rank<'a> {
         feed: &Feed<'_>,
         outputs: &Mutex<Outputs>,
     ) -> Result<Course> {
-        let network = self.physical.network(registers);
+        let mut network = self.physical.network(registers, !options.accumulated);
         let nodes = &self.physical.nodes;
+        // Collectives that wait for gradients give way to those of as many later pieces as there is room for.
+        for node in self.late_nodes() {
+            network.actors[node].lag = registers - 1;
+        }
         let queue = |number: usize| {
             let mut hands = Hands::new(self, options, feed, outputs);
             Queue {
-                name: QUEUES[number].into(),
+                name: self.physical.queues[number].clone(),
                 act: Box::new(move |actor: usize, piece: usize, inputs: &[FlexTensor]| {
                     // Registers come in the order of values; a token of an update comes last and is not read.
                     let node = &nodes[actor];
@@ -264,12 +316,17 @@ impl<'a> Rank<'a> {
                         .into_iter()
                         .zip(inputs)
                         .for_each(|(place, value)| read[place] = Some(value.clone()));
-                    let mut results = hands.act(actor, piece, read.into_iter().flatten().collect())?;
+                    let acted = hands.act(actor, piece, read.into_iter().flatten().collect());
+                    let mut results = acted.inspect_err(|error| {
+                        if let Some(control) = self.links.control {
+                            control.abort(&error.to_string());
+                        }
+                    })?;
                     // What is written goes out in the order of values too.
                     let mut order: Vec<usize> = (0..results.len()).collect();
                     order.sort_by_key(|&place| node.outputs[place]);
                     results = order.into_iter().map(|place| results[place].clone()).collect();
-                    if matches!(node.work, Work::Update(_)) {
+                    if matches!(node.work, Work::Update(_)) && !options.accumulated {
                         results.push(token());
                     }
                     Ok(results)
@@ -279,15 +336,31 @@ impl<'a> Rank<'a> {
             }
         };
         let place = self.lines.coordinate().iter().zip(self.lines.mesh());
-        let rank = place.fold(0, |rank, (at, extent)| rank * extent + at);
+        let rank = self.links.first_rank + place.fold(0, |rank, (at, extent)| rank * extent + at);
         run(
             &network,
             options.pieces,
-            (0..QUEUES.len()).map(queue).collect(),
+            (0..self.physical.queues.len()).map(queue).collect(),
             |_| token(),
             rank,
             options.traced,
         )
+    }
+}
+
+impl Rank<'_> {
+    /// Nodes that wait for inputs which come late.
+    fn late_nodes(&self) -> Vec<usize> {
+        let mut values = BTreeSet::new();
+        let mut late = Vec::new();
+        for (at, node) in self.physical.nodes.iter().enumerate() {
+            let comes_late = matches!(node.work, Work::Input(port) if self.links.late.contains(&port));
+            if comes_late || node.inputs.iter().any(|value| values.contains(value)) {
+                values.extend(node.outputs.iter().copied());
+                late.push(at);
+            }
+        }
+        late
     }
 }
 
@@ -344,6 +417,9 @@ impl<'r, 'a> Hands<'r, 'a> {
         let node = &rank.physical.nodes[at];
         let lost = || Error::work(format!("{} misses an operand", node.name));
         match &node.work {
+            Work::Input(port) if rank.links.arriving.contains_key(port) => {
+                Ok(vec![rank.links.arriving[port].pull(number)?])
+            }
             Work::Input(port) => {
                 if self.fed.as_ref().is_none_or(|(fed, _)| *fed != piece) {
                     self.fed = Some((piece, (self.feed)(number)?));
@@ -398,16 +474,30 @@ impl<'r, 'a> Hands<'r, 'a> {
                 let local = inputs.pop().ok_or_else(lost)?;
                 Ok(vec![rank.lines.convert(local, &from.shape, &from.sbp, path)?])
             }
+            Work::Update(variable) if self.options.accumulated => {
+                let gradient = inputs.pop().ok_or_else(lost)?;
+                let mut sums = rank.sums.lock().unwrap_or_else(PoisonError::into_inner);
+                let sum = match sums[*variable].take() {
+                    Some(sum) => added(sum, gradient),
+                    None => gradient,
+                };
+                sums[*variable] = Some(sum);
+                Ok(Vec::new())
+            }
             Work::Update(variable) => {
                 let gradient = inputs.pop().ok_or_else(lost)?;
                 // The step needs the value alone, so that it can be made in place.
                 let state = rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable].take();
-                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, number);
+                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, number, 1.0);
                 rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable] = Some(state);
                 Ok(Vec::new())
             }
             Work::Output(port) => {
                 let value = inputs.pop().ok_or_else(lost)?;
+                if let Some(link) = rank.links.departing.get(port) {
+                    link.offer(value, number)?;
+                    return Ok(Vec::new());
+                }
                 let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
                 outputs[piece][*port] = Some(value.into_data());
                 Ok(Vec::new())

@@ -370,7 +370,7 @@ fn by_hand(study: &Study, ranks: usize, count: usize, cx: &Context) -> Result<f6
                 let mut values: Vec<f32> = gradient.iter().collect();
                 world.all_reduce(&mut values, Op::Avg)?;
                 let gradient = FlexTensor::from_data(TensorData::new(values, shape));
-                *state = state.take().map(|state| OPTIMISER.step(state, gradient, step));
+                *state = state.take().map(|state| OPTIMISER.step(state, gradient, step, 1.0));
             }
         }
         Ok(begun.elapsed().as_secs_f64())

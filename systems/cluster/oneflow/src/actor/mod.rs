@@ -25,6 +25,8 @@ pub struct Actor {
     pub queue: usize,
     /// How long it acts, on the virtual clock.
     pub duration: f64,
+    /// In a queue with an order, by how many pieces it lets others go ahead.
+    pub lag: usize,
 }
 
 /// Registers between an actor and those that read what it writes.

@@ -170,7 +170,7 @@ struct Lane<'a, V> {
     /// Where an actor stands among the players.
     places: Vec<Option<usize>>,
     ready: BinaryHeap<Reverse<(usize, usize)>>,
-    /// In a queue with an order: the piece and the player whose turn it is.
+    /// In a queue with an order: the time, in pieces, and the player whose turn it is.
     turn: (usize, usize),
     end: End,
 }
@@ -243,13 +243,28 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
             self.players[player].queued = false;
             return Some(player);
         }
-        let turn = *self.players.get(self.turn.1).map(|_| &self.turn)?;
-        let player = turn.1;
-        if turn.0 >= self.shared.pieces || !self.players[player].is_ready(self.shared.pieces) {
-            return None;
+        // Turns in which an actor has no piece yet, or no more, are passed over.
+        loop {
+            let (time, player) = self.turn;
+            let state = self.players.get(player)?;
+            let piece = time.checked_sub(self.shared.network.actors[state.actor].lag);
+            if piece.is_some_and(|piece| piece < self.shared.pieces) {
+                if !state.is_ready(self.shared.pieces) {
+                    return None;
+                }
+                self.pass_turn();
+                return Some(player);
+            }
+            if self.players.iter().all(|state| state.done == self.shared.pieces) {
+                return None;
+            }
+            self.pass_turn();
         }
-        self.turn = if player + 1 < self.players.len() { (turn.0, player + 1) } else { (turn.0 + 1, 0) };
-        Some(player)
+    }
+
+    fn pass_turn(&mut self) {
+        let (time, player) = self.turn;
+        self.turn = if player + 1 < self.players.len() { (time, player + 1) } else { (time + 1, 0) };
     }
 
     fn run(mut self) -> End {

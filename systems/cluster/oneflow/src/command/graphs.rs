@@ -18,9 +18,10 @@ use super::{
 use crate::actor::Trace;
 use crate::boxing::Cost;
 use crate::compile::{Compiler, Parallel};
-use crate::execute::{Rank, Run};
+use crate::execute::{Done, Rank, Run};
 use crate::graph::Logical;
 use crate::physical::{Physical, told};
+use crate::pipeline::{self, Pipeline, Stages, cut};
 use crate::sbp::{NdSbp, Placement};
 
 /// What is fixed, and on what the graph runs.
@@ -65,14 +66,17 @@ impl PlanArgs {
         }
     }
 
-    pub fn compile(&self, logical: &Logical, explain: bool, cx: &Context) -> Result<Physical> {
-        let mut compiler =
-            Compiler::new(logical.clone()).memory(self.memory).cost(self.cost()?).explain(explain);
+    /// Tells a compiler what is fixed: of hints, those whose tensors it knows, where it has a part of a network only.
+    fn prepare(&self, compiler: Compiler, is_part: bool) -> Result<Compiler> {
+        let mut compiler = compiler.memory(self.memory).cost(self.cost()?);
         compiler = match self.sbp.as_str() {
             "auto" => compiler,
             "data" => compiler.parallel(Parallel::Data, &self.mesh),
             "model" => compiler.parallel(Parallel::Model, &self.mesh),
             file if file.ends_with(".toml") => read_hints(Path::new(file))?
+                .into_iter()
+                .filter(|(name, _)| !is_part || compiler.knows(name))
+                .collect::<Vec<_>>()
                 .into_iter()
                 .fold(compiler, |compiler, (name, form)| compiler.hint(name, form)),
             other => {
@@ -80,19 +84,89 @@ impl PlanArgs {
                     .hint("use auto, data, model, or the path of a .toml file"));
             }
         };
-        let hints = self.hint.iter().cloned();
-        let physical =
-            hints.fold(compiler, |compiler, (name, form)| compiler.hint(name, form)).compile(&self.mesh)?;
-        for (name, work) in &physical.undivided {
-            // Small things are not worth a word.
-            const NOTABLE: f64 = 1e6;
-            if *work >= NOTABLE {
-                cx.note(format!(
-                    "{name} cannot be divided: every device computes all of its {work:.1e} operations"
-                ));
+        for (name, form) in &self.hint {
+            if !is_part || compiler.knows(name) {
+                compiler = compiler.hint(name, form.clone());
             }
         }
+        Ok(compiler)
+    }
+
+    pub fn compile(&self, logical: &Logical, explain: bool, cx: &Context) -> Result<Physical> {
+        let compiler = Compiler::new(logical.clone()).explain(explain);
+        let physical = self.prepare(compiler, false)?.compile(&self.mesh)?;
+        tell_undivided(&physical, cx);
         Ok(physical)
+    }
+
+    /// Stages, each on a mesh of its own.
+    pub fn compile_stages(&self, stages: Stages, cx: &Context) -> Result<Pipeline> {
+        let known =
+            |name: &str| stages.stages.iter().any(|stage| Compiler::new(stage.logical.clone()).knows(name));
+        if let Some((name, _)) = self.hint.iter().find(|(name, _)| !known(name)) {
+            return Err(Error::usage(format!("no stage has a tensor \"{name}\""))
+                .hint("`kiln oneflow plan` lists the tensors"));
+        }
+        let pipeline = Pipeline::compile(stages, &self.mesh, |compiler, _| self.prepare(compiler, true))?;
+        pipeline.physical.iter().for_each(|physical| tell_undivided(physical, cx));
+        Ok(pipeline)
+    }
+}
+
+fn tell_undivided(physical: &Physical, cx: &Context) {
+    for (name, work) in &physical.undivided {
+        // Small things are not worth a word.
+        const NOTABLE: f64 = 1e6;
+        if *work >= NOTABLE {
+            cx.note(format!(
+                "{name} cannot be divided: every device computes all of its {work:.1e} operations"
+            ));
+        }
+    }
+}
+
+/// Consecutive stages of a network.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Pipeline")]
+pub(super) struct StageArgs {
+    /// Consecutive stages, each on devices of its own: --mesh says how many a stage has
+    #[arg(long, default_value_t = 1)]
+    pub stages: usize,
+    /// The stage, from 0 on, in which a tensor is made, or a weight is read; may be repeated
+    #[arg(long = "stage", value_name = "NAME=K", value_parser = parse_pin)]
+    pub pins: Vec<(String, usize)>,
+    /// Registers of every value [default: 2, or as many as there are stages]; 0 runs one operation after another, without
+    /// actors
+    #[arg(long)]
+    registers: Option<usize>,
+}
+
+fn parse_pin(text: &str) -> std::result::Result<(String, usize), String> {
+    let (name, stage) = text.rsplit_once('=').ok_or("write NAME=K, such as head.weight=1")?;
+    let stage = stage.parse().map_err(|_| format!("\"{stage}\" is no number of a stage"))?;
+    Ok((name.to_string(), stage))
+}
+
+impl StageArgs {
+    /// Registers of every value; none where there are no actors.
+    pub fn registers(&self) -> Result<Option<usize>> {
+        const MOST_STAGES: usize = 64;
+        if !(1..=MOST_STAGES).contains(&self.stages) {
+            return Err(Error::usage(format!(
+                "--stages is {}, but must be between 1 and {MOST_STAGES}",
+                self.stages
+            )));
+        }
+        if self.stages == 1 && !self.pins.is_empty() {
+            return Err(Error::usage("--stage has no use without --stages").hint("add --stages 2"));
+        }
+        match self.registers.unwrap_or(self.stages.max(2)) {
+            0 if self.stages > 1 => {
+                Err(Error::usage("stages run as actors, which need --registers of at least 1"))
+            }
+            0 => Ok(None),
+            registers => Ok(Some(registers)),
+        }
     }
 }
 
@@ -104,9 +178,8 @@ pub struct CompileArgs {
     case: CaseArgs,
     #[command(flatten)]
     plan: PlanArgs,
-    /// Registers of every value, for the memory that is told
-    #[arg(long, default_value_t = 2)]
-    registers: usize,
+    #[command(flatten)]
+    stages: StageArgs,
     /// Tell for every operation why it is computed so
     #[arg(long)]
     explain: bool,
@@ -117,22 +190,18 @@ pub struct CompileArgs {
 
 impl CompileArgs {
     pub fn run(&self, cx: &Context) -> Result<()> {
-        if self.registers == 0 {
-            return Err(Error::usage("--registers is 0, but must be at least 1"));
+        let registers = self.stages.registers()?.unwrap_or(1);
+        if self.stages.stages > 1 {
+            return self.plan_stages(cx);
         }
         let logical = logical(&self.source, &self.case, cx)?;
         let begun = Instant::now();
         let physical = self.plan.compile(&logical, self.explain, cx)?;
         let seconds = begun.elapsed().as_secs_f64();
         if let Some(folder) = &self.out {
-            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-            let text = serde_json::to_vec_pretty(&physical.to_json())
-                .map_err(|e| Error::work("cannot write the physical graph as JSON").caused_by(e))?;
-            write_atomic(&folder.join("physical.svg"), physical.to_svg().as_bytes())?;
-            write_atomic(&folder.join("physical.dot"), physical.to_dot().as_bytes())?;
-            write_atomic(&folder.join("physical.json"), &text)?;
+            write_physical(&physical, folder)?;
         }
-        let memory = physical.memory(self.registers);
+        let memory = physical.memory(registers);
         let predicted = match self.plan.cost()? {
             Cost::Bytes => None,
             cost => Some(physical.cost(cost)),
@@ -205,6 +274,104 @@ impl CompileArgs {
     }
 }
 
+impl CompileArgs {
+    /// Every stage, and what goes between them.
+    fn plan_stages(&self, cx: &Context) -> Result<()> {
+        let (graph, variables) = match (self.source.open(cx)?, self.case.case()?) {
+            (Some(graph), None) => (Logical::of(graph)?.graph, None),
+            (None, Some(study)) => {
+                let objective = study.objective(self.case.batch()?)?;
+                let logical = Logical::training(&objective, "loss", &study.initial(cx.seed))?;
+                (objective, Some(logical.variables))
+            }
+            _ => return Err(Error::usage("one of --graph, --model and --case is needed")),
+        };
+        let loss = variables.as_ref().map(|_| "loss");
+        let variables = variables.unwrap_or_default();
+        let stages = cut(&graph, &variables, loss, self.stages.stages, &self.stages.pins)?;
+        let pipeline = self.plan.compile_stages(stages, cx)?;
+        if let Some(folder) = &self.out {
+            for (number, physical) in pipeline.physical.iter().enumerate() {
+                write_physical(physical, &folder.join(format!("stage-{number}")))?;
+            }
+        }
+        let stages: Vec<_> = pipeline
+            .stages
+            .stages
+            .iter()
+            .zip(&pipeline.physical)
+            .map(|(stage, physical)| {
+                let stored: Vec<_> = physical
+                    .stored()
+                    .into_iter()
+                    .map(|(name, shape, sbp)| json!({"tensor": name, "shape": shape, "sbp": sbp}))
+                    .collect();
+                json!({"work": stage.work, "nodes": physical.nodes.len(), "bytes": physical.bytes(), "stored": stored})
+            })
+            .collect();
+        let edges: Vec<_> = pipeline
+            .stages
+            .edges
+            .iter()
+            .zip(&pipeline.edge_bytes)
+            .map(|(edge, bytes)| {
+                json!({"tensor": edge.name, "shape": edge.shape, "from": edge.from, "to": edge.to, "bytes": bytes})
+            })
+            .collect();
+        let shown = json!({
+            "ranks": pipeline.ranks(), "bytes": pipeline.bytes(), "stages": stages, "edges": edges, "out": self.out,
+        });
+        cx.emit(&shown, |_| {
+            let mut table = Table::new("Stages", &["stage", "ranks", "work", "weights", "bytes within"]);
+            let width = pipeline.width();
+            for (number, (stage, physical)) in
+                pipeline.stages.stages.iter().zip(&pipeline.physical).enumerate()
+            {
+                table.row([
+                    number.to_string(),
+                    format!("{} to {}", number * width, (number + 1) * width - 1),
+                    format!("{:.2e}", stage.work),
+                    stage
+                        .logical
+                        .variables
+                        .iter()
+                        .map(|variable| variable.name.clone())
+                        .collect::<Vec<_>>()
+                        .join(" "),
+                    told_bytes(physical.bytes() as f64),
+                ]);
+            }
+            let mut between = Table::new("Between stages", &["tensor", "shape", "from", "to", "bytes"]);
+            for (edge, bytes) in pipeline.stages.edges.iter().zip(&pipeline.edge_bytes) {
+                between.row([
+                    edge.name.clone(),
+                    format!("{:?}", edge.shape),
+                    edge.from.to_string(),
+                    edge.to.to_string(),
+                    told_bytes(*bytes as f64),
+                ]);
+            }
+            format!(
+                "{}Between stages, for one piece\n{}{} move for one piece on {} ranks\n",
+                table.to_text(),
+                between.to_text(),
+                told_bytes(pipeline.bytes() as f64),
+                pipeline.ranks()
+            )
+        })
+    }
+}
+
+/// Writes a physical graph as data and pictures.
+fn write_physical(physical: &Physical, folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let text = serde_json::to_vec_pretty(&physical.to_json())
+        .map_err(|e| Error::work("cannot write the physical graph as JSON").caused_by(e))?;
+    write_atomic(&folder.join("physical.svg"), physical.to_svg().as_bytes())?;
+    write_atomic(&folder.join("physical.dot"), physical.to_dot().as_bytes())?;
+    write_atomic(&folder.join("physical.json"), &text)
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     #[command(flatten)]
@@ -214,9 +381,8 @@ pub struct RunArgs {
     inputs: Option<PathBuf>,
     #[command(flatten)]
     plan: PlanArgs,
-    /// Registers of every value; 0 runs one operation after another, without actors
-    #[arg(long, default_value_t = 2)]
-    registers: usize,
+    #[command(flatten)]
+    stages: StageArgs,
     /// How often the inputs go through
     #[arg(long, default_value_t = 1)]
     pieces: usize,
@@ -226,7 +392,7 @@ pub struct RunArgs {
     /// File for the outputs, .npz or .safetensors
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// File for what the actors of rank 0 did: .json for Chrome's trace viewer, or .svg
+    /// File for what the actors of all ranks in this process did: .json for Chrome's trace viewer, or .svg
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     #[command(flatten)]
@@ -254,36 +420,21 @@ impl RunArgs {
             None => random_inputs(&graph, cx),
         };
         let logical = Logical::of(graph.clone())?;
-        let physical = self.plan.compile(&logical, false, cx)?;
         let run = Run {
             pieces: self.pieces,
-            registers: (self.registers > 0).then_some(self.registers),
+            registers: self.stages.registers()?,
             seed: cx.seed,
             checked: true,
             traced: self.trace.is_some(),
             ..Run::default()
         };
-        let outcomes = self.cluster.run(self.plan.mesh.len(), cx, |world| {
-            let rank = Rank::new(&physical, &logical, &world)?;
-            let begun = Instant::now();
-            let mut done = rank.run(&run, &|_| Ok(inputs.clone()))?;
-            let seconds = begun.elapsed().as_secs_f64();
-            let last = done.outputs.pop().unwrap_or_default();
-            let outputs = last
-                .into_iter()
-                .enumerate()
-                .map(|(port, part)| rank.output(port, part))
-                .collect::<Result<_>>()?;
-            let trace = done.course.map(|course| course.trace);
-            Ok(Outcome {
-                rank: world.rank(),
-                outputs,
-                bytes_sent: done.bytes_sent,
-                peak_bytes: done.peak_bytes,
-                trace,
-                seconds,
-            })
-        })?;
+        let (outcomes, predicted, ranks) = match self.stages.stages {
+            1 => self.run_whole(&logical, &run, &inputs, cx)?,
+            stages => {
+                let stages = cut(&logical.graph, &[], None, stages, &self.stages.pins)?;
+                self.run_stages(&self.plan.compile_stages(stages, cx)?, &run, &inputs, cx)?
+            }
+        };
         // Files are rank 0's to write.
         let Some(first) = outcomes.first().filter(|first| first.rank == 0) else { return Ok(()) };
         let difference =
@@ -291,7 +442,8 @@ impl RunArgs {
         if let Some(path) = &self.out {
             write_tensors(path, &named(&logical.graph, &first.outputs))?;
         }
-        if let (Some(path), Some(trace)) = (&self.trace, &first.trace) {
+        if let Some(path) = &self.trace {
+            let trace = Trace::together(outcomes.iter().filter_map(|outcome| outcome.trace.as_ref()));
             let bytes = if path.extension().is_some_and(|extension| extension == "svg") {
                 trace.to_svg().into_bytes()
             } else {
@@ -300,7 +452,6 @@ impl RunArgs {
             write_atomic(path, &bytes)?;
         }
         let sent: u64 = outcomes.iter().map(|outcome| outcome.bytes_sent).sum();
-        let predicted = physical.bytes() * self.pieces as u64;
         let peaks: Vec<usize> = outcomes.iter().map(|outcome| outcome.peak_bytes).collect();
         let shapes: Vec<_> = logical
             .graph
@@ -309,7 +460,7 @@ impl RunArgs {
             .map(|output| json!({"name": output.port.name, "shape": output.port.shape}))
             .collect();
         let shown = json!({
-            "outputs": shapes, "ranks": self.plan.mesh.len(), "bytes_sent": sent, "bytes_predicted": predicted,
+            "outputs": shapes, "ranks": ranks, "bytes_sent": sent, "bytes_predicted": predicted,
             "peak_register_bytes": peaks, "seconds": first.seconds, "difference": difference, "out": self.out,
         });
         cx.emit(&shown, |_| {
@@ -317,7 +468,7 @@ impl RunArgs {
             for output in &logical.graph.outputs {
                 text += &format!("{} {:?}\n", output.port.name, output.port.shape);
             }
-            let whose = if outcomes.len() == self.plan.mesh.len() { "all ranks" } else { "this rank" };
+            let whose = if outcomes.len() == ranks { "all ranks" } else { "this rank" };
             text += &format!(
                 "{} sent by {whose} ({} predicted for all), {} of registers at most, {:.3} s\n",
                 told_bytes(sent as f64),
@@ -330,6 +481,47 @@ impl RunArgs {
                 None => text,
             }
         })
+    }
+}
+
+/// What the ranks in this process did, the bytes that all ranks should send, and how many ranks there are.
+type Ran = (Vec<Outcome>, u64, usize);
+
+impl RunArgs {
+    fn run_whole(&self, logical: &Logical, run: &Run, inputs: &[TensorData], cx: &Context) -> Result<Ran> {
+        let physical = self.plan.compile(logical, false, cx)?;
+        let ranks = self.plan.mesh.len();
+        let outcomes = self.cluster.run(ranks, cx, |world| {
+            let rank = Rank::new(&physical, logical, &world)?;
+            let begun = Instant::now();
+            let mut done = rank.run(run, &|_| Ok(inputs.to_vec()))?;
+            let seconds = begun.elapsed().as_secs_f64();
+            let last = done.outputs.pop().unwrap_or_default();
+            let outputs = last
+                .into_iter()
+                .enumerate()
+                .map(|(port, part)| rank.output(port, part))
+                .collect::<Result<_>>()?;
+            Ok(Outcome::of(world.rank(), outputs, done, seconds))
+        })?;
+        Ok((outcomes, physical.bytes() * self.pieces as u64, ranks))
+    }
+
+    fn run_stages(&self, pipeline: &Pipeline, run: &Run, inputs: &[TensorData], cx: &Context) -> Result<Ran> {
+        let ranks = pipeline.ranks();
+        let outcomes = self.cluster.run(ranks, cx, |world| {
+            let begun = Instant::now();
+            let (outputs, done) = pipeline::run(pipeline, &world, run, &|_| Ok(inputs.to_vec()))?;
+            Ok(Outcome::of(world.rank(), outputs, done, begun.elapsed().as_secs_f64()))
+        })?;
+        Ok((outcomes, pipeline.bytes() * self.pieces as u64, ranks))
+    }
+}
+
+impl Outcome {
+    fn of(rank: usize, outputs: Vec<TensorData>, done: Done, seconds: f64) -> Self {
+        let trace = done.course.map(|course| course.trace);
+        Self { rank, outputs, bytes_sent: done.bytes_sent, peak_bytes: done.peak_bytes, trace, seconds }
     }
 }
 
