@@ -3,10 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 
-use burn::backend::ir::{
-    FloatOperationIr as Float, HandleKind, NumericOperationIr as Numeric, OperationIr, TensorIr, TensorStatus,
-};
-use burn::tensor::{BoolStore, DType, Distribution, TensorData};
+use burn::backend::ir::{HandleKind, OperationIr, TensorIr, TensorStatus};
+use burn::tensor::{DType, TensorData};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 use burn_router::TensorInterpreter;
 use kiln_cluster::Communicator;
@@ -19,9 +17,11 @@ use crate::exchange::Lines;
 use crate::graph::{Logical, Variable};
 use crate::local::{Local, localise};
 use crate::optimiser::{Optimiser, State, added};
+use crate::parts::cut;
 use crate::physical::{Node, Physical, Value, Work};
 use crate::pipeline::{Arriving, Departing};
-use crate::sbp::{NdSbp, Region, copy_box};
+use crate::random::{draw, key, random};
+use crate::sbp::{NdSbp, Region};
 
 /// Gives every input of a piece, whole.
 pub type Feed<'a> = dyn Fn(usize) -> Result<Vec<TensorData>> + Sync + 'a;
@@ -506,77 +506,6 @@ impl<'r, 'a> Hands<'r, 'a> {
     }
 }
 
-/// The part of a whole tensor in a region.
-pub fn cut(data: &TensorData, region: &Region) -> Result<TensorData> {
-    let whole = Region::whole(data.shape());
-    if *region == whole {
-        return Ok(data.clone());
-    }
-    /// One arm a type.
-    macro_rules! by_type {
-        ($($dtype:pat => $type:ty),+) => {
-            match data.dtype() {
-                $($dtype => {
-                    let values = data.as_slice::<$type>().map_err(|e| Error::work(format!("a tensor cannot be read: {e:?}")))?;
-                    let mut out = vec![<$type>::default(); region.elements()];
-                    copy_box(values, &whole, &mut out, region, region);
-                    Ok(TensorData::new(out, region.size.clone()))
-                })+
-                DType::Bool(store) => {
-                    let mut out = vec![0u8; region.elements()];
-                    copy_box(data.as_bytes(), &whole, &mut out, region, region);
-                    Ok(bools(out, &region.size, store))
-                }
-                other => Err(Error::work(format!("tensors of {other:?} cannot be split"))),
-            }
-        };
-    }
-    by_type!(DType::F32 => f32, DType::F64 => f64, DType::I64 => i64, DType::I32 => i32)
-}
-
-fn bools(bytes: Vec<u8>, shape: &[usize], store: BoolStore) -> TensorData {
-    let (bytes, shape, _) = TensorData::new(bytes, shape.to_vec()).into_parts();
-    TensorData::from_bytes(bytes, shape, DType::Bool(store))
-}
-
-/// The whole of a tensor from the parts of all devices, in rank order.
-///
-/// # Errors
-/// When parts have another type or size than their form says, or are partial.
-pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &NdSbp, parts: &[TensorData]) -> Result<TensorData> {
-    let whole = Region::whole(shape);
-    let first = parts.first().ok_or_else(|| Error::work("there are no parts to assemble"))?;
-    if sbp.is_partial() {
-        return Err(Error::work(format!("{sbp} has no parts that can be put side by side")));
-    }
-    /// One arm a type.
-    macro_rules! by_type {
-        ($($dtype:pat => $type:ty),+) => {
-            match first.dtype() {
-                $($dtype => {
-                    let mut out = vec![<$type>::default(); whole.elements()];
-                    for (index, part) in parts.iter().enumerate() {
-                        let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
-                        let values = part.as_slice::<$type>().map_err(|e| Error::work(format!("a part cannot be read: {e:?}")))?;
-                        copy_box(values, &region, &mut out, &whole, &region);
-                    }
-                    Ok(TensorData::new(out, shape.to_vec()))
-                })+
-                DType::Bool(store) => {
-                    let mut out = vec![0u8; whole.elements()];
-                    for (index, part) in parts.iter().enumerate() {
-                        let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
-                        copy_box(part.as_bytes(), &region, &mut out, &whole, &region);
-                    }
-                    Ok(bools(out, shape, store))
-                }
-                other => Err(Error::work(format!("tensors of {other:?} cannot be put together"))),
-            }
-        };
-    }
-    by_type!(DType::F32 => f32, DType::F64 => f64, DType::I64 => i64, DType::I32 => i32)
-}
-
 /// Runs one device's part of an operation.
 pub(crate) fn compute(
     interpreter: &mut TensorInterpreter<Flex>,
@@ -628,60 +557,4 @@ fn filled(tensor: &TensorIr, fill: f64) -> FlexTensor {
             .convert_dtype(dtype),
     };
     FlexTensor::from_data(data)
-}
-
-/// The distribution that an operation draws from.
-pub(crate) fn random(operation: &OperationIr) -> Option<Distribution> {
-    match operation {
-        OperationIr::Float(_, Float::Random(op)) => Some(op.distribution),
-        OperationIr::NumericInt(_, Numeric::IntRandom(op)) => Some(op.distribution),
-        _ => None,
-    }
-}
-
-/// Mixes numbers into one, as SplitMix64 does.
-fn mixed(mut x: u64) -> u64 {
-    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-fn key(seed: u64, tensor: u64, piece: u64) -> u64 {
-    mixed(mixed(mixed(seed) ^ tensor) ^ piece)
-}
-
-/// Random numbers that depend on their place in the whole tensor, so that every way to split it draws the same.
-pub(crate) fn draw(
-    shape: &[usize],
-    dtype: DType,
-    region: &Region,
-    distribution: Distribution,
-    key: u64,
-) -> FlexTensor {
-    let uniform = |number: u64| (mixed(key ^ number) >> 11) as f64 / (1u64 << 53) as f64;
-    let one = |number: u64| match distribution {
-        Distribution::Default => uniform(2 * number),
-        Distribution::Uniform(low, high) => low + (high - low) * uniform(2 * number),
-        Distribution::Bernoulli(share) => f64::from(u8::from(uniform(2 * number) < share)),
-        // Box and Muller's method.
-        Distribution::Normal(mean, deviation) => {
-            let (radius, angle) = (1.0 - uniform(2 * number), uniform(2 * number + 1));
-            mean + deviation * (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
-        }
-    };
-    let mut index = region.start.clone();
-    let mut values = Vec::with_capacity(region.elements());
-    for _ in 0..region.elements() {
-        let number = index.iter().zip(shape).fold(0u64, |at, (&i, &size)| at * size as u64 + i as u64);
-        values.push(one(number));
-        for axis in (0..index.len()).rev() {
-            index[axis] += 1;
-            if index[axis] < region.start[axis] + region.size[axis] {
-                break;
-            }
-            index[axis] = region.start[axis];
-        }
-    }
-    FlexTensor::from_data(TensorData::new(values, region.size.clone()).convert_dtype(dtype))
 }

@@ -13,6 +13,7 @@ use kiln_core::{Error, Result};
 use serde::Serialize;
 
 pub use clock::{Timetable, chain, simulate};
+pub(crate) use threads::begins_now;
 pub use threads::{Course, Queue, run};
 pub use trace::{Clock, Trace, Worked};
 

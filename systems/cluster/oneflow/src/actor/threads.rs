@@ -4,12 +4,13 @@
 //! reader's counter of filled registers, an `ack` raises the writer's counter of free ones. The network is at rest when no
 //! message is under way and every thread waits; if actors are left then, they wait for each other.
 
+use std::cell::Cell;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kiln_core::{Error, Result};
 
@@ -34,6 +35,16 @@ pub struct Course {
     pub trace: Trace,
     /// The most registers of every channel that were in use at once.
     pub peak_registers: Vec<usize>,
+}
+
+thread_local! {
+    /// How long the act of this thread first waited for another rank.
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// Notes that the act which is under way has waited for another rank since `begun`, and begins now.
+pub(crate) fn begins_now(begun: Instant) {
+    WAITED.set(begun.elapsed());
 }
 
 enum Message<V> {
@@ -343,6 +354,7 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
             outlet.peak = outlet.peak.max(registers - outlet.free);
         }
         let begin = self.shared.begun.elapsed();
+        WAITED.set(Duration::ZERO);
         let outputs = (self.queue.act)(actor, piece, &inputs)?;
         if self.shared.traced {
             self.end.acts.push(Worked {
@@ -350,7 +362,7 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
                 queue: self.number,
                 name: self.shared.network.actors[actor].name.clone(),
                 piece,
-                begin: begin.as_secs_f64() * 1e6,
+                begin: (begin + WAITED.get()).as_secs_f64() * 1e6,
                 end: self.shared.begun.elapsed().as_secs_f64() * 1e6,
             });
         }

@@ -1,8 +1,9 @@
 //! The verbs of `kiln oneflow`.
 
 mod algebra;
-mod graphs;
+mod plan;
 mod predict;
+mod run;
 mod train;
 
 use std::path::{Path, PathBuf};
@@ -62,12 +63,12 @@ enum Verb {
   kiln oneflow compile --model model/ --mesh 4 --cost time --links links.json
 Writes physical.json, physical.svg and physical.dot. Needs none of the devices."
     )]
-    Compile(graphs::CompileArgs),
+    Compile(plan::CompileArgs),
     /// Run a network on the devices of a mesh
     #[command(after_help = "Examples:
   kiln oneflow run --model model/ --inputs x.npz --mesh 2x2 --out outputs.npz
   kiln oneflow run --graph graph/ --inputs x.npz --mesh 2 --check --trace trace.svg")]
-    Run(graphs::RunArgs),
+    Run(run::RunArgs),
     /// Train a network, or one of the case studies, on the devices of a mesh
     #[command(after_help = "Examples:
   kiln oneflow train --model model/ --data rows.npz --mesh 2 --out trained/

@@ -9,7 +9,7 @@ use kiln_data::write_tensors;
 use serde_json::json;
 
 use super::Source;
-use super::graphs::named;
+use super::run::named;
 use crate::case::{Examples, KIND};
 use crate::model::Model;
 use crate::network::{Loss, Rows};

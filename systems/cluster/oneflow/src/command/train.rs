@@ -10,15 +10,16 @@ use kiln_compiler::Graph;
 use kiln_core::{Context, Error, Plot, Result, write_atomic};
 use serde_json::json;
 
-use super::graphs::{PlanArgs, StageArgs};
+use super::plan::{PlanArgs, StageArgs};
 use super::{CaseArgs, Source, told_bytes};
 use crate::actor::Trace;
 use crate::case::{Case, Columns, Examples};
-use crate::execute::{Run, cut as cut_region};
+use crate::execute::Run;
 use crate::graph::{Logical, Variable};
 use crate::model::Model;
 use crate::network::{Loss, Rows, Trainee, is_trained};
 use crate::optimiser::{Kind, Optimiser};
+use crate::parts;
 use crate::pipeline::{self, Flow, cut};
 use crate::sbp::{NdSbp, Region};
 use crate::train::{Trained, train};
@@ -243,7 +244,7 @@ impl TrainArgs {
     fn micro_batch(&self, batch: usize) -> Result<usize> {
         match self.micro_batches {
             0 => Err(Error::usage("--micro-batches is 0, but must be at least 1")),
-            count if batch % count != 0 => {
+            count if !batch.is_multiple_of(count) => {
                 Err(Error::usage(format!("a batch of {batch} cannot be cut into {count} micro-batches"))
                     .hint("--batch must be a multiple of --micro-batches"))
             }
@@ -356,7 +357,7 @@ impl TrainArgs {
 
 /// Part `index` of `count` equal parts along the first axis.
 fn part_of(data: &TensorData, index: usize, count: usize) -> Result<TensorData> {
-    cut_region(data, &Region::whole(data.shape()).split(0, count, index))
+    parts::cut(data, &Region::whole(data.shape()).split(0, count, index))
 }
 
 fn plot_losses(log: &str, name: &str, path: &Path) -> Result<()> {

@@ -113,14 +113,18 @@ impl Trainee {
     /// # Errors
     /// When no weight's name does, or none is left.
     pub fn freeze(&mut self, beginnings: &[String]) -> Result<()> {
+        // Numbers are whole names: %1 is not %12.
+        let is_meant = |weight: &Weight, beginning: &String| {
+            weight.name == *beginning || (!beginning.starts_with('%') && weight.name.starts_with(beginning))
+        };
         for beginning in beginnings {
-            if !self.weights.iter().any(|weight| weight.name.starts_with(beginning)) {
+            if !self.weights.iter().any(|weight| is_meant(weight, beginning)) {
                 let names: Vec<&str> = self.weights.iter().map(|weight| weight.name.as_str()).collect();
                 return Err(Error::usage(format!("no weight's name begins with \"{beginning}\""))
                     .hint(format!("there are: {}", names.join(", "))));
             }
         }
-        self.weights.retain(|weight| !beginnings.iter().any(|beginning| weight.name.starts_with(beginning)));
+        self.weights.retain(|weight| !beginnings.iter().any(|beginning| is_meant(weight, beginning)));
         if self.weights.is_empty() {
             return Err(Error::usage("nothing is left to train").hint("leave out some --freeze"));
         }

@@ -4,12 +4,15 @@
 //! part (`pull`), receives it, and says that it is done (`ack`). The writer's register is free again when all readers have
 //! acknowledged. So the reader's free registers are the writer's credit, and nothing arrives for which there is no room.
 
+use std::time::Instant;
+
 use burn::tensor::{BoolStore, DType, TensorData};
 use burn_flex::FlexTensor;
 use kiln_cluster::{Communicator, Element};
 use kiln_core::{Error, Result};
 
-use crate::execute::cut;
+use crate::actor::begins_now;
+use crate::parts::cut;
 use crate::sbp::{NdSbp, Region, Sbp, coordinate, copy_box};
 
 /// An actor of any rank: 24 bits of rank, 8 of queue, 32 of its number.
@@ -118,13 +121,16 @@ impl Departing<'_> {
     /// # Errors
     /// When a reader is lost, or something else is asked for.
     pub fn offer(&self, value: FlexTensor, piece: usize) -> Result<()> {
-        let data = value.into_data();
+        let (data, begun) = (value.into_data(), Instant::now());
         for (reader, _) in &self.parts {
             let req: Message = [reader.0, self.own.0, piece as u64];
             self.control.send(reader.rank(), self.tag, &req)?;
         }
-        for (reader, region) in &self.parts {
+        for (number, (reader, region)) in self.parts.iter().enumerate() {
             self.expect(*reader, piece)?;
+            if number == 0 {
+                begins_now(begun);
+            }
             let part = part_of(&data, &self.region, region)?;
             send(self.payload, reader.rank(), self.tag, &part)?;
         }
@@ -155,10 +161,13 @@ impl Arriving<'_> {
     }
 
     fn pull_as<T: Element + burn::tensor::Element + Default>(&self, piece: usize) -> Result<TensorData> {
-        let mut out = vec![T::default(); self.region.elements()];
-        for (writer, region) in &self.parts {
+        let (mut out, begun) = (vec![T::default(); self.region.elements()], Instant::now());
+        for (number, (writer, region)) in self.parts.iter().enumerate() {
             let (rank, message) = (writer.rank(), [writer.0, self.own.0, piece as u64]);
             receive(self.control, *writer, self.tag, [self.own.0, writer.0, piece as u64], &self.name)?;
+            if number == 0 {
+                begins_now(begun);
+            }
             self.control.send(rank, self.tag, &message)?;
             let part: Vec<T> = self.payload.irecv(rank, self.tag, region.elements())?.wait()?;
             copy_box(&part, region, &mut out, &self.region, region);

@@ -4,8 +4,8 @@
 use kiln_cluster::{ClusterArgs, Communicator, run_over_loopback, run_threads};
 use kiln_core::{Context, Result};
 use kiln_oneflow::case::Examples;
-use kiln_oneflow::execute::cut as part;
 use kiln_oneflow::optimiser::{Kind, Optimiser};
+use kiln_oneflow::parts::cut as part;
 use kiln_oneflow::pipeline::{Flow, Pipeline, cut, run, train};
 use kiln_oneflow::sbp::Region;
 use kiln_oneflow::train::Trained;
