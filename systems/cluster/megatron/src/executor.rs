@@ -93,7 +93,16 @@ impl PipelineExecutor {
                 Pass::Backward => {
                     let kept =
                         saved.remove(&(micro, chunk)).expect("a schedule goes backward only after forward");
-                    stage.backward(kept, input, batch, options, ranks, parameters)?
+                    let goes_back = |later: &Operation| later.pass == Pass::Backward && later.chunk == chunk;
+                    let is_last = !order[at + 1..].iter().any(goes_back);
+                    stage.backward(
+                        kept,
+                        input,
+                        batch,
+                        StageOptions { is_last, ..options },
+                        ranks,
+                        parameters,
+                    )?
                 }
             };
             let end = begun.elapsed().as_secs_f64();

@@ -54,7 +54,7 @@ impl<T: Real> Moments<T> {
 }
 
 /// Completes the gradients: adds up those of the word embedding of first and last stage, and those of all data-parallel
-/// ranks, in buckets of at most `bucket` bytes from the last parameter to the first. With `distributed` only this rank's
+/// ranks, in buckets of at most `bucket` bytes from the last parameter to the first, but for what is `reduced` already. With `distributed` only this rank's
 /// share of the sums is right afterwards.
 ///
 /// The loss of every micro-batch is already divided by the tokens of the whole batch, so that sums are means.
@@ -65,6 +65,7 @@ pub fn reduce_gradients<T: Real>(
     parameters: &mut Parameters<T>,
     distributed: bool,
     bucket: usize,
+    reduced: &[Range<usize>],
     ranks: &Ranks,
 ) -> Result<()> {
     if let Some(group) = &ranks.embedding {
@@ -82,18 +83,22 @@ pub fn reduce_gradients<T: Real>(
         parameters.gradients[mine].copy_from_slice(&sums);
         return Ok(());
     }
-    for range in buckets(&parameters.specs, (bucket / size_of::<T>()).max(1)) {
+    for range in buckets(&parameters.specs, reduced, (bucket / size_of::<T>()).max(1)) {
         data.all_reduce(&mut parameters.gradients[range], Op::Sum)?;
     }
     Ok(())
 }
 
-/// Neighbouring parameters of at most `elements` elements together, from last to first; a larger one alone.
-fn buckets(specs: &[Spec], elements: usize) -> Vec<Range<usize>> {
+/// Neighbouring parameters of at most `elements` elements together, from last to first; a larger one alone. What is reduced
+/// already is left out.
+fn buckets(specs: &[Spec], reduced: &[Range<usize>], elements: usize) -> Vec<Range<usize>> {
     let mut buckets: Vec<Range<usize>> = Vec::new();
-    for spec in specs.iter().rev() {
+    let is_left = |spec: &&Spec| !reduced.iter().any(|range| range.contains(&spec.range.start));
+    for spec in specs.iter().rev().filter(is_left) {
         match buckets.last_mut() {
-            Some(bucket) if bucket.end - spec.range.start <= elements => bucket.start = spec.range.start,
+            Some(bucket) if bucket.start == spec.range.end && bucket.end - spec.range.start <= elements => {
+                bucket.start = spec.range.start;
+            }
             _ => buckets.push(spec.range.clone()),
         }
     }

@@ -1,6 +1,7 @@
 //! The parameters of one rank: which part of the network's they are, and flat memory for values and gradients.
 
 use std::ops::Range;
+use std::sync::mpsc::Sender;
 
 use burn::tensor::{Device, Tensor};
 use rand_distr::{Distribution, Normal};
@@ -190,6 +191,9 @@ pub fn initial_values(config: &GptConfig, name: &str, shape: &[usize], seed: u64
     (0..count).map(|_| normal.sample(&mut rng) as f32).collect()
 }
 
+/// A part of the gradients, with its place.
+pub type Finished<T> = (Range<usize>, Vec<T>);
+
 /// Values, gradients and tensors of a rank's parameters.
 #[derive(Debug)]
 pub struct Parameters<T> {
@@ -199,6 +203,8 @@ pub struct Parameters<T> {
     pub values: Vec<T>,
     /// The gradients added up so far, in the same order.
     pub gradients: Vec<T>,
+    /// Where gradients go that nothing is added to any more, while the last micro-batch goes back.
+    pub finished: Option<Sender<Finished<T>>>,
     tensors: Vec<Held>,
     device: Device,
 }
@@ -217,6 +223,7 @@ impl<T: Real> Parameters<T> {
             gradients: vec![T::ZERO; values.len()],
             values,
             specs,
+            finished: None,
             tensors: Vec::new(),
             device: device.clone(),
         };
@@ -285,6 +292,15 @@ impl<T: Real> Parameters<T> {
                 *sum += x;
             }
         });
+    }
+
+    /// Hands on the gradients of neighbouring parameters, `first` to `last`, to which nothing will be added.
+    pub fn finish(&self, first: usize, last: usize) {
+        if let Some(finished) = &self.finished {
+            let range = self.specs[first].range.start..self.specs[last].range.end;
+            // Where nobody takes it, its rank has failed, and says so itself.
+            drop(finished.send((range.clone(), self.gradients[range].to_vec())));
+        }
     }
 
     /// Forgets all gradients.

@@ -53,6 +53,8 @@ pub struct StageOptions {
     pub label_smoothing: f64,
     /// Tokens of the whole batch, over which the loss is a mean.
     pub count: f64,
+    /// Whether a backward pass is the last that adds to the gradients of its stage.
+    pub is_last: bool,
 }
 
 /// What a stage is given and passes on.
@@ -69,6 +71,8 @@ pub enum Flow {
 #[derive(Debug, Clone, Copy)]
 struct Layer {
     number: usize,
+    /// Its first parameter.
+    first: usize,
     ln1: Norm,
     qkv: ColumnParallelLinear,
     dense: RowParallelLinear,
@@ -111,6 +115,7 @@ impl Layer {
         let name = |part: &str| format!("layers.{number}.{part}");
         Self {
             number,
+            first: parameters.id(&name("ln1.weight")),
             ln1: Norm::new(&name("ln1"), parameters),
             qkv: ColumnParallelLinear::new(&name("attention.qkv"), Activation::Identity, parameters),
             dense: RowParallelLinear::new(&name("attention.dense"), parameters),
@@ -344,6 +349,9 @@ impl Stage {
                 LayerSaved::Input(x) => layer.forward(x, micro, &context, parameters)?.1,
             };
             gradient = layer.backward(saved, gradient, micro, &context, parameters)?;
+            if options.is_last {
+                parameters.finish(layer.first, layer.fc2.bias);
+            }
         }
         let Some((embedding, position)) = &self.first else { return Ok(Some(gradient)) };
         let mut gradient: Vec<T> = real::into_vec(gradient);

@@ -1,5 +1,7 @@
 //! Training on many ranks: one [`Trainer`] a rank, all making the same steps.
 
+use std::ops::Range;
+use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use kiln_cluster::Op;
@@ -7,11 +9,11 @@ use kiln_core::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::dropout::DropoutKey;
-use crate::executor::PipelineExecutor;
+use crate::executor::{BatchResult, PipelineExecutor};
 use crate::layout::ParallelLayout;
 use crate::model::GptConfig;
 use crate::optimiser::{AdamW, Moments, gradient_norm, reduce_gradients};
-use crate::parameters::{Parameters, initial_values, specs};
+use crate::parameters::{Finished, Parameters, initial_values, specs};
 use crate::ranks::Ranks;
 use crate::real::Real;
 use crate::schedule::{Kind, Schedule};
@@ -195,10 +197,10 @@ impl<T: Real> Trainer<T> {
             recompute: self.options.recompute,
             label_smoothing: self.options.label_smoothing,
             count: (self.options.batch * self.options.seq) as f64,
+            is_last: false,
         };
         let micro_batches = self.micro_batches(rows);
-        let batch = self.executor.run(&micro_batches, options, &self.ranks, &mut self.parameters)?;
-        let passes = begun.elapsed().as_secs_f64();
+        let (batch, passes, reduced) = self.passes(&micro_batches, options)?;
 
         // Every rank of a tensor group has computed the same loss: the first one's counts.
         let mine = if self.ranks.at.tensor == 0 { batch.loss } else { 0.0 };
@@ -217,6 +219,7 @@ impl<T: Real> Trainer<T> {
             &mut self.parameters,
             options.distributed_optimiser,
             options.bucket_bytes,
+            &reduced,
             &self.ranks,
         )?;
         let grad_norm =
@@ -230,6 +233,44 @@ impl<T: Real> Trainer<T> {
         }
         let bubble = longest[0] * self.ranks.world.size() as f64 / sums[1] - 1.0;
         Ok(StepResult { loss, grad_norm, bubble, seconds: begun.elapsed().as_secs_f64(), trace: batch.trace })
+    }
+
+    /// Forward and backward passes, and their seconds. Beside the backward pass of the last micro-batch the gradients of every
+    /// layer that is done are added up over the data-parallel ranks; where these lie.
+    fn passes(
+        &mut self,
+        micro_batches: &[MicroBatch],
+        options: StageOptions,
+    ) -> Result<(BatchResult, f64, Vec<Range<usize>>)> {
+        let Self { executor, ranks, parameters, .. } = self;
+        let begun = Instant::now();
+        if ranks.data.size() == 1 || self.options.distributed_optimiser {
+            let batch = executor.run(micro_batches, options, ranks, parameters)?;
+            return Ok((batch, begun.elapsed().as_secs_f64(), Vec::new()));
+        }
+        let (finished, layers) = channel::<Finished<T>>();
+        let (bucket, data) = ((self.options.bucket_bytes / size_of::<T>()).max(1), &ranks.data);
+        parameters.finished = Some(finished);
+        std::thread::scope(|scope| {
+            let reducer = scope.spawn(move || {
+                let reduce = |(range, mut sums): Finished<T>| {
+                    sums.chunks_mut(bucket).try_for_each(|part| data.all_reduce(part, Op::Sum))?;
+                    Ok((range, sums))
+                };
+                layers.into_iter().map(reduce).collect::<Result<Vec<Finished<T>>>>()
+            });
+            let batch = executor.run(micro_batches, options, ranks, parameters);
+            let passes = begun.elapsed().as_secs_f64();
+            // The reducer ends when nothing more can come.
+            parameters.finished = None;
+            let sums = reducer.join().map_err(|_| Error::work("the reducer of gradients panicked"))?;
+            let (batch, mut reduced) = (batch?, Vec::new());
+            for (range, sums) in sums? {
+                parameters.gradients[range.clone()].copy_from_slice(&sums);
+                reduced.push(range);
+            }
+            Ok((batch, passes, reduced))
+        })
     }
 
     /// The error of a loss that is not a number, with the first layer where that shows.

@@ -1,12 +1,10 @@
 //! Running the physical graph: every rank computes its nodes, one after another or as actors.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 
-use burn::backend::ir::{
-    FloatOperationIr as Float, HandleKind, NumericOperationIr as Numeric, OperationIr, TensorIr, TensorStatus,
-};
-use burn::tensor::{BoolStore, DType, Distribution, TensorData};
+use burn::backend::ir::{HandleKind, OperationIr, TensorIr, TensorStatus};
+use burn::tensor::{DType, TensorData};
 use burn_flex::{Flex, FlexDevice, FlexTensor};
 use burn_router::TensorInterpreter;
 use kiln_cluster::Communicator;
@@ -18,9 +16,12 @@ use crate::boxing::Router;
 use crate::exchange::Lines;
 use crate::graph::{Logical, Variable};
 use crate::local::{Local, localise};
-use crate::optimiser::{Optimiser, State};
-use crate::physical::{Node, Physical, QUEUES, Value, Work};
-use crate::sbp::{NdSbp, Region, copy_box};
+use crate::optimiser::{Optimiser, State, added};
+use crate::parts::cut;
+use crate::physical::{Node, Physical, Value, Work};
+use crate::pipeline::{Arriving, Departing};
+use crate::random::{draw, key, random};
+use crate::sbp::{NdSbp, Region};
 
 /// Gives every input of a piece, whole.
 pub type Feed<'a> = dyn Fn(usize) -> Result<Vec<TensorData>> + Sync + 'a;
@@ -42,6 +43,8 @@ pub struct Run {
     pub checked: bool,
     /// Whether acts are noted.
     pub traced: bool,
+    /// Whether gradients are added up for [`Rank::step`], instead of a step with each.
+    pub accumulated: bool,
 }
 
 impl Default for Run {
@@ -54,6 +57,7 @@ impl Default for Run {
             seed: 0,
             checked: false,
             traced: false,
+            accumulated: false,
         }
     }
 }
@@ -71,6 +75,21 @@ pub struct Done {
     pub course: Option<Course>,
 }
 
+/// The ends of edges to and from other stages, by the ports of the graph.
+#[derive(Default)]
+pub struct Links<'a> {
+    /// The rank in the world that is the first of these devices.
+    pub first_rank: usize,
+    /// Inputs that other ranks write.
+    pub arriving: BTreeMap<usize, Arriving<'a>>,
+    /// Outputs that other ranks read.
+    pub departing: BTreeMap<usize, Departing<'a>>,
+    /// Inputs that come after outputs of the same piece have gone: gradients.
+    pub late: Vec<usize>,
+    /// Where an error of this rank is told, so that nobody waits for it.
+    pub control: Option<&'a Communicator>,
+}
+
 /// One rank's part of a physical graph.
 pub struct Rank<'a> {
     physical: &'a Physical,
@@ -80,6 +99,9 @@ pub struct Rank<'a> {
     locals: Vec<Option<Local>>,
     variables: Mutex<Vec<Option<State>>>,
     constants: HashMap<usize, FlexTensor>,
+    /// Gradients that were added up, of every variable.
+    sums: Mutex<Vec<Option<FlexTensor>>>,
+    links: Links<'a>,
 }
 
 impl<'a> Rank<'a> {
@@ -120,7 +142,33 @@ impl<'a> Rank<'a> {
                 _ => {}
             }
         }
-        Ok(Self { physical, logical, lines, locals, variables: Mutex::new(variables), constants })
+        let sums = Mutex::new(logical.variables.iter().map(|_| None).collect());
+        let (variables, links) = (Mutex::new(variables), Links::default());
+        Ok(Self { physical, logical, lines, locals, variables, constants, sums, links })
+    }
+
+    /// With edges to and from other ranks.
+    #[must_use]
+    pub fn linked(mut self, links: Links<'a>) -> Self {
+        self.links = links;
+        self
+    }
+
+    /// Changes every variable by the mean of `count` gradients that were added up, in step `number`.
+    ///
+    /// # Errors
+    /// When there is no gradient.
+    pub fn step(&self, optimiser: &Optimiser, number: usize, count: usize) -> Result<()> {
+        let mut variables = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        for ((state, sum), variable) in variables.iter_mut().zip(sums.iter_mut()).zip(&self.logical.variables)
+        {
+            let (Some(before), Some(gradient)) = (state.take(), sum.take()) else {
+                return Err(Error::work(format!("{} has no gradient", variable.name)));
+            };
+            *state = Some(optimiser.step(before, gradient, number, 1.0 / count as f64));
+        }
+        Ok(())
     }
 
     /// Runs pieces through the graph. All ranks call it.
@@ -133,7 +181,7 @@ impl<'a> Rank<'a> {
         let (course, peak_bytes) = match options.registers {
             Some(registers) => {
                 let course = self.run_actors(registers, options, feed, &outputs)?;
-                let network = self.physical.network(registers);
+                let network = self.physical.network(registers, !options.accumulated);
                 let bytes = |value: usize| {
                     self.physical.values[value].local_bytes(self.lines.mesh(), self.lines.coordinate())
                 };
@@ -248,12 +296,16 @@ impl<'a> Rank<'a> {
         feed: &Feed<'_>,
         outputs: &Mutex<Outputs>,
     ) -> Result<Course> {
-        let network = self.physical.network(registers);
+        let mut network = self.physical.network(registers, !options.accumulated);
         let nodes = &self.physical.nodes;
+        // Collectives that wait for gradients give way to those of as many later pieces as there is room for.
+        for node in self.late_nodes() {
+            network.actors[node].lag = registers - 1;
+        }
         let queue = |number: usize| {
             let mut hands = Hands::new(self, options, feed, outputs);
             Queue {
-                name: QUEUES[number].into(),
+                name: self.physical.queues[number].clone(),
                 act: Box::new(move |actor: usize, piece: usize, inputs: &[FlexTensor]| {
                     // Registers come in the order of values; a token of an update comes last and is not read.
                     let node = &nodes[actor];
@@ -264,12 +316,17 @@ impl<'a> Rank<'a> {
                         .into_iter()
                         .zip(inputs)
                         .for_each(|(place, value)| read[place] = Some(value.clone()));
-                    let mut results = hands.act(actor, piece, read.into_iter().flatten().collect())?;
+                    let acted = hands.act(actor, piece, read.into_iter().flatten().collect());
+                    let mut results = acted.inspect_err(|error| {
+                        if let Some(control) = self.links.control {
+                            control.abort(&error.to_string());
+                        }
+                    })?;
                     // What is written goes out in the order of values too.
                     let mut order: Vec<usize> = (0..results.len()).collect();
                     order.sort_by_key(|&place| node.outputs[place]);
                     results = order.into_iter().map(|place| results[place].clone()).collect();
-                    if matches!(node.work, Work::Update(_)) {
+                    if matches!(node.work, Work::Update(_)) && !options.accumulated {
                         results.push(token());
                     }
                     Ok(results)
@@ -279,15 +336,31 @@ impl<'a> Rank<'a> {
             }
         };
         let place = self.lines.coordinate().iter().zip(self.lines.mesh());
-        let rank = place.fold(0, |rank, (at, extent)| rank * extent + at);
+        let rank = self.links.first_rank + place.fold(0, |rank, (at, extent)| rank * extent + at);
         run(
             &network,
             options.pieces,
-            (0..QUEUES.len()).map(queue).collect(),
+            (0..self.physical.queues.len()).map(queue).collect(),
             |_| token(),
             rank,
             options.traced,
         )
+    }
+}
+
+impl Rank<'_> {
+    /// Nodes that wait for inputs which come late.
+    fn late_nodes(&self) -> Vec<usize> {
+        let mut values = BTreeSet::new();
+        let mut late = Vec::new();
+        for (at, node) in self.physical.nodes.iter().enumerate() {
+            let comes_late = matches!(node.work, Work::Input(port) if self.links.late.contains(&port));
+            if comes_late || node.inputs.iter().any(|value| values.contains(value)) {
+                values.extend(node.outputs.iter().copied());
+                late.push(at);
+            }
+        }
+        late
     }
 }
 
@@ -344,6 +417,9 @@ impl<'r, 'a> Hands<'r, 'a> {
         let node = &rank.physical.nodes[at];
         let lost = || Error::work(format!("{} misses an operand", node.name));
         match &node.work {
+            Work::Input(port) if rank.links.arriving.contains_key(port) => {
+                Ok(vec![rank.links.arriving[port].pull(number)?])
+            }
             Work::Input(port) => {
                 if self.fed.as_ref().is_none_or(|(fed, _)| *fed != piece) {
                     self.fed = Some((piece, (self.feed)(number)?));
@@ -398,93 +474,36 @@ impl<'r, 'a> Hands<'r, 'a> {
                 let local = inputs.pop().ok_or_else(lost)?;
                 Ok(vec![rank.lines.convert(local, &from.shape, &from.sbp, path)?])
             }
+            Work::Update(variable) if self.options.accumulated => {
+                let gradient = inputs.pop().ok_or_else(lost)?;
+                let mut sums = rank.sums.lock().unwrap_or_else(PoisonError::into_inner);
+                let sum = match sums[*variable].take() {
+                    Some(sum) => added(sum, gradient),
+                    None => gradient,
+                };
+                sums[*variable] = Some(sum);
+                Ok(Vec::new())
+            }
             Work::Update(variable) => {
                 let gradient = inputs.pop().ok_or_else(lost)?;
                 // The step needs the value alone, so that it can be made in place.
                 let state = rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable].take();
-                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, number);
+                let state = self.options.optimiser.step(state.ok_or_else(lost)?, gradient, number, 1.0);
                 rank.variables.lock().unwrap_or_else(PoisonError::into_inner)[*variable] = Some(state);
                 Ok(Vec::new())
             }
             Work::Output(port) => {
                 let value = inputs.pop().ok_or_else(lost)?;
+                if let Some(link) = rank.links.departing.get(port) {
+                    link.offer(value, number)?;
+                    return Ok(Vec::new());
+                }
                 let mut outputs = self.outputs.lock().unwrap_or_else(PoisonError::into_inner);
                 outputs[piece][*port] = Some(value.into_data());
                 Ok(Vec::new())
             }
         }
     }
-}
-
-/// The part of a whole tensor in a region.
-pub fn cut(data: &TensorData, region: &Region) -> Result<TensorData> {
-    let whole = Region::whole(data.shape());
-    if *region == whole {
-        return Ok(data.clone());
-    }
-    /// One arm a type.
-    macro_rules! by_type {
-        ($($dtype:pat => $type:ty),+) => {
-            match data.dtype() {
-                $($dtype => {
-                    let values = data.as_slice::<$type>().map_err(|e| Error::work(format!("a tensor cannot be read: {e:?}")))?;
-                    let mut out = vec![<$type>::default(); region.elements()];
-                    copy_box(values, &whole, &mut out, region, region);
-                    Ok(TensorData::new(out, region.size.clone()))
-                })+
-                DType::Bool(store) => {
-                    let mut out = vec![0u8; region.elements()];
-                    copy_box(data.as_bytes(), &whole, &mut out, region, region);
-                    Ok(bools(out, &region.size, store))
-                }
-                other => Err(Error::work(format!("tensors of {other:?} cannot be split"))),
-            }
-        };
-    }
-    by_type!(DType::F32 => f32, DType::F64 => f64, DType::I64 => i64, DType::I32 => i32)
-}
-
-fn bools(bytes: Vec<u8>, shape: &[usize], store: BoolStore) -> TensorData {
-    let (bytes, shape, _) = TensorData::new(bytes, shape.to_vec()).into_parts();
-    TensorData::from_bytes(bytes, shape, DType::Bool(store))
-}
-
-/// The whole of a tensor from the parts of all devices, in rank order.
-///
-/// # Errors
-/// When parts have another type or size than their form says, or are partial.
-pub fn assemble(shape: &[usize], mesh: &[usize], sbp: &NdSbp, parts: &[TensorData]) -> Result<TensorData> {
-    let whole = Region::whole(shape);
-    let first = parts.first().ok_or_else(|| Error::work("there are no parts to assemble"))?;
-    if sbp.is_partial() {
-        return Err(Error::work(format!("{sbp} has no parts that can be put side by side")));
-    }
-    /// One arm a type.
-    macro_rules! by_type {
-        ($($dtype:pat => $type:ty),+) => {
-            match first.dtype() {
-                $($dtype => {
-                    let mut out = vec![<$type>::default(); whole.elements()];
-                    for (index, part) in parts.iter().enumerate() {
-                        let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
-                        let values = part.as_slice::<$type>().map_err(|e| Error::work(format!("a part cannot be read: {e:?}")))?;
-                        copy_box(values, &region, &mut out, &whole, &region);
-                    }
-                    Ok(TensorData::new(out, shape.to_vec()))
-                })+
-                DType::Bool(store) => {
-                    let mut out = vec![0u8; whole.elements()];
-                    for (index, part) in parts.iter().enumerate() {
-                        let region = Region::local(shape, mesh, sbp, &crate::sbp::coordinate(mesh, index));
-                        copy_box(part.as_bytes(), &region, &mut out, &whole, &region);
-                    }
-                    Ok(bools(out, shape, store))
-                }
-                other => Err(Error::work(format!("tensors of {other:?} cannot be put together"))),
-            }
-        };
-    }
-    by_type!(DType::F32 => f32, DType::F64 => f64, DType::I64 => i64, DType::I32 => i32)
 }
 
 /// Runs one device's part of an operation.
@@ -538,60 +557,4 @@ fn filled(tensor: &TensorIr, fill: f64) -> FlexTensor {
             .convert_dtype(dtype),
     };
     FlexTensor::from_data(data)
-}
-
-/// The distribution that an operation draws from.
-pub(crate) fn random(operation: &OperationIr) -> Option<Distribution> {
-    match operation {
-        OperationIr::Float(_, Float::Random(op)) => Some(op.distribution),
-        OperationIr::NumericInt(_, Numeric::IntRandom(op)) => Some(op.distribution),
-        _ => None,
-    }
-}
-
-/// Mixes numbers into one, as SplitMix64 does.
-fn mixed(mut x: u64) -> u64 {
-    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-fn key(seed: u64, tensor: u64, piece: u64) -> u64 {
-    mixed(mixed(mixed(seed) ^ tensor) ^ piece)
-}
-
-/// Random numbers that depend on their place in the whole tensor, so that every way to split it draws the same.
-pub(crate) fn draw(
-    shape: &[usize],
-    dtype: DType,
-    region: &Region,
-    distribution: Distribution,
-    key: u64,
-) -> FlexTensor {
-    let uniform = |number: u64| (mixed(key ^ number) >> 11) as f64 / (1u64 << 53) as f64;
-    let one = |number: u64| match distribution {
-        Distribution::Default => uniform(2 * number),
-        Distribution::Uniform(low, high) => low + (high - low) * uniform(2 * number),
-        Distribution::Bernoulli(share) => f64::from(u8::from(uniform(2 * number) < share)),
-        // Box and Muller's method.
-        Distribution::Normal(mean, deviation) => {
-            let (radius, angle) = (1.0 - uniform(2 * number), uniform(2 * number + 1));
-            mean + deviation * (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
-        }
-    };
-    let mut index = region.start.clone();
-    let mut values = Vec::with_capacity(region.elements());
-    for _ in 0..region.elements() {
-        let number = index.iter().zip(shape).fold(0u64, |at, (&i, &size)| at * size as u64 + i as u64);
-        values.push(one(number));
-        for axis in (0..index.len()).rev() {
-            index[axis] += 1;
-            if index[axis] < region.start[axis] + region.size[axis] {
-                break;
-            }
-            index[axis] = region.start[axis];
-        }
-    }
-    FlexTensor::from_data(TensorData::new(values, region.size.clone()).convert_dtype(dtype))
 }

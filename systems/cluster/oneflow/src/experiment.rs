@@ -11,13 +11,18 @@ use crate::actor::{self, Queue, chain, simulate};
 use crate::case::{Case, Examples};
 use crate::compile::{Compiler, Parallel};
 use crate::execute::Run;
+use crate::graph::Logical;
 use crate::linear::Linear;
 use crate::optimiser::{Kind, Optimiser, State};
-use crate::sbp::Placement;
+use crate::parts;
+use crate::pipeline::{self, Flow, Pipeline, cut};
+use crate::sbp::{Placement, Region};
 use crate::train::train;
 
 const PARALLELS: [Parallel; 3] = [Parallel::Data, Parallel::Model, Parallel::Auto];
 const OPTIMISER: Optimiser = Optimiser { kind: Kind::Sgd, lr: 0.01 };
+/// Stages of a pipeline.
+const STAGES: usize = 2;
 /// Steps over which losses are compared.
 const STEPS: usize = 10;
 
@@ -115,34 +120,84 @@ fn steps(
     })
 }
 
+/// The same in two stages, each on `mesh`, with micro-batches that flow through actors with two registers.
+fn staged_steps(study: &Study, mesh: &[usize], count: usize, cx: &Context) -> Result<Course> {
+    const MICRO_BATCHES: usize = 4;
+    let placement = Placement::mesh(mesh)?;
+    let (case, batch) = (&study.case, study.batch);
+    let objective = case.objective(batch / MICRO_BATCHES)?;
+    let logical = Logical::training(&objective, "loss", &case.initial(cx.seed))?;
+    let stages = cut(&objective, &logical.variables, Some("loss"), STAGES, &[])?;
+    let pipeline = Pipeline::compile(stages, &placement, |compiler, _| Ok(compiler))?;
+    let examples = Examples::generated(case);
+    let run = Run {
+        pieces: MICRO_BATCHES,
+        registers: Some(STAGES),
+        optimiser: OPTIMISER,
+        seed: cx.seed,
+        ..Run::default()
+    };
+    let flow = Flow { steps: count, first: 0, run };
+    let feed = |piece: usize| {
+        let whole = examples.batch(case, batch, cx.seed, (piece / MICRO_BATCHES) as u64);
+        let rows = |data: &TensorData| {
+            let all = Region::whole(data.shape());
+            parts::cut(data, &all.split(0, MICRO_BATCHES, piece % MICRO_BATCHES))
+        };
+        whole.iter().map(rows).collect()
+    };
+    let mut ranks = ClusterArgs::default()
+        .run(pipeline.ranks(), cx, |world| pipeline::train(&pipeline, &world, &flow, &feed, cx, &|_| {}))?;
+    let sent: u64 = ranks.iter().map(|rank| rank.bytes_sent).sum();
+    let first = ranks.swap_remove(0);
+    if first.stopped {
+        return Err(Error::interrupted("the experiment was stopped"));
+    }
+    Ok(Course {
+        losses: first.losses,
+        sent: sent as f64 / count as f64,
+        predicted: (pipeline.bytes() * MICRO_BATCHES as u64) as f64,
+        seconds: first.seconds / count as f64,
+    })
+}
+
 /// Parts 1 and 2: every case in every parallel, against one device.
 fn report_cases(report: &mut Report, scale: Scale, cx: &Context) -> Result<()> {
     let mut table = Table::new(
-        format!("{STEPS} steps of training in data, model and the compiler's parallel"),
+        format!("{STEPS} steps of training in data, model and the compiler's parallel, and in two stages"),
         &["case", "devices", "parallel", "loss from one device's", "bytes a step", "predicted", "last loss"],
     );
     let (mut worst_loss, mut worst_ratio, mut worst_count) = (0.0f64, 0.0f64, 0.0f64);
-    let mut bars = vec![Vec::new(); PARALLELS.len()];
+    let mut bars = vec![Vec::new(); PARALLELS.len() + 1];
     let studies = studies(scale);
-    let progress = cx.progress((studies.len() * (1 + PARALLELS.len())) as u64, "trainings");
+    let progress = cx.progress((studies.len() * (2 + PARALLELS.len())) as u64, "trainings");
     for study in &studies {
         let single = steps(study, &[1], Parallel::Auto, None, STEPS, cx)?;
         progress.inc(1);
         let mut sent = Vec::new();
-        for (at, parallel) in PARALLELS.into_iter().enumerate() {
-            let course = steps(study, &study.mesh, parallel, Some(2), STEPS, cx)?;
+        // As many devices in two stages.
+        let mut half = study.mesh.clone();
+        half[0] = (half[0] / STAGES).max(1);
+        for (at, bars) in bars.iter_mut().enumerate() {
+            let parallel = PARALLELS.get(at).copied();
+            let course = match parallel {
+                Some(parallel) => steps(study, &study.mesh, parallel, Some(2), STEPS, cx)?,
+                None => staged_steps(study, &half, STEPS, cx)?,
+            };
             progress.inc(1);
             let difference =
                 course.losses.iter().zip(&single.losses).map(|(a, b)| f64::from((a - b).abs() / b.abs()));
             let difference = difference.fold(0.0, f64::max);
             worst_loss = worst_loss.max(difference);
             worst_count = worst_count.max((course.sent - course.predicted).abs());
-            sent.push(course.sent);
-            bars[at].push(course.sent.max(1.0));
+            if parallel.is_some() {
+                sent.push(course.sent);
+            }
+            bars.push(course.sent.max(1.0));
             table.row([
                 study.case.name().to_string(),
                 study.mesh.iter().map(usize::to_string).collect::<Vec<_>>().join(" x "),
-                parallel.name().to_string(),
+                parallel.map_or("two stages", Parallel::name).to_string(),
                 format!("{difference:.1e}"),
                 format!("{:.0}", course.sent),
                 format!("{:.0}", course.predicted),
@@ -161,7 +216,7 @@ fn report_cases(report: &mut Report, scale: Scale, cx: &Context) -> Result<()> {
     report.tables.push(table);
     let names: Vec<&str> = studies.iter().map(|study| study.case.name()).collect();
     let series: Vec<(&str, Vec<f64>)> =
-        PARALLELS.iter().zip(bars).map(|(parallel, bars)| (parallel.name(), bars)).collect();
+        PARALLELS.iter().map(|parallel| parallel.name()).chain(["two stages"]).zip(bars).collect();
     report.plots.push(Plot::bars("Bytes that all devices send in a step", "bytes", names, series).log_y());
     report.claims.push(Claim::new(
         "One program in any parallel: the losses are those of one device",
@@ -370,7 +425,7 @@ fn by_hand(study: &Study, ranks: usize, count: usize, cx: &Context) -> Result<f6
                 let mut values: Vec<f32> = gradient.iter().collect();
                 world.all_reduce(&mut values, Op::Avg)?;
                 let gradient = FlexTensor::from_data(TensorData::new(values, shape));
-                *state = state.take().map(|state| OPTIMISER.step(state, gradient, step));
+                *state = state.take().map(|state| OPTIMISER.step(state, gradient, step, 1.0));
             }
         }
         Ok(begun.elapsed().as_secs_f64())

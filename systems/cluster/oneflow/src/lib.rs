@@ -10,7 +10,10 @@
 //! - **[`actor`]s** run it (§4): an operation acts when its inputs have come and a register for its output is free, so that
 //!   memory is bounded before anything runs, and communication goes on beside computation. [`execute`] binds them to tensors.
 //!
-//! [`train`] trains the networks of the case studies ([`case`]) that way, with the very losses of one device but for rounding.
+//! - A [`pipeline`] cuts a graph into stages, each on devices of its own; pieces flow from actor to actor across ranks.
+//!
+//! [`train`] trains a [`network`] of any system, a Burn module ([`module`]) or one of the case studies ([`case`]) that way,
+//! with the very losses of one device but for rounding.
 
 pub mod actor;
 pub mod boxing;
@@ -25,8 +28,13 @@ pub mod graph;
 pub mod linear;
 pub mod local;
 mod model;
+pub mod module;
+pub mod network;
 pub mod optimiser;
+pub mod parts;
 pub mod physical;
+pub mod pipeline;
+mod random;
 pub mod sbp;
 pub mod select;
 pub mod signature;
@@ -43,6 +51,7 @@ pub use compile::{Compiler, Parallel};
 pub use execute::{Rank, Run};
 pub use global::GlobalTensor;
 pub use graph::Logical;
+pub use module::GlobalModule;
 pub use physical::Physical;
 pub use sbp::{NdSbp, Placement, Sbp};
 

@@ -60,22 +60,25 @@ impl State {
 }
 
 impl Optimiser {
-    /// The variable after step `piece`, counted from 0.
-    pub fn step(&self, state: State, gradient: FlexTensor, piece: usize) -> State {
+    /// How many tensors it keeps of a variable.
+    pub fn kept(&self) -> usize {
+        match self.kind {
+            Kind::Sgd => 1,
+            Kind::Adam => 2,
+        }
+    }
+
+    /// The variable after step `piece`, counted from 0, by `scale` times the gradient.
+    pub fn step(&self, state: State, gradient: FlexTensor, piece: usize, scale: f64) -> State {
         let device = Device::flex();
         let shape = state.value.layout().shape().to_vec();
-        let flat = |tensor: FlexTensor| {
-            let data = tensor.into_data();
-            let count = data.num_elements();
-            Tensor::<1>::from_data(reshaped(data, &[count]), &device)
-        };
-        let (value, gradient) = (flat(state.value), flat(gradient));
+        let (value, gradient) = (flat(state.value, &device), flat(gradient, &device));
         let zeros = || Tensor::<1>::zeros(value.shape(), &device);
         let mut kept = state.kept.into_iter();
         let mut next = || kept.next().unwrap_or_else(zeros);
         let (value, kept) = match self.kind {
             Kind::Sgd => {
-                let step = SgdStep { lr: self.lr, momentum: MOMENTUM, nesterov: false, scale: 1.0 };
+                let step = SgdStep { lr: self.lr, momentum: MOMENTUM, nesterov: false, scale };
                 let state = [next()];
                 let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
                 stepped
@@ -86,7 +89,7 @@ impl Optimiser {
             }
             Kind::Adam => {
                 let step = i32::try_from(piece + 1).unwrap_or(i32::MAX);
-                let step = AdamWStep { lr: self.lr, betas: BETAS, epsilon: EPSILON, step, scale: 1.0 };
+                let step = AdamWStep { lr: self.lr, betas: BETAS, epsilon: EPSILON, step, scale };
                 let state = [next(), next()];
                 let stepped = step.apply(vec![Parameter { value, gradient, state, weight_decay: 0.0 }]);
                 stepped
@@ -98,6 +101,19 @@ impl Optimiser {
         };
         State { value: FlexTensor::from_data(reshaped(value.into_data(), &shape)), kept }
     }
+}
+
+/// The sum of two tensors of one shape.
+pub fn added(a: FlexTensor, b: FlexTensor) -> FlexTensor {
+    let (device, shape) = (Device::flex(), a.layout().shape().to_vec());
+    let sum = flat(a, &device) + flat(b, &device);
+    FlexTensor::from_data(reshaped(sum.into_data(), &shape))
+}
+
+fn flat(tensor: FlexTensor, device: &Device) -> Tensor<1> {
+    let data = tensor.into_data();
+    let count = data.num_elements();
+    Tensor::from_data(reshaped(data, &[count]), device)
 }
 
 fn reshaped(data: TensorData, shape: &[usize]) -> TensorData {

@@ -95,6 +95,8 @@ pub struct Physical {
     pub reasons: Vec<Reason>,
     /// Operations that no signature divides, with what it costs that everybody computes all of them.
     pub undivided: Vec<(String, f64)>,
+    /// What the queues are called: [`QUEUES`], and one for every edge to or from other devices.
+    pub queues: Vec<String>,
 }
 
 impl Value {
@@ -178,11 +180,30 @@ impl Physical {
         Memory { stored, shared, own, largest }
     }
 
-    /// The actors of one device. Every value is a channel of `registers` registers, and an update lets the variable's next
-    /// piece go.
-    pub fn network(&self, registers: usize) -> Network {
-        let actors =
-            self.nodes.iter().map(|node| Actor { name: node.name.clone(), queue: node.queue, duration: 1.0 });
+    /// Gives every input and output that other devices write or read a queue of its own, which waits for these.
+    pub fn give_queues(&mut self, arrives: &[Option<usize>], departs: &[Option<usize>]) {
+        for node in &mut self.nodes {
+            let edge = match node.work {
+                Work::Input(port) => arrives[port].map(|_| "from"),
+                Work::Output(port) => departs[port].map(|_| "to"),
+                _ => None,
+            };
+            if let Some(edge) = edge {
+                node.queue = self.queues.len();
+                self.queues.push(format!("{edge} others {}", self.queues.len() - QUEUES.len()));
+            }
+        }
+    }
+
+    /// The actors of one device. Every value is a channel of `registers` registers, and where variables are `updated` with
+    /// every piece, an update lets the variable's next piece go.
+    pub fn network(&self, registers: usize, updated: bool) -> Network {
+        let actors = self.nodes.iter().map(|node| Actor {
+            name: node.name.clone(),
+            queue: node.queue,
+            duration: 1.0,
+            lag: 0,
+        });
         let mut network = Network { actors: actors.collect(), channels: Vec::new() };
         let mut readers: Vec<Vec<usize>> = vec![Vec::new(); self.values.len()];
         let mut writer = vec![0; self.values.len()];
@@ -199,7 +220,7 @@ impl Physical {
         for (value, to) in readers.into_iter().enumerate() {
             network.channels.push(Channel { from: writer[value], to, registers, filled: 0 });
         }
-        for (variable, update) in updates.into_values() {
+        for (variable, update) in updates.into_values().filter(|_| updated) {
             if let (Some(variable), Some(update)) = (variable, update) {
                 network.channels.push(Channel { from: update, to: vec![variable], registers: 1, filled: 1 });
             }
@@ -213,7 +234,7 @@ impl Physical {
             json!({"value": at, "tensor": value.name, "shape": value.shape, "dtype": format!("{:?}", value.dtype), "sbp": value.sbp})
         });
         let nodes = self.nodes.iter().map(|node| {
-            let mut found = json!({"name": node.name, "queue": QUEUES[node.queue], "reads": node.inputs, "writes": node.outputs});
+            let mut found = json!({"name": node.name, "queue": self.queues[node.queue], "reads": node.inputs, "writes": node.outputs});
             match &node.work {
                 Work::Compute(_, signature) => found["signature"] = signature.to_string().into(),
                 Work::Boxing(path) => {

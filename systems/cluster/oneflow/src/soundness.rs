@@ -7,8 +7,10 @@ use burn_router::TensorInterpreter;
 use kiln_core::{Error, Result};
 use rand::{Rng, RngExt};
 
-use crate::execute::{assemble, compute, cut, draw, random};
+use crate::execute::compute;
 use crate::local::localise;
+use crate::parts::{assemble, cut};
+use crate::random::{draw, random};
 use crate::sbp::{NdSbp, Reduction, Region, Sbp, coordinate};
 use crate::signature::NdSignature;
 

@@ -104,6 +104,37 @@ fn bytes(comm: &Communicator, operation: Operation) -> u64 {
 }
 
 #[test]
+fn gradients_reduced_beside_the_backward_pass_are_those_reduced_after_it_bit_for_bit() {
+    let rows = samples(1).batch(0, (8, 7), 0);
+    let interleaved = ParallelLayout::new(1, 2, 2).with_chunks(3);
+    for (layout, schedule) in [
+        (ParallelLayout::new(1, 1, 2), Kind::OneForwardOneBackward),
+        (ParallelLayout::new(2, 1, 2), Kind::OneForwardOneBackward),
+        (ParallelLayout::new(1, 2, 2), Kind::Gpipe),
+        (interleaved, Kind::Interleaved),
+    ] {
+        // A divided optimiser reduces everything at the end.
+        let gradients = |distributed_optimiser, bucket_bytes| {
+            let options =
+                TrainOptions { distributed_optimiser, bucket_bytes, schedule, micro_batch: 1, ..options() };
+            run_threads(layout.ranks(), |comm| {
+                let mut trainer = trainer::<f32>(&config(), &layout, &options, comm);
+                trainer.gradients(&rows)?;
+                assert!(trainer.parameters.finished.is_none());
+                Ok((trainer.moments.range.clone(), trainer.parameters.gradients.clone()))
+            })
+            .unwrap()
+        };
+        let after = gradients(true, 1 << 20);
+        for bucket_bytes in [16, 1 << 20] {
+            for ((range, after), (_, beside)) in after.iter().zip(gradients(false, bucket_bytes)) {
+                assert_eq!(after[range.clone()], beside[range.clone()], "{layout:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn traffic_is_what_the_formulas_say() {
     let (b, s, h, t) = (2, 7, 12, 2);
     let layout = ParallelLayout::new(t, 1, 1);

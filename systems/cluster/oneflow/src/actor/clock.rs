@@ -36,7 +36,7 @@ pub fn chain(durations: &[f64], registers: &[usize]) -> Result<Network> {
     let actors = durations.iter().enumerate();
     let network = Network {
         actors: actors
-            .map(|(at, &duration)| Actor { name: format!("actor {at}"), queue: at, duration })
+            .map(|(at, &duration)| Actor { name: format!("actor {at}"), queue: at, duration, lag: 0 })
             .collect(),
         channels: registers
             .iter()

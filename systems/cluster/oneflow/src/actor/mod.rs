@@ -13,6 +13,7 @@ use kiln_core::{Error, Result};
 use serde::Serialize;
 
 pub use clock::{Timetable, chain, simulate};
+pub(crate) use threads::begins_now;
 pub use threads::{Course, Queue, run};
 pub use trace::{Clock, Trace, Worked};
 
@@ -25,6 +26,8 @@ pub struct Actor {
     pub queue: usize,
     /// How long it acts, on the virtual clock.
     pub duration: f64,
+    /// In a queue with an order, by how many pieces it lets others go ahead.
+    pub lag: usize,
 }
 
 /// Registers between an actor and those that read what it writes.

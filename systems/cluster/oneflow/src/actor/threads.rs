@@ -4,12 +4,13 @@
 //! reader's counter of filled registers, an `ack` raises the writer's counter of free ones. The network is at rest when no
 //! message is under way and every thread waits; if actors are left then, they wait for each other.
 
+use std::cell::Cell;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kiln_core::{Error, Result};
 
@@ -34,6 +35,16 @@ pub struct Course {
     pub trace: Trace,
     /// The most registers of every channel that were in use at once.
     pub peak_registers: Vec<usize>,
+}
+
+thread_local! {
+    /// How long the act of this thread first waited for another rank.
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// Notes that the act which is under way has waited for another rank since `begun`, and begins now.
+pub(crate) fn begins_now(begun: Instant) {
+    WAITED.set(begun.elapsed());
 }
 
 enum Message<V> {
@@ -170,7 +181,7 @@ struct Lane<'a, V> {
     /// Where an actor stands among the players.
     places: Vec<Option<usize>>,
     ready: BinaryHeap<Reverse<(usize, usize)>>,
-    /// In a queue with an order: the piece and the player whose turn it is.
+    /// In a queue with an order: the time, in pieces, and the player whose turn it is.
     turn: (usize, usize),
     end: End,
 }
@@ -243,13 +254,28 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
             self.players[player].queued = false;
             return Some(player);
         }
-        let turn = *self.players.get(self.turn.1).map(|_| &self.turn)?;
-        let player = turn.1;
-        if turn.0 >= self.shared.pieces || !self.players[player].is_ready(self.shared.pieces) {
-            return None;
+        // Turns in which an actor has no piece yet, or no more, are passed over.
+        loop {
+            let (time, player) = self.turn;
+            let state = self.players.get(player)?;
+            let piece = time.checked_sub(self.shared.network.actors[state.actor].lag);
+            if piece.is_some_and(|piece| piece < self.shared.pieces) {
+                if !state.is_ready(self.shared.pieces) {
+                    return None;
+                }
+                self.pass_turn();
+                return Some(player);
+            }
+            if self.players.iter().all(|state| state.done == self.shared.pieces) {
+                return None;
+            }
+            self.pass_turn();
         }
-        self.turn = if player + 1 < self.players.len() { (turn.0, player + 1) } else { (turn.0 + 1, 0) };
-        Some(player)
+    }
+
+    fn pass_turn(&mut self) {
+        let (time, player) = self.turn;
+        self.turn = if player + 1 < self.players.len() { (time, player + 1) } else { (time + 1, 0) };
     }
 
     fn run(mut self) -> End {
@@ -328,6 +354,7 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
             outlet.peak = outlet.peak.max(registers - outlet.free);
         }
         let begin = self.shared.begun.elapsed();
+        WAITED.set(Duration::ZERO);
         let outputs = (self.queue.act)(actor, piece, &inputs)?;
         if self.shared.traced {
             self.end.acts.push(Worked {
@@ -335,7 +362,7 @@ impl<'a, V: Clone + Send> Lane<'a, V> {
                 queue: self.number,
                 name: self.shared.network.actors[actor].name.clone(),
                 piece,
-                begin: begin.as_secs_f64() * 1e6,
+                begin: (begin + WAITED.get()).as_secs_f64() * 1e6,
                 end: self.shared.begun.elapsed().as_secs_f64() * 1e6,
             });
         }

@@ -51,6 +51,17 @@ const TOP: f64 = 24.0;
 const COLOURS: [&str; 6] = ["#7fb2e5", "#9bd29b", "#f2c879", "#d9a3d9", "#e59a8f", "#a8b4c0"];
 
 impl Trace {
+    /// What several ranks did at the same time.
+    pub fn together<'a>(traces: impl Iterator<Item = &'a Self>) -> Self {
+        traces.fold(Self::default(), |mut all, trace| {
+            all.acts.extend(trace.acts.iter().cloned());
+            if trace.queues.len() > all.queues.len() {
+                all.queues.clone_from(&trace.queues);
+            }
+            Self { clock: trace.clock, ..all }
+        })
+    }
+
     /// For `chrome://tracing` and Perfetto: ranks are processes, queues threads.
     pub fn to_chrome(&self) -> Value {
         let acts = self.acts.iter().map(|act| {

@@ -232,13 +232,20 @@ impl Case {
         Port { name: "scores".into(), kind: PortKind::Float, shape }
     }
 
+    /// The graph of a batch's loss; weights are inputs.
+    ///
+    /// # Errors
+    /// As [`capture`].
+    pub fn objective(&self, batch: usize) -> Result<Graph> {
+        capture(Box::new(Loss { case: self.clone(), batch, device: Device::flex() }))
+    }
+
     /// The training graph with the variables beside it: the loss of a batch and its gradients.
     ///
     /// # Errors
     /// When an operation has no derivative.
     pub fn logical(&self, batch: usize, values: &BTreeMap<String, TensorData>) -> Result<Logical> {
-        let graph = capture(Box::new(Loss { case: self.clone(), batch, device: Device::flex() }))?;
-        Logical::training(&graph, "loss", values)
+        Logical::training(&self.objective(batch)?, "loss", values)
     }
 
     /// The loss of a batch and its gradients, in the order of the weights' names; weights are inputs.
@@ -249,8 +256,7 @@ impl Case {
         let mut names: Vec<String> = self.weights().into_iter().map(|weight| weight.name).collect();
         names.sort_unstable();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        capture(Box::new(Loss { case: self.clone(), batch, device: Device::flex() }))?
-            .gradient("loss", &names)
+        self.objective(batch)?.gradient("loss", &names)
     }
 
     /// The network alone, with its weights as constants.

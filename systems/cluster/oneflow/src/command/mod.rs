@@ -1,7 +1,9 @@
 //! The verbs of `kiln oneflow`.
 
 mod algebra;
-mod graphs;
+mod plan;
+mod predict;
+mod run;
 mod train;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use serde::Deserialize;
 
 use crate::case::Case;
 use crate::graph::Logical;
+use crate::network::Trainee;
 use crate::sbp::{NdSbp, Placement};
 
 /// `kiln oneflow …`
@@ -60,24 +63,32 @@ enum Verb {
   kiln oneflow compile --model model/ --mesh 4 --cost time --links links.json
 Writes physical.json, physical.svg and physical.dot. Needs none of the devices."
     )]
-    Compile(graphs::CompileArgs),
+    Compile(plan::CompileArgs),
     /// Run a network on the devices of a mesh
     #[command(after_help = "Examples:
   kiln oneflow run --model model/ --inputs x.npz --mesh 2x2 --out outputs.npz
   kiln oneflow run --graph graph/ --inputs x.npz --mesh 2 --check --trace trace.svg")]
-    Run(graphs::RunArgs),
-    /// Train one of the case studies on the devices of a mesh
+    Run(run::RunArgs),
+    /// Train a network, or one of the case studies, on the devices of a mesh
     #[command(after_help = "Examples:
+  kiln oneflow train --model model/ --data rows.npz --mesh 2 --out trained/
+  kiln oneflow train --graph graph/ --data rows.npz --loss squared --mesh 2x2 --out trained/
   kiln oneflow train --case mlp --mesh 2 --steps 200 --out model/
   kiln oneflow train --case wide-deep --data clicks.csv --columns columns.toml --mesh 2 --out model/
   kiln oneflow train --case hybrid-gpt --data corpus.txt --mesh 2x2 --out model/
   kiln oneflow train --case softmax-head --classes 100000 --mesh 4 --sbp model --out model/
-Repeat the line with --resume and more --steps to go on; the mesh may be another.")]
+Repeat the line with --resume and more --steps to go on; the mesh may be another.
+
+rows.npz of --model and --graph holds an array for every input of the network, under its name or as x, and y: whole
+numbers for classes, floats for numbers; the first axis counts examples. What is trained are the weights of the model's
+file, or a graph's constants of floats. The network is the one that predicts: without dropout, and with the statistics
+of batch norm as they are. A model is captured for --batch examples; a graph folder has the batch that it was written for.")]
     Train(Box<train::TrainArgs>),
-    /// Apply a trained case to new examples
-    #[command(after_help = "Example:
-  kiln oneflow predict --model model/ --data new.npz --out scores.npz")]
-    Predict(train::PredictArgs),
+    /// Apply a trained network to new examples
+    #[command(after_help = "Examples:
+  kiln oneflow predict --model model/ --data new.npz --out scores.npz
+  kiln oneflow predict --graph trained/ --data new.npz --out scores.npz")]
+    Predict(predict::PredictArgs),
 }
 
 impl Command {
@@ -96,6 +107,9 @@ impl Command {
     }
 }
 
+/// Examples of a step where nothing is said.
+const DEFAULT_BATCH: usize = 64;
+
 /// A captured network.
 #[derive(Debug, Args)]
 #[group(multiple = false)]
@@ -109,6 +123,37 @@ struct Source {
 }
 
 impl Source {
+    fn is_given(&self) -> bool {
+        self.graph.is_some() || self.model.is_some()
+    }
+
+    /// The network with its weights by name, read from a folder in the place of the one that is named, where there is one.
+    fn trainee(&self, from: Option<&Path>, batch: Option<usize>, cx: &Context) -> Result<Trainee> {
+        if batch == Some(0) {
+            return Err(Error::usage("--batch is 0, but must be at least 1"));
+        }
+        match (&self.graph, &self.model) {
+            (Some(folder), _) => {
+                let trainee = Trainee::from_graph(from.unwrap_or(folder))?;
+                let written = trainee.batch()?;
+                match batch.filter(|&batch| batch != written) {
+                    Some(batch) => Err(Error::usage(format!(
+                        "{} was written for {written} examples at once, and --batch is {batch}",
+                        folder.display()
+                    ))
+                    .hint(
+                        "leave out --batch; a --model is captured for any, an ONNX file imported by --dim",
+                    )),
+                    None => Ok(trainee),
+                }
+            }
+            (None, Some(model)) => {
+                Trainee::from_model(from.unwrap_or(model), batch.unwrap_or(DEFAULT_BATCH), cx)
+            }
+            (None, None) => Err(Error::usage("--graph or --model is needed")),
+        }
+    }
+
     fn open(&self, cx: &Context) -> Result<Option<Graph>> {
         match (&self.graph, &self.model) {
             (Some(folder), _) => Graph::load(folder).map(Some),
@@ -125,9 +170,9 @@ struct CaseArgs {
     /// Which one
     #[arg(long, value_enum)]
     case: Option<CaseName>,
-    /// Examples of a step
-    #[arg(long, default_value_t = 64)]
-    batch: usize,
+    /// Examples of a step [default: 64, or what a graph was captured for]
+    #[arg(long)]
+    batch: Option<usize>,
     /// mlp and softmax-head: numbers of an example [default: 64]
     #[arg(long)]
     inputs: Option<usize>,
@@ -194,10 +239,15 @@ impl CaseArgs {
             },
         };
         case.check().map_err(Error::usage)?;
-        if self.batch == 0 {
-            return Err(Error::usage("--batch is 0, but must be at least 1"));
-        }
         Ok(Some(case))
+    }
+
+    /// Examples of a step, unless something else is said.
+    fn batch(&self) -> Result<usize> {
+        match self.batch.unwrap_or(DEFAULT_BATCH) {
+            0 => Err(Error::usage("--batch is 0, but must be at least 1")),
+            batch => Ok(batch),
+        }
     }
 }
 
@@ -205,7 +255,7 @@ impl CaseArgs {
 fn logical(source: &Source, case: &CaseArgs, cx: &Context) -> Result<Logical> {
     match (source.open(cx)?, case.case()?) {
         (Some(graph), None) => Logical::of(graph),
-        (None, Some(study)) => study.logical(case.batch, &study.initial(cx.seed)),
+        (None, Some(study)) => study.logical(case.batch()?, &study.initial(cx.seed)),
         _ => Err(Error::usage("one of --graph, --model and --case is needed")),
     }
 }

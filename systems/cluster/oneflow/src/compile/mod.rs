@@ -3,14 +3,14 @@
 mod plan;
 mod write;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::backend::ir::TensorId;
 use kiln_core::{Error, Result, random_stream};
 
 use crate::boxing::{Cost, Router};
 use crate::graph::Logical;
-use crate::physical::Physical;
+use crate::physical::{Physical, QUEUES};
 use crate::sbp::{NdSbp, Placement, Sbp};
 use crate::select::Solver;
 use plan::{Plan, Role, is_filled};
@@ -48,6 +48,8 @@ pub struct Compiler {
     cost: Cost,
     explain: bool,
     seed: u64,
+    /// Inputs that other devices have.
+    arriving: BTreeSet<String>,
 }
 
 /// Bytes that an operation which everybody computes costs, for each of its multiplications and additions: little, so that
@@ -67,6 +69,7 @@ impl Compiler {
             cost: Cost::Bytes,
             explain: false,
             seed: 0,
+            arriving: BTreeSet::new(),
         }
     }
 
@@ -75,6 +78,20 @@ impl Compiler {
     pub fn hint(mut self, name: impl Into<String>, sbp: NdSbp) -> Self {
         self.hints.insert(name.into(), sbp);
         self
+    }
+
+    /// Says which inputs come from other devices, so that every copy of them is sent.
+    #[must_use]
+    pub fn arriving(mut self, names: Vec<String>) -> Self {
+        self.arriving.extend(names);
+        self
+    }
+
+    /// Whether the graph has a tensor of this name.
+    pub fn knows(&self, name: &str) -> bool {
+        let numbered = || name.strip_prefix('%')?.parse().ok().map(TensorId::new);
+        self.logical.names().values().any(|known| known == name)
+            || numbered().is_some_and(|id| self.logical.tensors().contains_key(&id))
     }
 
     /// Fixes inputs and variables; what cannot be split so is copied.
@@ -222,6 +239,7 @@ impl Compiler {
             nodes,
             reasons,
             undivided: plan.undivided.clone(),
+            queues: QUEUES.iter().map(|name| (*name).to_string()).collect(),
         })
     }
 

@@ -93,15 +93,23 @@ impl Plan {
                 Some(hint) => vec![hint.clone()],
                 None => stored_forms(&tensor.shape, mesh),
             };
-            let choices = forms.into_iter().map(|form| Choice {
-                cost: memory(&tensor.shape, tensor.dtype, &form, 1),
-                inputs: Vec::new(),
-                outputs: vec![form],
+            let arrives = compiler.arriving.contains(&plan.names[&id]);
+            let choices = forms.into_iter().map(|form| {
+                let bytes = (tensor.shape.num_elements() * tensor.dtype.size()) as f64;
+                let copies: usize =
+                    form.0.iter().zip(mesh).filter(|(sbp, _)| **sbp == Sbp::B).map(|(_, n)| n).product();
+                let sent = if arrives { compiler.cost.of_byte() * bytes * copies as f64 } else { 0.0 };
+                Choice {
+                    cost: sent + memory(&tensor.shape, tensor.dtype, &form, 1),
+                    inputs: Vec::new(),
+                    outputs: vec![form],
+                }
             });
+            let choices: Vec<Choice> = choices.collect();
             let edge = plan.edge(&tensor);
             edges.insert(id, edge);
             let name = plan.names[&id].clone();
-            plan.node(role, name, Vec::new(), vec![edge], choices.collect(), Vec::new());
+            plan.node(role, name, Vec::new(), vec![edge], choices, Vec::new());
         }
         let mut extremes: HashSet<TensorId> = HashSet::new();
         for (at, operation) in logical.graph.operations.iter().enumerate() {

@@ -16,7 +16,7 @@ fn random_network(number: u64) -> Network {
     let mut network = Network::default();
     for at in 0..count {
         let (queue, duration) = (rng.random_range(0..QUEUES), f64::from(rng.random_range(0..4u8)));
-        network.actors.push(Actor { name: format!("a{at}"), queue, duration });
+        network.actors.push(Actor { name: format!("a{at}"), queue, duration, lag: 0 });
     }
     for from in 0..count {
         let readers = (from + 1..count).filter(|_| rng.random_bool(0.4)).collect();
@@ -75,7 +75,7 @@ fn random_networks_run_to_the_end_in_order() {
 
 /// Two actors that wait for each other's first piece.
 fn loop_of(filled: usize) -> Network {
-    let actor = |name: &str, queue| Actor { name: name.into(), queue, duration: 1.0 };
+    let actor = |name: &str, queue| Actor { name: name.into(), queue, duration: 1.0, lag: 0 };
     let channel = |from, to, filled| Channel { from, to: vec![to], registers: 1, filled };
     Network {
         actors: vec![actor("left", 0), actor("right", 1)],

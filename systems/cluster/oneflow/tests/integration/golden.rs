@@ -5,8 +5,8 @@ use burn::tensor::TensorData;
 use kiln_core::{TensorFile, Values};
 use kiln_oneflow::actor::{chain, simulate};
 use kiln_oneflow::boxing::{bytes_on_same, bytes_to_others};
-use kiln_oneflow::execute::cut;
 use kiln_oneflow::linear::{Linear, Selected};
+use kiln_oneflow::parts::cut;
 use kiln_oneflow::sbp::{NdSbp, Placement, Region, Sbp};
 use serde_json::Value;
 

@@ -5,6 +5,8 @@ mod boxing;
 mod command;
 mod global;
 mod golden;
+mod network;
+mod pipeline;
 mod samples;
 mod signatures;
 mod train;
