@@ -294,6 +294,56 @@ fn graphs_are_shown_run_and_made_smaller_from_the_command_line() {
     refused(&here, "graph show", "--graph <DIR>|--model <DIR>");
 }
 
+/// Networks that `kiln oneflow train` refuses, with words of its reason.
+const NOT_TRAINED: [(&str, &str); 1] = [("hypernet", "no weight of the network's file is a constant")];
+
+#[test]
+fn every_network_trains_on_two_devices_and_in_two_stages_as_on_one() {
+    for system in SYSTEMS.iter().filter(|system| !WITHOUT_NETWORK.contains(&system.card().slug)) {
+        let slug = system.card().slug;
+        let desk = Desk::new(*system);
+        let (model, below) = tiny_model(&desk, slug);
+        let here = desk.path("");
+        let graph = capture(system.network(&model, &desk.cx).unwrap()).unwrap();
+        let batch = graph.inputs[0].port.shape[0];
+        let taken = graph.inputs.iter().any(|input| input.port.name == "y");
+        let output = &graph.outputs[0].port;
+        // Some outputs have several rows for an example.
+        let shape = match output.shape[0] / batch {
+            1 => output.shape.clone(),
+            each => [&[batch, each], &output.shape[1..]].concat(),
+        };
+        let target = Port { name: if taken { "target" } else { "y" }.into(), shape, ..output.clone() };
+        let ports = graph.inputs.iter().map(|input| &input.port).chain([&target]);
+        let rows = ports.zip(0..).map(|(port, number)| {
+            let data = random_input(port, below, number);
+            (port.name.clone(), Buffer::from_tensor(&data).unwrap())
+        });
+        write_buffers(&here.join("rows.npz"), &rows.collect()).unwrap();
+        let line = |out: &str, more: &str| {
+            let data = format!("--data rows.npz --loss squared --batch {batch} --steps 2");
+            format!("oneflow train --model m {data} --optimiser sgd --lr 1e-3 {more} --out {out}")
+        };
+        if let Some((_, why)) = NOT_TRAINED.iter().find(|(known, _)| *known == slug) {
+            refused(&here, &line("one", "--mesh 1"), why);
+            continue;
+        }
+        let losses = |out: &str, more: &str| -> Vec<f64> {
+            succeed(&here, &line(out, more));
+            let log = std::fs::read_to_string(here.join(out).join("log.csv")).unwrap();
+            log.lines().skip(1).map(|line| line.split_once(',').unwrap().1.parse().unwrap()).collect()
+        };
+        let one = losses("one", "--mesh 1");
+        for (out, more) in [("two", "--mesh 2"), ("stages", "--mesh 1 --stages 2")] {
+            for (a, b) in losses(out, more).iter().zip(&one) {
+                assert!((a - b).abs() <= 1e-4 * b.abs(), "{slug} {more}: {a}, must be {b}");
+            }
+            // What was written is a model of the same system.
+            system.network(&here.join(out), &desk.cx).unwrap_or_else(|e| panic!("{slug}: {e}"));
+        }
+    }
+}
+
 /// A language model with the loss of its next characters.
 struct WithLoss(Box<dyn Network>);
 

@@ -154,18 +154,22 @@ impl<'a> Rank<'a> {
         self
     }
 
-    /// Changes every variable by the mean of `count` gradients that were added up, in step `number`.
+    /// Changes every variable by the mean of `count` gradients that were added up, in step `number`. All ranks call it.
     ///
     /// # Errors
-    /// When there is no gradient.
+    /// When there is no gradient, or a rank is lost.
     pub fn step(&self, optimiser: &Optimiser, number: usize, count: usize) -> Result<()> {
         let mut variables = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
-        for ((state, sum), variable) in variables.iter_mut().zip(sums.iter_mut()).zip(&self.logical.variables)
-        {
-            let (Some(before), Some(gradient)) = (state.take(), sum.take()) else {
+        let places = variables.iter_mut().zip(sums.iter_mut()).zip(&self.logical.variables);
+        for (at, ((state, sum), variable)) in places.enumerate() {
+            let (Some(before), Some(mut gradient)) = (state.take(), sum.take()) else {
                 return Err(Error::work(format!("{} has no gradient", variable.name)));
             };
+            if let Some((value, path)) = self.physical.deferred.get(&at) {
+                let form = &self.physical.values[*value];
+                gradient = self.lines.convert(gradient, &form.shape, &form.sbp, path)?;
+            }
             *state = Some(optimiser.step(before, gradient, number, 1.0 / count as f64));
         }
         Ok(())

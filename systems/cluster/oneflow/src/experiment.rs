@@ -156,7 +156,7 @@ fn staged_steps(study: &Study, mesh: &[usize], count: usize, cx: &Context) -> Re
     Ok(Course {
         losses: first.losses,
         sent: sent as f64 / count as f64,
-        predicted: (pipeline.bytes() * MICRO_BATCHES as u64) as f64,
+        predicted: (pipeline.bytes() * MICRO_BATCHES as u64 + pipeline.step_bytes()) as f64,
         seconds: first.seconds / count as f64,
     })
 }

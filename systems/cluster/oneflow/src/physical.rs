@@ -1,6 +1,6 @@
 //! The physical graph: what every device does, with conversions between.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use burn::backend::ir::{OperationIr, TensorId};
@@ -95,6 +95,8 @@ pub struct Physical {
     pub reasons: Vec<Reason>,
     /// Operations that no signature divides, with what it costs that everybody computes all of them.
     pub undivided: Vec<(String, f64)>,
+    /// Gradients that are converted when they have been added up: of a variable, the value that is added up, and the path.
+    pub deferred: BTreeMap<usize, (usize, Vec<Step>)>,
     /// What the queues are called: [`QUEUES`], and one for every edge to or from other devices.
     pub queues: Vec<String>,
 }
@@ -178,6 +180,52 @@ impl Physical {
         largest.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
         largest.truncate(5);
         Memory { stored, shared, own, largest }
+    }
+
+    /// Bytes that all devices together send for one step, whatever the number of its pieces.
+    pub fn step_bytes(&self) -> u64 {
+        self.deferred.values().flat_map(|(_, path)| path).map(|step| step.bytes).sum()
+    }
+
+    /// Lets gradients be added up over pieces in the form in which they are written, and converted once a step.
+    pub fn defer_gradients(&mut self) {
+        let mut dropped = Vec::new();
+        for at in 0..self.nodes.len() {
+            let Work::Update(variable) = self.nodes[at].work else { continue };
+            let value = self.nodes[at].inputs[0];
+            let readers = self.nodes.iter().filter(|node| node.inputs.contains(&value)).count();
+            let writer = self.nodes.iter().position(|node| node.outputs.contains(&value));
+            let Some(writer) = writer.filter(|_| readers == 1) else { continue };
+            if let Work::Boxing(path) = &self.nodes[writer].work {
+                let source = self.nodes[writer].inputs[0];
+                self.deferred.insert(variable, (source, path.clone()));
+                self.nodes[at].inputs[0] = source;
+                dropped.push(writer);
+            }
+        }
+        let mut number = 0;
+        self.nodes.retain(|_| {
+            number += 1;
+            !dropped.contains(&(number - 1))
+        });
+        self.drop_unwritten();
+    }
+
+    /// Drops values that nobody writes any more.
+    fn drop_unwritten(&mut self) {
+        let written: BTreeSet<usize> =
+            self.nodes.iter().flat_map(|node| node.outputs.iter().copied()).collect();
+        let now: BTreeMap<usize, usize> =
+            written.iter().enumerate().map(|(now, &before)| (before, now)).collect();
+        let mut number = 0;
+        self.values.retain(|_| {
+            number += 1;
+            written.contains(&(number - 1))
+        });
+        for node in &mut self.nodes {
+            node.inputs.iter_mut().chain(&mut node.outputs).for_each(|value| *value = now[value]);
+        }
+        self.deferred.values_mut().for_each(|(value, _)| *value = now[value]);
     }
 
     /// Gives every input and output that other devices write or read a queue of its own, which waits for these.

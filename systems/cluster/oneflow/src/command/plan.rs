@@ -12,9 +12,9 @@ use super::{
 };
 use crate::boxing::Cost;
 use crate::compile::{Compiler, Parallel};
-use crate::graph::Logical;
+use crate::graph::{Logical, Variable};
 use crate::physical::{Physical, told};
-use crate::pipeline::{Pipeline, Stages, cut};
+use crate::pipeline::{Pipeline, Stage, Stages, cut};
 use crate::sbp::{NdSbp, Placement};
 
 /// What is fixed, and on what the graph runs.
@@ -312,10 +312,11 @@ impl CompileArgs {
             })
             .collect();
         let shown = json!({
-            "ranks": pipeline.ranks(), "bytes": pipeline.bytes(), "stages": stages, "edges": edges, "out": self.out,
+            "ranks": pipeline.ranks(), "bytes": pipeline.bytes(), "bytes_per_step": pipeline.step_bytes(), "stages": stages, "edges": edges, "out": self.out,
         });
         cx.emit(&shown, |_| {
-            let mut table = Table::new("Stages", &["stage", "ranks", "work", "weights", "bytes within"]);
+            let mut table =
+                Table::new("Stages", &["stage", "ranks", "work", "weights", "among them", "bytes within"]);
             let width = pipeline.width();
             for (number, (stage, physical)) in
                 pipeline.stages.stages.iter().zip(&pipeline.physical).enumerate()
@@ -324,13 +325,8 @@ impl CompileArgs {
                     number.to_string(),
                     format!("{} to {}", number * width, (number + 1) * width - 1),
                     format!("{:.2e}", stage.work),
-                    stage
-                        .logical
-                        .variables
-                        .iter()
-                        .map(|variable| variable.name.clone())
-                        .collect::<Vec<_>>()
-                        .join(" "),
+                    stage.logical.variables.len().to_string(),
+                    told_weights(stage),
                     told_bytes(physical.bytes() as f64),
                 ]);
             }
@@ -344,8 +340,12 @@ impl CompileArgs {
                     told_bytes(*bytes as f64),
                 ]);
             }
+            let per_step = match pipeline.step_bytes() {
+                0 => String::new(),
+                bytes => format!(", and {} for a step: gradients", told_bytes(bytes as f64)),
+            };
             format!(
-                "{}Between stages, for one piece\n{}{} move for one piece on {} ranks\n",
+                "{}Between stages, for one piece\n{}{} move for one piece on {} ranks{per_step}\n",
                 table.to_text(),
                 between.to_text(),
                 told_bytes(pipeline.bytes() as f64),
@@ -353,6 +353,15 @@ impl CompileArgs {
             )
         })
     }
+}
+
+/// The largest weights of a stage.
+fn told_weights(stage: &Stage) -> String {
+    const TOLD: usize = 3;
+    let mut weights: Vec<&Variable> = stage.logical.variables.iter().collect();
+    weights.sort_by_key(|weight| std::cmp::Reverse(weight.value.num_elements()));
+    let names: Vec<&str> = weights.iter().take(TOLD).map(|weight| weight.name.as_str()).collect();
+    names.join(" ")
 }
 
 /// Writes a physical graph as data and pictures.

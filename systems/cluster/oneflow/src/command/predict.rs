@@ -55,7 +55,7 @@ impl PredictArgs {
             let places: Vec<usize> = (start..start + batch).map(|row| row.min(rows.count - 1)).collect();
             let outputs = trainee.graph.run(&rows.at(&places))?;
             for ((found, data), output) in found.iter_mut().zip(&outputs).zip(&trainee.graph.outputs) {
-                if output.port.shape.first() != Some(&batch) {
+                if output.port.shape.first().is_none_or(|rows| !rows.is_multiple_of(batch)) {
                     return Err(Error::usage(format!(
                         "the output \"{}\" {:?} has no row for each of {batch} examples",
                         output.port.name, output.port.shape
@@ -76,7 +76,8 @@ impl PredictArgs {
         if let Some(path) = &self.out {
             let mut file = TensorFile::new();
             for (output, values) in trainee.graph.outputs.iter().zip(&found) {
-                let shape = [&[rows.count], &output.port.shape[1..]].concat();
+                let each = output.port.shape[0] / batch;
+                let shape = [&[rows.count * each], &output.port.shape[1..]].concat();
                 file.insert(&output.port.name, HostTensor::float(shape, values.clone()));
             }
             write_tensors(path, &file)?;

@@ -105,6 +105,9 @@ impl TrainArgs {
         if self.steps == 0 {
             return Err(Error::usage("--steps is 0, but must be at least 1"));
         }
+        if self.micro_batches == 0 {
+            return Err(Error::usage("--micro-batches is 0, but must be at least 1"));
+        }
         let task = match (self.case.case()?, self.source.is_given()) {
             (Some(case), false) => self.of_case(case, cx)?,
             (None, true) => self.of_network(cx)?,
@@ -216,12 +219,13 @@ impl TrainArgs {
         let stages = cut(&task.objective, variables, Some("loss"), self.stages.stages, &self.stages.pins)?;
         let pipeline = self.plan.compile_stages(stages, cx)?;
         let (ranks, count) = (pipeline.ranks(), self.micro_batches);
+        let predicted = pipeline.bytes() * count as u64 + pipeline.step_bytes();
         cx.note(format!(
             "{}: {} stages of {} ranks, {count} micro-batches and {} a step",
             task.name,
             self.stages.stages,
             pipeline.width(),
-            told_bytes((pipeline.bytes() * count as u64) as f64)
+            told_bytes(predicted as f64)
         ));
         let flow = Flow { steps: run.pieces, first: run.first, run: Run { pieces: count, ..run } };
         let batch = Mutex::new((usize::MAX, Vec::new()));
@@ -237,13 +241,12 @@ impl TrainArgs {
                 .map(|trained| (world.rank(), trained))
         })?;
         let stored = pipeline.physical.iter().flat_map(|physical| physical.stored()).collect();
-        Ok(Ran { results, predicted: pipeline.bytes() * count as u64, ranks, stored })
+        Ok(Ran { results, predicted, ranks, stored })
     }
 
     /// Examples of a micro-batch.
     fn micro_batch(&self, batch: usize) -> Result<usize> {
         match self.micro_batches {
-            0 => Err(Error::usage("--micro-batches is 0, but must be at least 1")),
             count if !batch.is_multiple_of(count) => {
                 Err(Error::usage(format!("a batch of {batch} cannot be cut into {count} micro-batches"))
                     .hint("--batch must be a multiple of --micro-batches"))
@@ -322,7 +325,7 @@ impl TrainArgs {
         let port = trainee.graph.outputs[output].port.clone();
         let loss = self.loss.map_or_else(|| rows.usual_loss(&port), Ok)?;
         rows.check(&port, loss)?;
-        let batch = trainee.batch()? * self.micro_batches.max(1);
+        let batch = trainee.batch()? * self.micro_batches;
         let (objective, values) = trainee.objective(output, loss)?;
         let mut logical = Logical::training(&objective, "loss", &values).map_err(|error| {
             error.hint(

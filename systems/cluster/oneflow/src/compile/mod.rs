@@ -239,6 +239,7 @@ impl Compiler {
             nodes,
             reasons,
             undivided: plan.undivided.clone(),
+            deferred: BTreeMap::new(),
             queues: QUEUES.iter().map(|name| (*name).to_string()).collect(),
         })
     }

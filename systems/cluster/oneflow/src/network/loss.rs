@@ -21,8 +21,10 @@ pub enum Loss {
     Squared,
 }
 
-/// The input that holds what is to be predicted.
-pub(super) const TARGET: &str = "y";
+/// What holds what is to be predicted: `y`, or `target` where an input of the network is called so.
+pub(super) fn target_of(graph: &Graph) -> &'static str {
+    if graph.inputs.iter().any(|input| input.port.name == "y") { "target" } else { "y" }
+}
 
 impl Loss {
     /// Its name on the command line.
@@ -44,9 +46,6 @@ impl Loss {
         let tensors = logical.tensors();
         let boundary = &graph.outputs[output];
         let wrong = |found: String| Error::usage(format!("output \"{}\": {found}", boundary.port.name));
-        if graph.inputs.iter().any(|input| input.port.name == TARGET) {
-            return Err(wrong(format!("the graph has an input \"{TARGET}\" already")));
-        }
         let scores = tensors[&boundary.tensor].clone();
         if !scores.dtype.is_float() {
             return Err(wrong("whole numbers have no gradient".into()));
@@ -63,10 +62,11 @@ impl Loss {
         let target = builder.provided(&shape, dtype);
         let before = Before::of(graph, &scores);
         let loss = self.write(&mut builder, scores, &target, class_axis, before).map_err(&wrong)?;
+        let name = target_of(graph).into();
         let mut graph = graph.clone();
         graph.operations = builder.operations;
         graph.constants.extend(builder.constants);
-        graph.inputs.push(Boundary { port: Port { name: TARGET.into(), kind, shape }, tensor: target.id });
+        graph.inputs.push(Boundary { port: Port { name, kind, shape }, tensor: target.id });
         let port = Port { name: "loss".into(), kind: PortKind::Float, shape: vec![1] };
         graph.outputs = vec![Boundary { port, tensor: loss.id }];
         Ok(graph)

@@ -334,7 +334,7 @@ pub(crate) fn for_batch(network: Box<dyn Network>, batch: usize) -> Result<Graph
     for output in &mut graph.outputs {
         let declared = output.port.shape.first().copied();
         if let Some(shape) = shapes.get(&output.tensor) {
-            if declared == Some(batch) && shape.first() != Some(&batch) {
+            if declared == Some(batch) && shape.first().is_none_or(|rows| !rows.is_multiple_of(batch)) {
                 let found = format!("its output \"{}\" has the shape {shape:?} then", output.port.name);
                 return Err(refused(found));
             }

@@ -9,7 +9,7 @@ use kiln_data::read_tensors;
 use rand::RngExt;
 
 use super::Loss;
-use super::loss::TARGET;
+use super::loss::target_of;
 
 /// Examples by row.
 #[derive(Debug, Clone)]
@@ -19,6 +19,10 @@ pub struct Rows {
     inputs: Vec<Array>,
     /// `[rows, …]`
     target: Option<Array>,
+    /// What it is called.
+    target_name: &'static str,
+    /// Examples that the graph takes at once.
+    batch: usize,
     /// How many there are.
     pub count: usize,
 }
@@ -83,12 +87,15 @@ impl Rows {
         if count == 0 {
             return Err(Error::input(path.display(), "has no rows"));
         }
-        let target = match arrays.get(TARGET).is_some() {
+        let target_name = target_of(graph);
+        let target = match arrays.get(target_name).is_some() {
             true => {
-                let tensor = arrays.take(TARGET)?;
+                let tensor = arrays.take(target_name)?;
                 if tensor.shape.first() != Some(&count) {
-                    let found =
-                        format!("\"{TARGET}\" has the shape {:?}, but there are {count} rows", tensor.shape);
+                    let found = format!(
+                        "\"{target_name}\" has the shape {:?}, but there are {count} rows",
+                        tensor.shape
+                    );
                     return Err(Error::input(path.display(), found));
                 }
                 let kind = if tensor.as_ints().is_some() { PortKind::Int } else { PortKind::Float };
@@ -96,7 +103,8 @@ impl Rows {
             }
             false => None,
         };
-        Ok(Self { path: path.to_path_buf(), inputs, target, count })
+        let batch = graph.inputs.first().and_then(|input| input.port.shape.first().copied()).unwrap_or(1);
+        Ok(Self { path: path.to_path_buf(), inputs, target, target_name, batch, count })
     }
 
     /// The loss that fits what is to be predicted: classes for whole numbers, or yes and no for one score of an output.
@@ -113,8 +121,8 @@ impl Rows {
 
     fn target(&self) -> Result<&Array> {
         self.target.as_ref().ok_or_else(|| {
-            Error::input(self.path.display(), format!("has no array \"{TARGET}\""))
-                .hint("y holds what is to be predicted: whole numbers for classes, floats for numbers")
+            Error::input(self.path.display(), format!("has no array \"{}\"", self.target_name))
+                .hint("it holds what is to be predicted: whole numbers for classes, floats for numbers")
         })
     }
 
@@ -124,9 +132,12 @@ impl Rows {
     /// Names the first row that does not.
     pub fn check(&self, output: &Port, loss: Loss) -> Result<()> {
         let target = self.target()?;
-        let wrong = |found: String| Error::input(self.path.display(), format!("\"{TARGET}\" {found}"));
+        let wrong =
+            |found: String| Error::input(self.path.display(), format!("\"{}\" {found}", self.target_name));
         let shape = &output.shape;
-        let mut row: Vec<usize> = shape.iter().skip(1).copied().collect();
+        // An output may have several rows for an example: one a token.
+        let mut row = vec![shape.first().map_or(1, |rows| rows / self.batch)];
+        row.extend(shape.iter().skip(1));
         let classes = loss.class_axis(shape).and_then(|axis| shape.get(axis).copied());
         if classes.is_some() {
             row.pop();
@@ -181,7 +192,7 @@ impl Rows {
             if let Some(axis) = loss.class_axis(&shape) {
                 shape[axis] = 1;
             }
-            shape[0] = batch;
+            shape[0] = shape[0] / self.batch * batch;
             target.values.picked(target.width(), &rows, shape, loss != Loss::CrossEntropy)
         }));
         data

@@ -481,10 +481,10 @@ fn crossing(
         .collect()
 }
 
-/// Where stages begin: the largest work of a stage is near the least possible, and few bytes cross.
+/// Where stages begin: their work is much as even as can be, and few bytes cross.
 fn starts(work: &[f64], crossing: &[f64], stages: usize, pinned: &[Option<usize>]) -> Option<Vec<usize>> {
-    /// A stage may have so much more work than it must.
-    const SLACK: f64 = 1.1;
+    /// For fewer bytes, the largest stage may grow and the smallest shrink by so much.
+    const SLACK: f64 = 1.2;
     let count = work.len();
     let mut sums = vec![0.0; count + 1];
     (0..count).for_each(|at| sums[at + 1] = sums[at] + work[at]);
@@ -493,8 +493,8 @@ fn starts(work: &[f64], crossing: &[f64], stages: usize, pinned: &[Option<usize>
         let stranger = (0..end).rev().find(|&at| pinned[at].is_some_and(|other| other != stage));
         stranger.map_or(0, |at| at + 1)
     };
-    let best = |limit: f64| -> Option<(f64, Vec<usize>)> {
-        let by_bytes = limit.is_finite();
+    // The cheapest cut, where a stage has a cost by its first operation and its work; none where it may not be.
+    let cheapest = |cost_of: &dyn Fn(usize, f64) -> Option<f64>| -> Option<Vec<usize>> {
         let mut cost = vec![f64::INFINITY; count + 1];
         cost[0] = 0.0;
         let mut begins: Vec<Vec<usize>> = Vec::new();
@@ -503,17 +503,9 @@ fn starts(work: &[f64], crossing: &[f64], stages: usize, pinned: &[Option<usize>
             let mut begin = vec![0; count + 1];
             for end in stage + 1..=count {
                 for start in earliest(stage, end).max(stage)..end {
-                    let mine = sums[end] - sums[start];
-                    let total = if by_bytes {
-                        if mine > limit {
-                            continue;
-                        }
-                        cost[start] + crossing[start]
-                    } else {
-                        cost[start].max(mine)
-                    };
-                    if total < next[end] {
-                        (next[end], begin[end]) = (total, start);
+                    let Some(mine) = cost_of(start, sums[end] - sums[start]) else { continue };
+                    if cost[start] + mine < next[end] {
+                        (next[end], begin[end]) = (cost[start] + mine, start);
                     }
                 }
             }
@@ -527,8 +519,40 @@ fn starts(work: &[f64], crossing: &[f64], stages: usize, pinned: &[Option<usize>
             found.push(end);
         }
         found.reverse();
-        cost[count].is_finite().then_some((cost[count], found))
+        cost[count].is_finite().then_some(found)
     };
-    let (least, _) = best(f64::INFINITY)?;
-    best(least * SLACK).map(|(_, starts)| starts)
+    let even = cheapest(&|_, work| Some(work * work))?;
+    let ends = even.iter().skip(1).copied().chain([count]);
+    let works: Vec<f64> = even.iter().zip(ends).map(|(&start, end)| sums[end] - sums[start]).collect();
+    let most = SLACK * works.iter().copied().fold(0.0, f64::max);
+    let least = works.iter().copied().fold(f64::INFINITY, f64::min) / SLACK;
+    cheapest(&|start, work| (least <= work && work <= most).then_some(crossing[start]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::starts;
+
+    #[test]
+    fn stages_are_even_and_cut_where_little_crosses() {
+        let free = [None; 6];
+        // The third operation writes little.
+        let crossing = [0.0, 9.0, 9.0, 1.0, 9.0, 9.0];
+        assert_eq!(starts(&[1.0; 6], &crossing, 2, &free), Some(vec![0, 3]));
+        assert_eq!(starts(&[1.0; 6], &[0.0, 1.0, 1.0, 9.0, 1.0, 1.0], 2, &free), Some(vec![0, 3]));
+        assert_eq!(
+            starts(&[1.0, 1.0, 1.0, 1.1, 1.0, 1.0], &[0.0, 9.0, 9.0, 9.0, 1.0, 9.0], 3, &free),
+            Some(vec![0, 2, 4])
+        );
+        // One operation has nearly all work: the others are a stage of their own.
+        assert_eq!(
+            starts(&[100.0, 1.0, 1.0, 1.0, 1.0, 1.0], &[0.0, 9.0, 9.0, 9.0, 9.0, 1.0], 2, &free),
+            Some(vec![0, 1])
+        );
+        let mut pinned = free;
+        pinned[4] = Some(0);
+        assert_eq!(starts(&[1.0; 6], &crossing, 2, &pinned), Some(vec![0, 5]));
+        pinned[1] = Some(1);
+        assert_eq!(starts(&[1.0; 6], &crossing, 2, &pinned), None);
+    }
 }

@@ -59,6 +59,7 @@ impl Pipeline {
             .map(|stage| {
                 let compiler = Compiler::new(stage.logical.clone()).arriving(stage.arriving_ports());
                 let mut physical = prepare(compiler, stage)?.compile(placement)?;
+                physical.defer_gradients();
                 physical.give_queues(&stage.arrives, &stage.departs);
                 Ok(physical)
             })
@@ -86,6 +87,11 @@ impl Pipeline {
     /// Bytes that all devices together send for one piece: within stages, and between them.
     pub fn bytes(&self) -> u64 {
         self.physical.iter().map(Physical::bytes).sum::<u64>() + self.edge_bytes.iter().sum::<u64>()
+    }
+
+    /// Bytes that they send besides for one step: gradients that were added up.
+    pub fn step_bytes(&self) -> u64 {
+        self.physical.iter().map(Physical::step_bytes).sum()
     }
 
     fn ends(&self, number: usize) -> Result<(End, End)> {

@@ -119,7 +119,7 @@ pub fn train(
         stopped: false,
         course: None,
     };
-    let begun = Instant::now();
+    let (begun, before) = (Instant::now(), rank.lines().bytes_sent());
     while trained.losses.len() < flow.steps && !trained.stopped {
         let step = flow.first + trained.losses.len();
         let options = Run { first: step * micro_batches, accumulated: true, ..flow.run.clone() };
@@ -139,7 +139,6 @@ pub fn train(
         }
         trained.losses.push(loss);
         trained.stopped = interrupted > 0.0;
-        trained.bytes_sent += done.bytes_sent;
         trained.peak_bytes = trained.peak_bytes.max(done.peak_bytes);
         trained.course = done.course;
         if world.rank() == 0 {
@@ -147,7 +146,7 @@ pub fn train(
         }
     }
     trained.seconds = begun.elapsed().as_secs_f64();
-    trained.bytes_sent += seat.sent();
+    trained.bytes_sent = rank.lines().bytes_sent() - before + seat.sent();
     let own = rank.variables()?;
     for (number, of) in pipeline.stages.stages.iter().enumerate() {
         for (place, variable) in of.logical.variables.iter().enumerate() {

@@ -162,7 +162,7 @@ fn what_cannot_be_trained_is_refused() {
     desk.assert_refused(&line("rows.npz", "--batch 9"), "written for 8 examples at once");
     desk.assert_refused(&line("rows.npz", "--freeze nothing"), "no weight's name begins with \"nothing\"");
     desk.assert_refused(
-        &line("rows.npz", "--freeze=%1 --freeze=%3 --freeze=%7 --freeze=%9"),
+        "train --model @model --data @rows.npz --freeze hidden --freeze head --out @bad",
         "nothing is left to train",
     );
     desk.assert_refused(&line("rows.npz", "--output odds"), "no output \"odds\"");

@@ -71,7 +71,8 @@ fn staged(case: &Case, pipeline: &Pipeline, micro_batches: usize, registers: usi
     let body = |world: Communicator| train(pipeline, &world, &flow, &feed, &Context::new(), &|_| {});
     let mut trained = ranks(pipeline.ranks(), &body).unwrap_or_else(|e| panic!("{case:?}: {e}"));
     let sent: u64 = trained.iter().map(|rank| rank.bytes_sent).sum();
-    assert_eq!(sent, pipeline.bytes() * (micro_batches * STEPS) as u64, "{case:?}");
+    let predicted = pipeline.bytes() * micro_batches as u64 + pipeline.step_bytes();
+    assert_eq!(sent, predicted * STEPS as u64, "{case:?}");
     trained.swap_remove(0)
 }
 
