@@ -2,11 +2,19 @@
 
 use crate::simd;
 
+/// 1.5 · 2²³: around it floats have no fraction, and the next float is the next whole number.
+const SHIFT: f32 = 12_582_912.0;
+
 /// Rounds to the nearest whole number, halves to the even one; for sizes below 2²².
 #[inline(always)]
 pub fn round_even(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 · 2²³: beyond it floats have no fraction
     (x + SHIFT) - SHIFT
+}
+
+/// The same as a whole number. A cast would look for what does not fit, one number at a time.
+#[inline(always)]
+pub fn rounded(x: f32) -> i32 {
+    (x + SHIFT).to_bits().wrapping_sub(SHIFT.to_bits()) as i32
 }
 
 /// Numbers as unsigned bytes: `x ≈ scale (q - zero)` with `q` between 0 and `most`.
@@ -38,9 +46,9 @@ impl Affine {
     pub(super) fn bytes(&self, x: &[f32], q: &mut [u8]) {
         let (inverse, zero) = (self.scale.recip(), f32::from(self.zero));
         let (low, high) = (-zero, f32::from(self.most) - zero);
+        let zero = i32::from(self.zero);
         for (q, &x) in q.iter_mut().zip(x) {
-            let steps = round_even((x * inverse).max(low).min(high));
-            *q = (steps + zero) as i32 as u8;
+            *q = (rounded((x * inverse).max(low).min(high)) + zero) as u8;
         }
     }
 
@@ -120,5 +128,9 @@ mod tests {
         let x = [0.0, 0.25, 0.75, -0.25, -9.0, 99.0, 1.0, f32::NEG_INFINITY];
         assert_eq!(affine.quantise(&x), [3, 3, 5, 3, 0, 15, 5, 0]);
         assert_eq!(affine.floats(&[3, 0, 15]), [0.0, -1.5, 6.0]);
+        assert_eq!(affine.quantise(&[f32::NAN]), [0]);
+        for x in [-128.0f32, -2.5, -1.5, -0.5, -0.0, 0.5, 1.49, 1.5, 2.5, 127.0, 4_000_000.0] {
+            assert_eq!((round_even(x), rounded(x)), (x.round_ties_even(), x.round_ties_even() as i32));
+        }
     }
 }

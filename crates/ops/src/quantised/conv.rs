@@ -217,11 +217,17 @@ impl Conv {
             simd(
                 #[inline(always)]
                 || {
-                    for (tap, &weight) in weights.iter().enumerate() {
-                        let (tap_y, tap_x) = (tap / shape.kernel[1], tap % shape.kernel[1]);
-                        let row = first * stride_y + tap_y * shape.dilation[0];
-                        let x = &plane[row * padded + tap_x * shape.dilation[1]..][..span];
-                        add(i16::from(weight as i8), x, line);
+                    for (tap_y, weights) in weights.chunks(shape.kernel[1]).enumerate() {
+                        let x = &plane[(first * stride_y + tap_y * shape.dilation[0]) * padded..];
+                        let (step, weight) = (shape.dilation[1], |tap: usize| i16::from(weights[tap] as i8));
+                        if let [_, _, _] = weights {
+                            let x = [0, step, 2 * step].map(|at| &x[at..][..span]);
+                            add_three([weight(0), weight(1), weight(2)], x, line);
+                            continue;
+                        }
+                        for tap in 0..weights.len() {
+                            add(weight(tap), &x[tap * step..][..span], line);
+                        }
                     }
                 },
             );
@@ -357,6 +363,15 @@ struct Scratch {
 #[inline(always)]
 fn add(weight: i16, x: &[i16], sums: &mut [i32]) {
     sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += i32::from(x.wrapping_mul(weight)));
+}
+
+/// The same for the three taps of a row, which are the most usual.
+#[inline(always)]
+fn add_three(weights: [i16; 3], [a, b, c]: [&[i16]; 3], sums: &mut [i32]) {
+    for (((sum, &a), &b), &c) in sums.iter_mut().zip(a).zip(b).zip(c) {
+        let product = |x: i16, weight: i16| i32::from(x.wrapping_mul(weight));
+        *sum += product(a, weights[0]) + product(b, weights[1]) + product(c, weights[2]);
+    }
 }
 
 /// A slice that tasks write parts of, each its own.

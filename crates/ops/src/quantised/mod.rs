@@ -17,7 +17,7 @@ mod kernel;
 mod panels;
 mod product;
 
-pub use affine::{Affine, Ends, Requantise, round_even};
+pub use affine::{Affine, Ends, Requantise, round_even, rounded};
 pub use conv::{Conv, ConvShape};
 pub use kernel::{Level, level};
 pub use panels::{Panels, pack_nibbles, unpack_nibbles};

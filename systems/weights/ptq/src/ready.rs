@@ -1,12 +1,15 @@
 //! How a unit is computed: in floats, in floats rounded as if quantised, or in whole numbers; from floats or bytes, to floats or
 //! bytes.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use burn::tensor::{DType, TensorData};
 use burn_flex::FlexTensor;
 use kiln_ops::flex;
-use kiln_ops::quantised::{Affine, Bytes, Conv, Ends, Panels, Product, Requantise};
+use kiln_ops::quantised::{
+    Affine, Bytes, Conv, Ends, Panels, Product, Requantise, rounded as rounded_to_whole,
+};
 use kiln_ops::{conv2d, linear, matmul};
 use rayon::prelude::*;
 
@@ -299,10 +302,11 @@ fn rounded(how: &Symmetric, x: f32) -> f32 {
 const PIECE: usize = 1 << 15;
 
 /// A unit's input as bytes: as the unit before has made them, or rounded.
-fn bytes_of(x: &FlexTensor, affine: &Affine) -> Vec<u8> {
+fn bytes_of<'a>(x: &'a FlexTensor, affine: &Affine) -> Cow<'a, [u8]> {
     match x.dtype() {
-        DType::U8 => x.to_contiguous().storage::<u8>().to_vec(),
-        _ => quantise(&flex::floats(x), affine),
+        // No unit makes anything but whole tensors.
+        DType::U8 => Cow::Borrowed(x.storage::<u8>()),
+        _ => Cow::Owned(quantise(&flex::floats(x), affine)),
     }
 }
 
@@ -346,8 +350,10 @@ fn whole_product(
         .par_chunks((rows * inner).max(1))
         .zip(second.par_chunks((inner * columns).max(1)))
         .map(|(x, second)| {
-            let q: Vec<i8> =
-                second.iter().map(|&v| (v * inverse).round_ties_even().clamp(-most, most) as i8).collect();
+            let q: Vec<i8> = kiln_ops::simd(
+                #[inline(always)]
+                || second.iter().map(|&v| rounded_to_whole((v * inverse).clamp(-most, most)) as i8).collect(),
+            );
             let panels = Panels::from_columns(&q, inner, columns);
             Product::new(&Bytes::quantise(x, inner, input), &panels).floats(&requantise)
         })

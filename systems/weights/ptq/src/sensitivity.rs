@@ -89,9 +89,9 @@ impl Quantiser {
             });
             for (at, measured) in measured.collect::<Vec<_>>().into_iter().enumerate() {
                 let ((single, paired), noise) = measured?;
-                for precision in 0..2 {
-                    sums.single[precision][at] += single[precision];
-                    if let Some((error, extent)) = noise[precision] {
+                for (precision, (single, noise)) in single.into_iter().zip(noise).enumerate() {
+                    sums.single[precision][at] += single;
+                    if let Some((error, extent)) = noise {
                         sums.noise[precision][at] += error;
                         sums.extents[at] = extent;
                     }
@@ -124,7 +124,7 @@ impl Quantiser {
         let after: Vec<(usize, usize)> = after.map(|(pair, (_, j))| (pair, *j)).collect();
         let mut single = [0.0; 2];
         let mut paired: Vec<(usize, [f64; 2])> = after.iter().map(|(pair, _)| (*pair, [0.0; 2])).collect();
-        for precision in 0..2 {
+        for (precision, bits) in [8, 4].into_iter().enumerate() {
             let mut ready = self.floats.clone();
             ready[unit] = alone[at][precision].clone();
             let mut values = run_from(unit, base, &ready, !after.is_empty());
@@ -133,7 +133,7 @@ impl Quantiser {
                 let other = self.parts[j].unit;
                 let mut both = ready.clone();
                 losses[precision] = if other == unit {
-                    both[unit] = self.rounded_parts(&[at, j], [8, 4][precision]);
+                    both[unit] = self.rounded_parts(&[at, j], bits);
                     loss_of(&mut run_from(unit, base, &both, false))
                 } else {
                     both[other] = alone[j][precision].clone();
