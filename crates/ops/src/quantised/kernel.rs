@@ -32,17 +32,14 @@ pub enum Level {
 impl Level {
     /// All that this machine has, the fastest last.
     pub fn available() -> Vec<Self> {
-        let mut levels = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") {
-                levels.push(Self::Avx2);
-            }
-            if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bw") {
-                levels.push(Self::Vnni);
-            }
-        }
-        levels
+        let levels = [
+            (Self::Portable, true),
+            #[cfg(target_arch = "x86_64")]
+            (Self::Avx2, is_x86_feature_detected!("avx2")),
+            #[cfg(target_arch = "x86_64")]
+            (Self::Vnni, is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bw")),
+        ];
+        levels.into_iter().filter(|(_, there)| *there).map(|(level, _)| level).collect()
     }
 
     /// Rows of a tile, from many to one.
@@ -58,15 +55,16 @@ impl Level {
 
     /// Panels of a tile, from many to one, for a product of `rows` rows.
     fn panel_steps(self, rows: usize) -> &'static [usize] {
-        match self {
-            Self::Portable => &[1],
+        // Few rows leave registers for more columns.
+        let few = rows < MOST_ROWS;
+        match (self, few) {
+            (Self::Portable, _) => &[1],
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => &[1],
-            // Few rows leave registers for more columns.
+            (Self::Avx2, _) => &[1],
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni if rows < MOST_ROWS => &[4, 2, 1],
+            (Self::Vnni, true) => &[4, 2, 1],
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni => &[2, 1],
+            (Self::Vnni, false) => &[2, 1],
         }
     }
 }
