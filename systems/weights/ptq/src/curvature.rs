@@ -197,7 +197,7 @@ impl Quantiser {
             let mut slopes = match slopes {
                 Ok(slopes) => slopes,
                 Err(error) if group == 0 => {
-                    cx.note(&format!("curvature by second differences of the loss: {error}"));
+                    cx.note(format!("curvature by second differences of the loss: {error}"));
                     method.because = Some(error.to_string());
                     break;
                 }
