@@ -5,6 +5,7 @@
 //! columns; what fills up the last panel and strip is 0. A stretch of a strip stays in a core's first cache while the panels' come from the
 //! second (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008).
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -52,6 +53,23 @@ impl LeftFactor {
     /// if it has any.
     pub fn multiply(&self, panel: usize, right: &RightFactor, bias: &[f32], rows: &mut [&mut [f32]]) {
         multiply(self, panel, right, 0..right.width() / LANES, bias, rows);
+    }
+}
+
+/// Left factors of several products: as they are, or packed because they stay the same.
+#[derive(Debug)]
+pub(crate) enum LeftFactors<'a> {
+    Plain(Cow<'a, [f32]>),
+    Packed(Vec<LeftFactor>),
+}
+
+impl LeftFactors<'_> {
+    /// Bytes of all factors.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Plain(values) => size_of_val(&values[..]),
+            Self::Packed(factors) => factors.iter().map(LeftFactor::bytes).sum(),
+        }
     }
 }
 

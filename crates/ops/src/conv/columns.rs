@@ -3,16 +3,20 @@
 //! A panel has a row for each input channel and tap and a column for each output position of a block.
 //! Blocks are small enough for their panel to stay in a core's cache.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 use super::Finish;
 use super::geometry::{Block, Blocks, Geometry, Run, by_channel};
 use crate::gemm::{Mat, Out, gemm};
-use crate::packed::{DEPTH, LeftFactor, ROWS, RightFactor};
+use crate::packed::{DEPTH, LeftFactor, LeftFactors, ROWS, RightFactor};
 use crate::simd;
 
-/// Elements of a panel that are read at once, about: half of a core's second-level cache.
-const PANEL: usize = 1 << 16;
+/// Elements of a panel, about: half of a core's second-level cache.
+const PANEL: usize = 1 << 17;
+/// Elements of a panel that are read at once where weights are packed.
+const PACKED_PANEL: usize = 1 << 16;
 /// Fewest and most columns of a panel.
 const COLUMNS: [usize; 2] = [256, 2048];
 /// Panels of the weight that one task multiplies with.
@@ -23,66 +27,119 @@ const PART: usize = 64;
 const RUNS: usize = 8;
 
 fn blocks(geometry: &Geometry) -> Blocks {
-    let columns = (PANEL / geometry.depth().clamp(1, DEPTH)).clamp(COLUMNS[0], COLUMNS[1]);
-    Blocks::new(geometry.batch, geometry.output_plane(), 1, columns)
+    blocks_of(geometry, PANEL / geometry.depth().max(1))
 }
 
-/// The weight as [`forward`] takes it: a left factor for each group.
-pub(super) fn factors(geometry: &Geometry, weight: &[f32]) -> Vec<LeftFactor> {
+fn blocks_of(geometry: &Geometry, columns: usize) -> Blocks {
+    Blocks::new(geometry.batch, geometry.output_plane(), 1, columns.clamp(COLUMNS[0], COLUMNS[1]))
+}
+
+/// The weight as [`forward`] takes it: a left factor for each group, packed if it is `fixed`.
+pub(super) fn factors<'a>(geometry: &Geometry, weight: Cow<'a, [f32]>, fixed: bool) -> LeftFactors<'a> {
+    if !fixed {
+        return LeftFactors::Plain(weight);
+    }
     let (outputs, depth) = (geometry.outputs, geometry.depth());
     let factor = |group| LeftFactor::new(&weight[geometry.weight_of(group)], outputs, depth, depth);
-    (0..geometry.groups).map(factor).collect()
+    LeftFactors::Packed((0..geometry.groups).map(factor).collect())
 }
 
 /// `y = w ∗ x + b`, given the [`factors`] of `w`.
 pub(super) fn forward(
     geometry: &Geometry,
     x: &[f32],
-    weight: &[LeftFactor],
+    weight: &LeftFactors<'_>,
     bias: &[f32],
     y: &mut [f32],
     finish: &impl Finish,
 ) {
-    let (outputs, depth) = (geometry.outputs, geometry.depth());
+    let outputs = geometry.outputs;
     let channels = geometry.groups * outputs;
     if y.is_empty() {
         return;
     }
-    let blocks = blocks(geometry);
+    let blocks = match weight {
+        LeftFactors::Plain(_) => blocks(geometry),
+        LeftFactors::Packed(_) => blocks_of(geometry, PACKED_PANEL / geometry.depth().clamp(1, DEPTH)),
+    };
     let pieces = blocks.split(y, channels);
-    let work = |(buffer, columns): &mut (Vec<f32>, RightFactor),
-                (block, pieces): (Block, Vec<&mut [f32]>)| {
+    let work = |scratch: &mut Scratch, (block, pieces): (Block, Vec<&mut [f32]>)| {
         let mut planes = by_channel(pieces, channels);
-        for (group, (weight, planes)) in weight.iter().zip(planes.chunks_mut(outputs)).enumerate() {
-            let view = panel(geometry, x, &block, group, buffer);
-            columns.pack(view.values, [depth, view.columns], view.stride);
-            let tasks = planes.par_chunks_mut(PANELS * ROWS).enumerate();
-            tasks.for_each_init(Vec::new, |product, (task, planes)| {
-                let first = group * outputs + task * PANELS * ROWS;
-                let bias = bias.get(first..).unwrap_or_default();
-                if block.images.len() == 1 {
-                    let mut rows: Vec<&mut [f32]> =
-                        planes.iter_mut().flatten().map(|piece| &mut **piece).collect();
-                    weight.multiply(task * PANELS, columns, bias, &mut rows);
-                } else {
-                    let width = columns.width();
-                    let product = sized(product, planes.len() * width);
-                    let mut rows: Vec<&mut [f32]> = product.chunks_exact_mut(width).collect();
-                    weight.multiply(task * PANELS, columns, bias, &mut rows);
-                    for (planes, row) in planes.iter_mut().zip(rows) {
-                        let images = row.chunks(block.positions.len());
-                        planes.iter_mut().zip(images).for_each(|(piece, row)| piece.copy_from_slice(row));
-                    }
+        for (group, planes) in planes.chunks_mut(outputs).enumerate() {
+            let panel = panel(geometry, x, &block, group, &mut scratch.panel);
+            let bias = bias.get(group * outputs..).unwrap_or_default();
+            match weight {
+                LeftFactors::Plain(weight) => {
+                    let weight = &weight[geometry.weight_of(group)];
+                    multiply(geometry, weight, panel, bias, &block, planes, &mut scratch.product);
                 }
-                for (channel, planes) in (first..).zip(planes) {
-                    for (image, piece) in block.images.clone().zip(planes) {
-                        finish.call(geometry.output_at(image, channel, &block), piece);
-                    }
+                LeftFactors::Packed(factors) => {
+                    let columns = &mut scratch.columns;
+                    columns.pack(panel.values, [geometry.depth(), panel.columns], panel.stride);
+                    multiply_packed(&factors[group], columns, bias, &block, planes);
+                }
+            }
+            planes.par_iter_mut().enumerate().for_each(|(number, planes)| {
+                let channel = group * outputs + number;
+                for (image, piece) in block.images.clone().zip(planes) {
+                    finish.call(geometry.output_at(image, channel, &block), piece);
                 }
             });
         }
     };
-    blocks.list().into_par_iter().zip(pieces).for_each_init(Default::default, work);
+    blocks.list().into_par_iter().zip(pieces).for_each_init(Scratch::default, work);
+}
+
+/// The product of a group's weight and panel, plus a bias if there is any, to its channels' planes.
+fn multiply(
+    geometry: &Geometry,
+    weight: &[f32],
+    panel: View<'_>,
+    bias: &[f32],
+    block: &Block,
+    planes: &mut [Vec<&mut [f32]>],
+    buffer: &mut Vec<f32>,
+) {
+    let (depth, columns) = (geometry.depth(), panel.columns);
+    let product = sized(buffer, planes.len() * columns);
+    product.par_chunks_mut(PART * columns).enumerate().for_each(|(part, product)| {
+        let weight = Mat::new(&weight[part * PART * depth..], product.len() / columns, depth);
+        gemm(product, columns, Out::Set, weight, panel.rows(0..depth));
+    });
+    for (number, (planes, row)) in planes.iter_mut().zip(product.chunks(columns)).enumerate() {
+        for (piece, row) in planes.iter_mut().zip(row.chunks(block.positions.len())) {
+            match bias.get(number) {
+                Some(bias) => piece.iter_mut().zip(row).for_each(|(y, row)| *y = row + bias),
+                None => piece.copy_from_slice(row),
+            }
+        }
+    }
+}
+
+/// The same with a packed weight.
+fn multiply_packed(
+    weight: &LeftFactor,
+    columns: &RightFactor,
+    bias: &[f32],
+    block: &Block,
+    planes: &mut [Vec<&mut [f32]>],
+) {
+    let tasks = planes.par_chunks_mut(PANELS * ROWS).enumerate();
+    tasks.for_each_init(Vec::new, |product, (task, planes)| {
+        let bias = bias.get(task * PANELS * ROWS..).unwrap_or_default();
+        if block.images.len() == 1 {
+            let mut rows: Vec<&mut [f32]> = planes.iter_mut().flatten().map(|piece| &mut **piece).collect();
+            return weight.multiply(task * PANELS, columns, bias, &mut rows);
+        }
+        let width = columns.width();
+        let product = sized(product, planes.len() * width);
+        let mut rows: Vec<&mut [f32]> = product.chunks_exact_mut(width).collect();
+        weight.multiply(task * PANELS, columns, bias, &mut rows);
+        for (planes, row) in planes.iter_mut().zip(rows) {
+            let images = row.chunks(block.positions.len());
+            planes.iter_mut().zip(images).for_each(|(piece, row)| piece.copy_from_slice(row));
+        }
+    });
 }
 
 /// The gradient of the input.
@@ -178,6 +235,7 @@ pub(super) fn total_of(parts: Vec<Vec<f32>>) -> Vec<f32> {
 struct Scratch {
     panel: Vec<f32>,
     product: Vec<f32>,
+    columns: RightFactor,
 }
 
 /// The first `len` elements of a buffer, whatever they hold.

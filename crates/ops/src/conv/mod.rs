@@ -22,7 +22,7 @@ use rayon::prelude::*;
 
 use crate::flex::{floats, tensor};
 use crate::function::{Function, apply, runs_natively};
-use crate::packed::LeftFactor;
+use crate::packed::LeftFactors;
 use crate::simd;
 use crate::vector::sum_of;
 use geometry::Geometry;
@@ -287,25 +287,24 @@ enum Way {
 }
 
 impl Way {
-    /// The fastest; `fixed` if the weight stays the same for many inputs.
-    fn of(geometry: &Geometry, fixed: bool) -> Self {
+    fn of(geometry: &Geometry) -> Self {
         /// Output channels of one input channel from which on a matrix product is faster.
         const FEW: usize = 8;
         if geometry.inputs == 1 && geometry.outputs < FEW {
             Self::Depthwise
-        } else if winograd::pays(geometry, fixed) {
+        } else if winograd::pays(geometry) {
             Self::Winograd
         } else {
             Self::Columns
         }
     }
 
-    /// The weight as [`Weight::convolve`] reads it.
-    fn prepared<'a>(&self, geometry: &Geometry, weight: Cow<'a, [f32]>) -> Weight<'a> {
+    /// The weight as [`Weight::convolve`] reads it; packed if it is `fixed` for many inputs.
+    fn prepared<'a>(&self, geometry: &Geometry, weight: Cow<'a, [f32]>, fixed: bool) -> Weight<'a> {
         match self {
             Self::Depthwise => Weight::Depthwise(weight),
-            Self::Winograd => Weight::Winograd(winograd::factors(geometry, &weight)),
-            Self::Columns => Weight::Columns(columns::factors(geometry, &weight)),
+            Self::Winograd => Weight::Winograd(winograd::factors(geometry, &weight, fixed)),
+            Self::Columns => Weight::Columns(columns::factors(geometry, weight, fixed)),
         }
     }
 }
@@ -314,9 +313,9 @@ impl Way {
 enum Weight<'a> {
     Depthwise(Cow<'a, [f32]>),
     /// A factor for each point.
-    Winograd(Vec<LeftFactor>),
+    Winograd(LeftFactors<'a>),
     /// A factor for each group.
-    Columns(Vec<LeftFactor>),
+    Columns(LeftFactors<'a>),
 }
 
 impl Weight<'_> {
@@ -331,14 +330,14 @@ impl Weight<'_> {
     fn bytes(&self) -> usize {
         match self {
             Self::Depthwise(weight) => size_of_val(&weight[..]),
-            Self::Winograd(factors) | Self::Columns(factors) => factors.iter().map(LeftFactor::bytes).sum(),
+            Self::Winograd(factors) | Self::Columns(factors) => factors.bytes(),
         }
     }
 }
 
 fn forward(geometry: &Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     let mut y = vec![0.0; geometry.output_len()];
-    let weight = Way::of(geometry, false).prepared(geometry, Cow::Borrowed(weight));
+    let weight = Way::of(geometry).prepared(geometry, Cow::Borrowed(weight), false);
     weight.convolve(geometry, x, bias, &mut y, &());
     y
 }
@@ -391,7 +390,7 @@ impl FixedConv {
             bias.is_empty() || bias.len() == shape[0],
             "a bias must have an element for each output channel"
         );
-        let weight = Way::of(&geometry, true).prepared(&geometry, Cow::Owned(weight));
+        let weight = Way::of(&geometry).prepared(&geometry, Cow::Owned(weight), true);
         Self { geometry, weight, bias }
     }
 
@@ -429,7 +428,7 @@ impl FreeConv {
     /// # Panics
     /// When a slice is too short.
     pub fn run(&self, x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f32], finish: &impl Finish) {
-        let weight = Way::of(&self.0, false).prepared(&self.0, Cow::Borrowed(weight));
+        let weight = Way::of(&self.0).prepared(&self.0, Cow::Borrowed(weight), false);
         weight.convolve(&self.0, x, bias, &mut y[..self.0.output_len()], finish);
     }
 
@@ -451,7 +450,7 @@ impl FreeConv {
 }
 
 fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<f32> {
-    match Way::of(geometry, false) {
+    match Way::of(geometry) {
         Way::Depthwise => depthwise::input_gradient(geometry, d_output, weight),
         Way::Winograd => winograd::input_gradient(geometry, d_output, weight),
         Way::Columns => columns::input_gradient(geometry, d_output, weight),
@@ -459,7 +458,7 @@ fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f32]) -> Vec<
 }
 
 fn weight_gradient(geometry: &Geometry, x: &[f32], d_output: &[f32]) -> Vec<f32> {
-    match Way::of(geometry, false) {
+    match Way::of(geometry) {
         Way::Depthwise => depthwise::weight_gradient(geometry, x, d_output),
         Way::Winograd => winograd::weight_gradient(geometry, x, d_output),
         Way::Columns => columns::weight_gradient(geometry, x, d_output),

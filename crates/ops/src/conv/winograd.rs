@@ -6,13 +6,15 @@
 //! input is the convolution of the output's gradient with the weight turned round; that of the weight is
 //! the adjoint `Gᵀ [Σ (A dy Aᵀ) ⊙ (Bᵀ x B)] G`.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 use super::Finish;
 use super::columns::total_of;
 use super::geometry::{Block, Blocks, Geometry, by_channel};
 use crate::gemm::{Mat, Out, gemm};
-use crate::packed::{LeftFactor, RightFactor};
+use crate::packed::{LeftFactor, LeftFactors, RightFactor};
 use crate::simd;
 
 /// Outputs of a tile along each axis.
@@ -28,17 +30,16 @@ const POINTS: usize = PATCH * PATCH;
 const LANES: usize = 16;
 type Lanes = [f32; LANES];
 
-/// Fewest channels and tiles for which it is faster; with fewer tiles the weight's transform only pays once for many inputs.
+/// Fewest channels and tiles for which it is faster; few tiles do not pay for the weight's transform.
 const CHANNELS: usize = 16;
 const TILES: usize = 24;
-const TILES_OF_FIXED: usize = 16;
 /// Transformed elements of a block, about; they should stay in a core's second-level cache.
 const BLOCK: usize = 1 << 18;
 /// Partial sums of the weight's gradient.
 const RUNS: usize = 4;
 
-/// Whether this way is faster than a matrix product with the kernel as it is; `fixed` if the weight stays the same for many inputs.
-pub(super) fn pays(geometry: &Geometry, fixed: bool) -> bool {
+/// Whether this way is faster than a matrix product with the kernel as it is.
+pub(super) fn pays(geometry: &Geometry) -> bool {
     let [_, height, width] = geometry.output;
     let tiles = height.div_ceil(TILE) * width.div_ceil(TILE);
     geometry.kernel == [1, TAPS, TAPS]
@@ -49,24 +50,29 @@ pub(super) fn pays(geometry: &Geometry, fixed: bool) -> bool {
         && geometry.before[0] == 0
         && geometry.before[1..].iter().all(|&before| before < TAPS)
         && geometry.inputs.min(geometry.outputs) >= CHANNELS
-        && geometry.batch * tiles >= if fixed { TILES_OF_FIXED } else { TILES }
+        && geometry.batch * tiles >= TILES
         // Tiles that reach beyond the output are wasted in part.
         && tiles * POINTS * 2 <= height * width * TAPS * TAPS
 }
 
-/// The weight as [`forward`] takes it: a left factor for each point.
-pub(super) fn factors(geometry: &Geometry, weight: &[f32]) -> Vec<LeftFactor> {
-    let inputs = geometry.inputs;
-    transformed_weight(geometry.outputs, inputs, |output, input, row, column| {
+/// The weight as [`forward`] takes it: a left factor for each point, packed if it is `fixed`.
+pub(super) fn factors(geometry: &Geometry, weight: &[f32], fixed: bool) -> LeftFactors<'static> {
+    let (outputs, inputs) = (geometry.outputs, geometry.inputs);
+    let transformed = transformed_weight(outputs, inputs, |output, input, row, column| {
         weight[((output * inputs + input) * TAPS + row) * TAPS + column]
-    })
+    });
+    if !fixed {
+        return LeftFactors::Plain(Cow::Owned(transformed));
+    }
+    let factor = |point| LeftFactor::new(&transformed[point * inputs..], outputs, inputs, POINTS * inputs);
+    LeftFactors::Packed((0..POINTS).into_par_iter().map(factor).collect())
 }
 
 /// `y = w ∗ x + b`, given the [`factors`] of `w`.
 pub(super) fn forward(
     geometry: &Geometry,
     x: &[f32],
-    weight: &[LeftFactor],
+    weight: &LeftFactors<'_>,
     bias: &[f32],
     y: &mut [f32],
     finish: &impl Finish,
@@ -79,11 +85,20 @@ pub(super) fn forward(
         let len = tiles.len();
         tiles.transform_inputs(geometry, x, patches);
         products.resize(POINTS * outputs * len, 0.0);
-        let points = products.par_chunks_mut(outputs * len).zip(weight).enumerate();
-        points.for_each_init(RightFactor::default, |columns, (point, (products, weight))| {
-            columns.pack(&patches[point * len..], [inputs, len], POINTS * len);
-            let mut rows: Vec<&mut [f32]> = products.chunks_exact_mut(len).collect();
-            weight.multiply(0, columns, &[], &mut rows);
+        let points = products.par_chunks_mut(outputs * len).enumerate();
+        points.for_each_init(RightFactor::default, |columns, (point, products)| {
+            let patches = &patches[point * len..];
+            match weight {
+                LeftFactors::Plain(weight) => {
+                    let weight = Mat::strided(&weight[point * inputs..], outputs, inputs, POINTS * inputs);
+                    gemm(products, len, Out::Set, weight, Mat::strided(patches, inputs, len, POINTS * len));
+                }
+                LeftFactors::Packed(factors) => {
+                    columns.pack(patches, [inputs, len], POINTS * len);
+                    let mut rows: Vec<&mut [f32]> = products.chunks_exact_mut(len).collect();
+                    factors[point].multiply(0, columns, &[], &mut rows);
+                }
+            }
         });
         by_channel(pieces, outputs).into_par_iter().enumerate().for_each(|(output, mut planes)| {
             let bias = bias.get(output).copied().unwrap_or(0.0);
@@ -126,6 +141,7 @@ pub(super) fn input_gradient(geometry: &Geometry, d_output: &[f32], weight: &[f3
         ..*geometry
     };
     let mut d_input = vec![0.0; adjoint.output_len()];
+    let weight = LeftFactors::Plain(Cow::Owned(weight));
     forward(&adjoint, d_output, &weight, &[], &mut d_input, &());
     d_input
 }
@@ -183,13 +199,13 @@ fn blocks(geometry: &Geometry) -> Blocks {
     Blocks::new(geometry.batch, geometry.output_plane(), TILE * geometry.output[2], columns)
 }
 
-/// `G w Gᵀ` of all pairs of channels, `[rows, columns]` for each point; `weight` gives the tap of a row's and a
+/// `G w Gᵀ` of all pairs of channels, `[rows, POINTS, columns]`; `weight` gives the tap of a row's and a
 /// column's channel.
 fn transformed_weight(
     rows: usize,
     columns: usize,
     weight: impl Fn(usize, usize, usize, usize) -> f32 + Sync,
-) -> Vec<LeftFactor> {
+) -> Vec<f32> {
     let mut transformed = vec![0.0; rows * POINTS * columns];
     transformed.par_chunks_mut(POINTS * columns).enumerate().for_each(|(row, transformed)| {
         for first in (0..columns).step_by(LANES) {
@@ -212,8 +228,7 @@ fn transformed_weight(
             }
         }
     });
-    let factor = |point| LeftFactor::new(&transformed[point * columns..], rows, columns, POINTS * columns);
-    (0..POINTS).into_par_iter().map(factor).collect()
+    transformed
 }
 
 /// The tiles of a block, in groups of `LANES`.
