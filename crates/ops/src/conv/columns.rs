@@ -68,23 +68,24 @@ pub(super) fn forward(
         for (group, planes) in planes.chunks_mut(outputs).enumerate() {
             let panel = panel(geometry, x, &block, group, &mut scratch.panel);
             let bias = bias.get(group * outputs..).unwrap_or_default();
-            match weight {
-                LeftFactors::Plain(weight) => {
-                    let weight = &weight[geometry.weight_of(group)];
-                    multiply(geometry, weight, panel, bias, &block, planes, &mut scratch.product);
-                }
-                LeftFactors::Packed(factors) => {
-                    let columns = &mut scratch.columns;
-                    columns.pack(panel.values, [geometry.depth(), panel.columns], panel.stride);
-                    multiply_packed(&factors[group], columns, bias, &block, planes);
-                }
-            }
-            planes.par_iter_mut().enumerate().for_each(|(number, planes)| {
+            let finish = |number: usize, planes: &mut [&mut [f32]]| {
                 let channel = group * outputs + number;
                 for (image, piece) in block.images.clone().zip(planes) {
                     finish.call(geometry.output_at(image, channel, &block), piece);
                 }
-            });
+            };
+            match weight {
+                LeftFactors::Plain(weight) => {
+                    let weight = &weight[geometry.weight_of(group)];
+                    multiply(geometry, weight, panel, bias, &block, planes, &mut scratch.product);
+                    planes.iter_mut().enumerate().for_each(|(number, planes)| finish(number, planes));
+                }
+                LeftFactors::Packed(factors) => {
+                    let columns = &mut scratch.columns;
+                    columns.pack(panel.values, [geometry.depth(), panel.columns], panel.stride);
+                    multiply_packed(&factors[group], columns, bias, &block, planes, &finish);
+                }
+            }
         }
     };
     blocks.list().into_par_iter().zip(pieces).for_each_init(Scratch::default, work);
@@ -116,29 +117,33 @@ fn multiply(
     }
 }
 
-/// The same with a packed weight.
+/// The same with a packed weight; every task hands its channels, by number, to `finish`.
 fn multiply_packed(
     weight: &LeftFactor,
     columns: &RightFactor,
     bias: &[f32],
     block: &Block,
     planes: &mut [Vec<&mut [f32]>],
+    finish: &(impl Fn(usize, &mut [&mut [f32]]) + Sync),
 ) {
     let tasks = planes.par_chunks_mut(PANELS * ROWS).enumerate();
     tasks.for_each_init(Vec::new, |product, (task, planes)| {
-        let bias = bias.get(task * PANELS * ROWS..).unwrap_or_default();
+        let first = task * PANELS * ROWS;
+        let bias = bias.get(first..).unwrap_or_default();
         if block.images.len() == 1 {
             let mut rows: Vec<&mut [f32]> = planes.iter_mut().flatten().map(|piece| &mut **piece).collect();
-            return weight.multiply(task * PANELS, columns, bias, &mut rows);
+            weight.multiply(task * PANELS, columns, bias, &mut rows);
+        } else {
+            let width = columns.width();
+            let product = sized(product, planes.len() * width);
+            let mut rows: Vec<&mut [f32]> = product.chunks_exact_mut(width).collect();
+            weight.multiply(task * PANELS, columns, bias, &mut rows);
+            for (planes, row) in planes.iter_mut().zip(rows) {
+                let images = row.chunks(block.positions.len());
+                planes.iter_mut().zip(images).for_each(|(piece, row)| piece.copy_from_slice(row));
+            }
         }
-        let width = columns.width();
-        let product = sized(product, planes.len() * width);
-        let mut rows: Vec<&mut [f32]> = product.chunks_exact_mut(width).collect();
-        weight.multiply(task * PANELS, columns, bias, &mut rows);
-        for (planes, row) in planes.iter_mut().zip(rows) {
-            let images = row.chunks(block.positions.len());
-            planes.iter_mut().zip(images).for_each(|(piece, row)| piece.copy_from_slice(row));
-        }
+        (first..).zip(planes).for_each(|(number, planes)| finish(number, planes));
     });
 }
 
